@@ -1,0 +1,20 @@
+"""fairseq_evomoe: Mixture-of-Experts models for fairseq that grow from one expert to many while they train.
+
+Importing the package registers its models and criterions with fairseq and teaches fairseq's Trainer
+to grow experts; nothing else happens.  Where fairseq is not installed, ``fairseq_evomoe.moe`` is still
+usable as a plain PyTorch library.
+"""
+
+from importlib.util import find_spec as _find_spec
+
+__version__ = "0.1.0"
+
+if _find_spec("fairseq") is not None:
+    from . import compat
+
+    compat.apply()
+
+    from . import criterions, models  # noqa: F401  (registers with fairseq)
+    from .evolution import callback
+
+    callback.install()

@@ -1,0 +1,113 @@
+"""What every criterion of this plugin adds to fairseq's own: auxiliary losses and statistics."""
+
+from typing import Any, Dict, List
+
+import torch
+from fairseq import metrics
+from torch import Tensor, nn
+
+from ..models.feed_forward import MoEFeedForward, moe_layers
+
+
+class MoECriterion:
+    """Mixin for a fairseq criterion.
+
+    The loss that is minimised becomes ``loss + sample_size * sum over layers of weight * auxiliary
+    loss``.  What is reported as ``loss``, ``nll_loss`` and ``ppl`` stays what fairseq reports, and the
+    ``moe_*`` statistics are reported beside it.
+    """
+
+    def forward(self, model: nn.Module, sample: Dict[str, Any], reduce: bool = True):
+        """See fairseq's ``FairseqCriterion.forward``."""
+        layers = [layer for _, layer in moe_layers(model)]
+        for layer in layers:  # a layer that LayerDrop skips has nothing to report
+            layer.moe.forget()
+        loss, sample_size, logging_output = super().forward(model, sample, reduce)
+        if layers:
+            logging_output.update(statistics(layers, loss))
+            if reduce and model.training:
+                loss = add_auxiliary_losses(loss, sample_size, layers)
+        return loss, sample_size, logging_output
+
+    @classmethod
+    def reduce_metrics(cls, logging_outputs: List[Dict[str, Any]]) -> None:
+        """See fairseq's ``FairseqCriterion.reduce_metrics``."""
+        super().reduce_metrics(logging_outputs)
+        log_statistics(logging_outputs)
+
+
+def add_auxiliary_losses(loss: Tensor, sample_size: Any, layers: List[MoEFeedForward]) -> Tensor:
+    """``loss + sample_size * sum over layers and losses of weight * auxiliary loss``."""
+    for layer in layers:
+        if layer.moe.routing is None:
+            continue
+        for name, value in layer.moe.routing.losses.items():
+            weight = layer.loss_weights.get(name, 0.0)
+            if weight > 0:
+                loss = loss + weight * sample_size * value
+    return loss
+
+
+@torch.no_grad()
+def statistics(layers: List[MoEFeedForward], like: Tensor) -> Dict[str, Tensor]:
+    """What one batch tells of its routing, as sums that can be added up over batches and workers.
+
+    Every key is there for every batch, so that the workers' sums match.
+    """
+    like = like.detach().float()
+    experts = max(layer.moe.num_experts if layer.moe.grown else 1 for layer in layers)
+    load_LE = like.new_zeros(len(layers), experts)
+    balance = like.new_zeros(())
+    gate_entropy = like.new_zeros(())
+    tokens = assignments = 0
+    for i, layer in enumerate(layers):
+        routing = layer.moe.routing
+        if routing is None:
+            continue
+        load_LE[i, : routing.experts] = routing.load_E()
+        tokens += routing.tokens
+        assignments += routing.token_N.shape[0]
+        balance += routing.tokens * routing.losses.get("balance", 1.0)
+        if routing.gate_entropy is not None:
+            gate_entropy += routing.gate_entropy
+    first = layers[0]
+    phase = first.schedule.phase(first.num_updates, first.moe.grown)
+    return {
+        "moe_batches": like.new_tensor(1.0),
+        "moe_tokens": like.new_tensor(float(tokens)),
+        "moe_assignments": like.new_tensor(float(assignments)),
+        "moe_load": load_LE,
+        "moe_balance": balance,
+        "moe_gate_entropy": gate_entropy,
+        "moe_phase": like.new_tensor(float(phase)),
+        "moe_temperature": like.new_tensor(first.context.temperature),
+    }
+
+
+def log_statistics(logging_outputs: List[Dict[str, Any]]) -> None:
+    """Report the statistics through fairseq's metrics: see the table in README.md."""
+    logs = [log for log in logging_outputs if "moe_load" in log]
+    if not logs:
+        return
+
+    def total(key: str) -> Tensor:
+        return sum(log[key] for log in logs)
+
+    tokens = total("moe_tokens").clamp(min=1)
+    batches = total("moe_batches").clamp(min=1)
+    share_LE = total("moe_load")
+    share_LE = share_LE / share_LE.sum(1, keepdim=True).clamp(min=1)
+    experts = share_LE.shape[1]
+    entropy_L = -torch.xlogy(share_LE, share_LE).sum(1)
+    even = torch.log(torch.tensor(float(experts))) if experts > 1 else None
+    values = {
+        "moe_experts": total("moe_assignments") / tokens,
+        "moe_temperature": total("moe_temperature") / batches,
+        "moe_phase": total("moe_phase") / batches,
+        "moe_balance": total("moe_balance") / tokens,
+        "moe_load_entropy": tokens.new_ones(()) if even is None else (entropy_L / even).mean(),
+        "moe_load_max": share_LE.max(1).values.mean(),
+        "moe_gate_entropy": total("moe_gate_entropy") / tokens,
+    }
+    for priority, (name, value) in enumerate(values.items()):
+        metrics.log_scalar(name, value, weight=1, priority=600 + priority, round=3)

@@ -1,0 +1,1 @@
+"""How one expert becomes many, and when."""

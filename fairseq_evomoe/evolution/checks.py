@@ -1,0 +1,97 @@
+"""Contradictions that only the configuration of the whole run shows, found before training starts."""
+
+import os
+from typing import Any, List
+
+from fairseq.criterions import CRITERION_REGISTRY, FairseqCriterion
+
+from ..criterions.moe import MoECriterion
+from ..models.feed_forward import MoEFeedForward
+
+
+def check_before_trainer(cfg: Any) -> None:
+    """Refuse ways to train in parallel that experts cannot grow in.
+
+    Raises:
+        ValueError: one sentence that names the setting and the way out.
+    """
+    parallel = cfg.distributed_training
+    if parallel.ddp_backend not in ("c10d", "pytorch_ddp", "legacy_ddp", "no_c10d"):
+        raise ValueError(
+            "--ddp-backend {} cannot rebuild its wrapper when experts spawn: use legacy_ddp or "
+            "pytorch_ddp.".format(parallel.ddp_backend)
+        )
+    if getattr(parallel, "zero_sharding", "none") != "none":
+        raise ValueError(
+            "--zero-sharding {} does not keep optimizer state where a spawn could carry it over: leave "
+            "it out.".format(parallel.zero_sharding)
+        )
+    for name, used in (
+        ("--use-bmuf", cfg.optimization.use_bmuf),
+        ("--pipeline-model-parallel", parallel.pipeline_model_parallel),
+        ("--model-parallel-size", cfg.common.model_parallel_size > 1),
+    ):
+        if used:
+            raise ValueError(
+                "{} does not work in a model with MoE layers: leave it out.".format(name)
+            )
+    optimizer = getattr(cfg.optimizer, "_name", None)
+    if optimizer == "composite":
+        raise ValueError(
+            "--optimizer composite splits the optimizer's state in a way that a spawn cannot carry "
+            "over: use a single optimizer, such as adam."
+        )
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    if "RANK" in os.environ and launched != parallel.distributed_world_size:
+        raise ValueError(
+            "{} processes were launched, but --distributed-world-size is {}, so each would train a "
+            "model of its own into the same folder: add --distributed-world-size {}.".format(
+                launched, parallel.distributed_world_size, launched
+            )
+        )
+
+
+def check_run(cfg: Any, layers: List[MoEFeedForward], criterion: FairseqCriterion) -> None:
+    """Refuse a spawn that would never come and auxiliary losses that nobody would add.
+
+    Args:
+        cfg: fairseq's configuration of the run.
+        layers: the model's layers with MoE.
+        criterion: the criterion.
+
+    Raises:
+        ValueError: one sentence that names the settings and the way out.
+    """
+    spawn_update, max_update = layers[0].schedule.spawn_update, cfg.optimization.max_update
+    if layers[0].moe.num_experts > 1 and 0 < max_update <= spawn_update:
+        raise ValueError(
+            "--moe-spawn-update {} is not before --max-update {}, so the experts would never spawn: "
+            "lower the one or raise the other.".format(spawn_update, max_update)
+        )
+    weights = {
+        name: weight
+        for layer in layers
+        for name, weight in layer.loss_weights.items()
+        if weight > 0
+    }
+    if weights and not isinstance(criterion, MoECriterion):
+        raise ValueError(
+            "--criterion {} would drop the auxiliary losses of the MoE layers, but --moe-{}-weight is "
+            "{}: use --criterion {}, or set the weight to 0.".format(
+                _name(criterion), *next(iter(weights.items())), _replacement(criterion)
+            )
+        )
+
+
+def _name(criterion: FairseqCriterion) -> str:
+    names = [name for name, cls in CRITERION_REGISTRY.items() if cls is type(criterion)]
+    return names[0] if names else type(criterion).__name__
+
+
+def _replacement(criterion: FairseqCriterion) -> str:
+    names = [
+        name
+        for name, cls in CRITERION_REGISTRY.items()
+        if issubclass(cls, MoECriterion) and issubclass(cls, type(criterion))
+    ]
+    return names[0] if names else "one of the evomoe criterions"

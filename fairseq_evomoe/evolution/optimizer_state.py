@@ -1,0 +1,141 @@
+"""Carry an optimizer's statistics over to the parameters that a spawn has made.
+
+fairseq keeps the statistics of a parameter in one of three places: in the torch optimizer, under the
+parameter itself; under a float32 copy of it (``--fp16``, ``--bf16``); or as a stretch of one flat float32
+tensor for all parameters (``--fp16`` without ``--fp16-no-flatten-grads``).  ``read`` and ``write`` hide
+which.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
+
+import torch
+from fairseq.optim import FairseqOptimizer
+from torch import Tensor
+
+
+@dataclass
+class ParameterState:
+    """What an optimizer holds for one parameter.
+
+    Attributes:
+        statistics: the entries of the torch optimizer's state, such as Adam's ``exp_avg``.
+        master: the float32 copy of the parameter, if there is one.
+    """
+
+    statistics: Dict[str, Any] = field(default_factory=dict)
+    master: Optional[Tensor] = None
+
+    def spawn(self, weights: Callable, statistics: Callable) -> "ParameterState":
+        """The state of a parameter that was spawned from this one.
+
+        Args:
+            weights: what the spawn does to the parameter.
+            statistics: what it does to statistics shaped like the parameter.
+        """
+        inherited = {}
+        for name, value in self.statistics.items():
+            # Adafactor's column statistics have no rows that belong to an expert
+            by_row = torch.is_tensor(value) and value.dim() > 0 and name != "exp_avg_sq_col"
+            inherited[name] = statistics(value) if by_row else value
+        return ParameterState(inherited, None if self.master is None else weights(self.master))
+
+
+def _masters(optimizer: FairseqOptimizer) -> Any:
+    # fairseq/optim/fp16_optimizer.py: a list of tensors, or a dict from device to one flat tensor
+    return getattr(optimizer, "fp32_params", None)
+
+
+def _flat_slices(optimizer: FairseqOptimizer) -> Iterator[Tuple[Tensor, Tensor, slice]]:
+    """Parameter, flat tensor and the stretch of it that belongs to the parameter."""
+    offsets: Dict[Any, int] = {}
+    for parameter in optimizer.fp16_params:
+        device = parameter.device.index
+        flat = _masters(optimizer)[device]
+        start = offsets.get(device, 0)
+        offsets[device] = start + parameter.numel()
+        yield parameter, flat, slice(start, offsets[device])
+
+
+def read(optimizer: FairseqOptimizer) -> Dict[Tensor, ParameterState]:
+    """The state of each of the model's parameters."""
+    masters, state = _masters(optimizer), optimizer.optimizer.state
+    if masters is None:
+        return {
+            p: ParameterState(dict(state.get(p, {})))
+            for group in optimizer.optimizer.param_groups
+            for p in group["params"]
+        }
+    if not isinstance(masters, dict):
+        return {
+            p: ParameterState(dict(state.get(master, {})), master.detach().clone())
+            for p, master in zip(optimizer.fp16_params, masters)
+        }
+    result = {}
+    for parameter, flat, part in _flat_slices(optimizer):
+        statistics = {
+            name: value[part].view_as(parameter).clone()
+            if torch.is_tensor(value) and value.shape == flat.shape
+            else value
+            for name, value in state.get(flat, {}).items()
+        }
+        master = flat.detach()[part].view_as(parameter).clone()
+        result[parameter] = ParameterState(statistics, master)
+    return result
+
+
+@torch.no_grad()
+def write(optimizer: FairseqOptimizer, states: Dict[Tensor, ParameterState]) -> None:
+    """Give a newly built optimizer the states of its parameters.
+
+    A parameter without a state, such as a new router's, starts with the optimizer's initial one; under
+    a flat float32 tensor it starts with zeros and the update count of the others.
+    """
+    masters, state = _masters(optimizer), optimizer.optimizer.state
+    if masters is None or not isinstance(masters, dict):
+        pairs = optimizer.fp16_params if masters is not None else _parameters(optimizer)
+        for parameter, holder in zip(pairs, pairs if masters is None else masters):
+            found = states.get(parameter)
+            if found is None:
+                continue
+            if found.statistics:
+                state[holder] = found.statistics
+            if found.master is not None:
+                holder.copy_(found.master)
+    else:
+        for parameter, flat, part in _flat_slices(optimizer):
+            found = states.get(parameter)
+            if found is None:
+                continue
+            for name, value in found.statistics.items():
+                if torch.is_tensor(value) and value.shape == parameter.shape:
+                    whole = state[flat].setdefault(
+                        name, flat.new_zeros(flat.shape, dtype=value.dtype)
+                    )
+                    whole[part] = value.reshape(-1)
+                else:
+                    state[flat][name] = value
+            flat[part] = found.master.reshape(-1)
+    if masters is not None:
+        optimizer._sync_fp32_params_to_fp16()
+
+
+def _parameters(optimizer: FairseqOptimizer) -> List[Tensor]:
+    return [p for group in optimizer.optimizer.param_groups for p in group["params"]]
+
+
+def take_over_settings(old: FairseqOptimizer, new: FairseqOptimizer) -> None:
+    """Give a rebuilt optimizer the learning rate, other group settings and loss scaler of the old one."""
+    for old_group, new_group in zip(old.optimizer.param_groups, new.optimizer.param_groups):
+        new_group.update({name: value for name, value in old_group.items() if name != "params"})
+    if getattr(old, "scaler", None) is not None:
+        new.scaler = old.scaler
+
+
+def repoint(scheduler: Any, old: FairseqOptimizer, new: FairseqOptimizer) -> None:
+    """Let a learning-rate schedule, at its position, drive another optimizer."""
+    for name, value in vars(scheduler).items():
+        if value is old:
+            setattr(scheduler, name, new)
+        elif getattr(value, "optimizer", None) is old.optimizer:
+            value.optimizer = new.optimizer  # reduce_lr_on_plateau wraps one of torch's schedulers

@@ -1,0 +1,58 @@
+"""``evomoe_lm``: fairseq's ``transformer_lm`` with MoE layers, for the task ``language_modeling``."""
+
+from dataclasses import dataclass
+
+from fairseq.models import register_model, register_model_architecture
+from fairseq.models.transformer_lm import (
+    TransformerLanguageModel,
+    TransformerLanguageModelConfig,
+    base_lm_architecture,
+    transformer_lm_gpt,
+    transformer_lm_gpt2_medium,
+)
+
+from .feed_forward import MoEModel, add_experts
+from .options import MoEOptions, complete, set_defaults
+
+
+@dataclass
+class EvoMoELanguageModelConfig(MoEOptions, TransformerLanguageModelConfig):
+    """Options of ``transformer_lm`` and of the MoE layers."""
+
+
+@register_model("evomoe_lm", dataclass=EvoMoELanguageModelConfig)
+class EvoMoELanguageModel(MoEModel, TransformerLanguageModel):
+    """Causal language model with MoE layers in the decoder."""
+
+    @classmethod
+    def build_model(cls, cfg, task):
+        """Build the model that the configuration describes."""
+        cfg = complete(cfg, EvoMoELanguageModelConfig)
+        model = super().build_model(cfg, task)
+        add_experts(cfg, [model.decoder.layers])
+        return model
+
+
+@register_model_architecture("evomoe_lm", "evomoe_lm_gpt")
+def evomoe_lm_gpt(args):
+    """The sizes of ``transformer_lm_gpt``."""
+    transformer_lm_gpt(args)
+
+
+@register_model_architecture("evomoe_lm", "evomoe_lm_gpt2_medium")
+def evomoe_lm_gpt2_medium(args):
+    """The sizes of ``transformer_lm_gpt2_medium``."""
+    transformer_lm_gpt2_medium(args)
+
+
+@register_model_architecture("evomoe_lm", "evomoe_lm_tiny")
+def evomoe_lm_tiny(args):
+    """Two layers of width 64, for a CPU and for tests."""
+    set_defaults(
+        args,
+        decoder_embed_dim=64,
+        decoder_ffn_embed_dim=128,
+        decoder_layers=2,
+        decoder_attention_heads=2,
+    )
+    base_lm_architecture(args)

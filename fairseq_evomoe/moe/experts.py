@@ -1,0 +1,89 @@
+"""Feed-forward experts of any widths, stored together."""
+
+from typing import Callable, List, Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+class Experts(nn.Module):
+    """E feed-forward networks ``W2_e f(W1_e x + b1_e) + b2_e``, their hidden units laid end to end.
+
+    Expert ``e`` owns rows ``sum(widths[:e]) .. sum(widths[:e+1])`` of ``w1``, ``b1`` and ``w2`` and row
+    ``e`` of ``b2``, so experts of any widths lie in four tensors and one expert is a dense FFN:
+    ``w1 = fc1.weight``, ``b1 = fc1.bias``, ``w2 = fc2.weight.T``, ``b2 = fc2.bias``.
+
+    Attributes:
+        widths: hidden units of each expert; H is their sum.
+        w1: (H, D).  b1: (H,).  w2: (H, D).  b2: (E, D).
+
+    Args:
+        dim: D, width of a token.
+        widths: hidden units of each expert.
+        hidden: what happens between the two products: activation, dropout, normalisation.
+    """
+
+    def __init__(
+        self, dim: int, widths: Sequence[int], hidden: Callable[[Tensor], Tensor] = torch.relu
+    ) -> None:
+        super().__init__()
+        self.dim = dim
+        self.hidden = hidden
+        self.widths: List[int] = []
+        self.resize(widths)
+
+    def resize(self, widths: Sequence[int]) -> None:
+        """Make room for experts of these widths.  The contents are undefined until they are filled."""
+        self.widths = list(widths)
+        total = sum(self.widths)
+        shapes = {
+            "w1": (total, self.dim),
+            "b1": (total,),
+            "w2": (total, self.dim),
+            "b2": (len(self.widths), self.dim),
+        }
+        for name, shape in shapes.items():
+            old = self._parameters.get(name)
+            new = nn.Parameter(torch.empty(shape) if old is None else old.new_empty(shape))
+            if old is not None:
+                new.requires_grad_(old.requires_grad)
+                new.__dict__.update(old.__dict__)  # param_group, optim_overrides, ...
+            self.register_parameter(name, new)
+
+    @torch.no_grad()
+    def set_expert(self, index: int, fc1: nn.Linear, fc2: nn.Linear) -> None:
+        """Copy a dense FFN, given as its two linear layers, into expert ``index``."""
+        start = sum(self.widths[:index])
+        rows = slice(start, start + self.widths[index])
+        self.w1[rows] = fc1.weight
+        self.b1[rows] = fc1.bias
+        self.w2[rows] = fc2.weight.t()
+        self.b2[index] = fc2.bias
+
+    def forward(self, x_ND: Tensor, counts: Sequence[int]) -> Tensor:
+        """Apply each expert to its own rows.
+
+        Args:
+            x_ND: rows sorted by expert, shape (N, D).
+            counts: rows of each expert; they sum to N.
+
+        Returns:
+            shape (N, D).
+        """
+        if len(self.widths) == 1:
+            return self._expert(x_ND, self.w1, self.b1, self.w2, self.b2[0])
+        parts = zip(
+            x_ND.split(list(counts)),
+            self.w1.split(self.widths),
+            self.b1.split(self.widths),
+            self.w2.split(self.widths),
+            self.b2.unbind(0),
+        )
+        return torch.cat([self._expert(*part) for part in parts])
+
+    def _expert(self, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
+        return torch.addmm(b2, self.hidden(torch.addmm(b1, x, w1.t())), w2)
+
+    def extra_repr(self) -> str:
+        """Sizes, for ``print(model)``."""
+        return "dim={}, widths={}".format(self.dim, self.widths)

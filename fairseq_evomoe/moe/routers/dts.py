@@ -1,0 +1,101 @@
+"""The Dense-To-Sparse gate of EvoMoE (arXiv 2112.14397)."""
+
+from enum import Enum
+
+import torch
+from torch import Tensor
+
+from ..losses import balance_loss, entropy
+from ..routing import Routing, RoutingContext
+from .base import Router
+
+
+class GateWeight(str, Enum):
+    """Which probability weighs an expert's output."""
+
+    softmax = "softmax"
+    gumbel = "gumbel"
+
+
+class EvalRouting(str, Enum):
+    """How many experts a token has in evaluation."""
+
+    top1 = "top1"
+    adaptive = "adaptive"
+
+
+class DenseToSparseRouter(Router):
+    """Gumbel-softmax gate whose temperature falls, so that fewer and fewer experts pass a threshold.
+
+    In training, with noise ``g ~ Gumbel(0, 1)``, temperature ``tau`` and threshold ``c``::
+
+        y_te = softmax_e((logits_te + g_te) / tau)
+        mask = y > c, and the best expert of each token in any case      (soft stage)
+        mask = the best expert of each token by y                        (hard stage)
+        weight = softmax(logits), or y with ``gate_weight="gumbel"``
+
+    Weights are not renormalised after masking.  In evaluation there is no noise: ``top1`` sends a token
+    to the argmax of ``softmax(logits)``, ``adaptive`` to every expert with ``softmax(logits / tau) > c``
+    (and to the argmax in any case).
+
+    Args:
+        dim: D, width of a token.
+        experts: E, number of experts.
+        threshold: c, in [0, 1).
+        gate_weight: see above.
+        eval_routing: see above.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        experts: int,
+        threshold: float = 0.001,
+        gate_weight: GateWeight = GateWeight.softmax,
+        eval_routing: EvalRouting = EvalRouting.top1,
+    ) -> None:
+        super().__init__(dim, experts)
+        if not 0 <= threshold < 1:
+            raise ValueError("threshold must be in [0, 1), but is {}".format(threshold))
+        self.threshold = threshold
+        self.gate_weight = GateWeight(gate_weight)
+        self.eval_routing = EvalRouting(eval_routing)
+
+    def forward(self, x_TD: Tensor, context: RoutingContext) -> Routing:
+        """Route tokens; see the class.  Losses: ``balance``."""
+        logits_TE = self.logits(x_TD)
+        probability_TE = logits_TE.softmax(-1)
+        if self.training:
+            y_TE = ((logits_TE + gumbel_like(logits_TE)) / context.temperature).softmax(-1)
+            top1 = context.hard
+        else:
+            y_TE = (logits_TE / context.temperature).softmax(-1)
+            top1 = self.eval_routing == EvalRouting.top1
+
+        best_T = y_TE.argmax(-1)
+        if top1:
+            token_N = torch.arange(x_TD.shape[0], device=x_TD.device)
+            expert_N = best_T
+        else:
+            mask_TE = (y_TE > self.threshold).scatter(1, best_T.unsqueeze(1), True)
+            token_N, expert_N = mask_TE.nonzero(as_tuple=True)
+
+        by_noise = self.gate_weight == GateWeight.gumbel and not (top1 and not self.training)
+        weight_TE = y_TE if by_noise else probability_TE
+        routing = Routing(
+            token_N=token_N,
+            expert_N=expert_N,
+            weight_N=weight_TE[token_N, expert_N],
+            tokens=x_TD.shape[0],
+            experts=self.experts,
+            gate_entropy=entropy(probability_TE.detach()).sum(),
+        )
+        routing.losses["balance"] = balance_loss(routing)
+        return routing
+
+
+def gumbel_like(x: Tensor) -> Tensor:
+    """Independent samples of Gumbel(0, 1), shaped like ``x``, from the default generator."""
+    exponential = torch.empty_like(x).exponential_()
+    # exponential_ can return 0, whose logarithm would make a NaN of the softmax
+    return -exponential.clamp_(min=torch.finfo(x.dtype).tiny).log()
