@@ -20,9 +20,7 @@ class EvoMoECrossEntropy(MoECriterion, CrossEntropyCriterion):
     """``cross_entropy`` for models with MoE layers."""
 
 
-@register_criterion(
-    "evomoe_label_smoothed_cross_entropy", dataclass=LabelSmoothedCrossEntropyCriterionConfig
-)
+@register_criterion("evomoe_label_smoothed_cross_entropy", dataclass=LabelSmoothedCrossEntropyCriterionConfig)
 class EvoMoELabelSmoothedCrossEntropy(MoECriterion, LabelSmoothedCrossEntropyCriterion):
     """``label_smoothed_cross_entropy`` for models with MoE layers."""
 

@@ -32,9 +32,7 @@ def check_before_trainer(cfg: Any) -> None:
         ("--model-parallel-size", cfg.common.model_parallel_size > 1),
     ):
         if used:
-            raise ValueError(
-                "{} does not work in a model with MoE layers: leave it out.".format(name)
-            )
+            raise ValueError("{} does not work in a model with MoE layers: leave it out.".format(name))
     optimizer = getattr(cfg.optimizer, "_name", None)
     if optimizer == "composite":
         raise ValueError(
@@ -68,12 +66,7 @@ def check_run(cfg: Any, layers: List[MoEFeedForward], criterion: FairseqCriterio
             "--moe-spawn-update {} is not before --max-update {}, so the experts would never spawn: "
             "lower the one or raise the other.".format(spawn_update, max_update)
         )
-    weights = {
-        name: weight
-        for layer in layers
-        for name, weight in layer.loss_weights.items()
-        if weight > 0
-    }
+    weights = {name: weight for layer in layers for name, weight in layer.loss_weights.items() if weight > 0}
     if weights and not isinstance(criterion, MoECriterion):
         raise ValueError(
             "--criterion {} would drop the auxiliary losses of the MoE layers, but --moe-{}-weight is "

@@ -109,9 +109,7 @@ def write(optimizer: FairseqOptimizer, states: Dict[Tensor, ParameterState]) -> 
                 continue
             for name, value in found.statistics.items():
                 if torch.is_tensor(value) and value.shape == parameter.shape:
-                    whole = state[flat].setdefault(
-                        name, flat.new_zeros(flat.shape, dtype=value.dtype)
-                    )
+                    whole = state[flat].setdefault(name, flat.new_zeros(flat.shape, dtype=value.dtype))
                     whole[part] = value.reshape(-1)
                 else:
                     state[flat][name] = value

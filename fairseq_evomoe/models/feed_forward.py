@@ -173,9 +173,7 @@ class MoEEncoderLayer(MoEFeedForward, TransformerEncoderLayerBase):
 
     def forward(self, x, encoder_padding_mask, attn_mask=None):
         """See fairseq's ``TransformerEncoderLayerBase``."""
-        layer = partial(
-            super().forward, encoder_padding_mask=encoder_padding_mask, attn_mask=attn_mask
-        )
+        layer = partial(super().forward, encoder_padding_mask=encoder_padding_mask, attn_mask=attn_mask)
         return self.run(x, encoder_padding_mask, layer)
 
 
@@ -224,9 +222,7 @@ def add_experts(
         ValueError: options that contradict each other, or no layer to give an MoE layer to.
     """
     options.check_options(cfg)
-    chosen = [
-        layer for stack in stacks for i, layer in enumerate(stack) if (i + 1) % cfg.moe_freq == 0
-    ]
+    chosen = [layer for stack in stacks for i, layer in enumerate(stack) if (i + 1) % cfg.moe_freq == 0]
     if not chosen:
         raise ValueError(
             "--moe-freq {} is greater than the number of layers ({}), so that no layer would be an MoE "

@@ -27,9 +27,7 @@ def option(default: Any, text: str) -> Any:
 class MoEOptions(FairseqDataclass):
     """Options of every EvoMoE model; see README.md for the table made from them."""
 
-    moe_experts: int = option(
-        16, "Number of experts in each MoE layer once the experts have spawned."
-    )
+    moe_experts: int = option(16, "Number of experts in each MoE layer once the experts have spawned.")
     moe_freq: int = option(
         2,
         "Layer i, counted from 0, is an MoE layer when (i + 1) % moe-freq is 0, in the encoder and in "
@@ -63,9 +61,7 @@ class MoEOptions(FairseqDataclass):
         "linear",
         "How the temperature falls from start to end; constant keeps it at the start.",
     )
-    moe_anneal_updates: int = option(
-        5000, "Length of the anneal in updates, counted from the spawn."
-    )
+    moe_anneal_updates: int = option(5000, "Length of the anneal in updates, counted from the spawn.")
     moe_hard_update: Optional[int] = option(
         None,
         "Updates after the spawn from which each token goes to one expert only; 1.2 times "
@@ -140,21 +136,16 @@ def check_options(cfg: Any) -> None:
     for name, reason in unsupported.items():
         if getattr(cfg, name, 0) > 0:
             raise ValueError(
-                "{} does not work in a model with MoE layers ({}): leave it out.".format(
-                    flag(name), reason
-                )
+                "{} does not work in a model with MoE layers ({}): leave it out.".format(flag(name), reason)
             )
     if getattr(cfg, "ffn_blocks_to_remove", -1) != -1:
-        raise ValueError(
-            "--ffn-blocks-to-remove does not work in a model with MoE layers: leave it out."
-        )
+        raise ValueError("--ffn-blocks-to-remove does not work in a model with MoE layers: leave it out.")
     rules = [
         (cfg.moe_experts >= 1, "--moe-experts must be at least 1, but is {0.moe_experts}."),
         (cfg.moe_freq >= 1, "--moe-freq must be at least 1, but is {0.moe_freq}."),
         (
             cfg.moe_spawn_update >= 0,
-            "--moe-spawn-update must be at least 0 (0: experts from the start), but is "
-            "{0.moe_spawn_update}.",
+            "--moe-spawn-update must be at least 0 (0: experts from the start), but is {0.moe_spawn_update}.",
         ),
         (
             strength is None or 0 <= strength,

@@ -35,9 +35,7 @@ class EvoMoETransformerConfig(
 ):
     """Options of ``transformer``, under their flat names, and of the MoE layers."""
 
-    moe_experts: int = option(
-        4, "Number of experts in each MoE layer once the experts have spawned."
-    )
+    moe_experts: int = option(4, "Number of experts in each MoE layer once the experts have spawned.")
 
 
 @register_model("evomoe_transformer", dataclass=EvoMoETransformerConfig)

@@ -69,9 +69,7 @@ class MoELayer(nn.Module):
         """Forget the last batch, so that a layer that is skipped next does not report it again."""
         self.routing = None
 
-    def forward(
-        self, x: Tensor, context: RoutingContext, padding_mask: Optional[Tensor] = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, context: RoutingContext, padding_mask: Optional[Tensor] = None) -> Tensor:
         """Apply the layer.
 
         Args:
