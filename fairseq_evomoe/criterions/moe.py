@@ -1,5 +1,6 @@
 """What every criterion of this plugin adds to fairseq's own: auxiliary losses and statistics."""
 
+import math
 from typing import Any, Dict, List
 
 import torch
@@ -7,6 +8,7 @@ from fairseq import metrics
 from torch import Tensor, nn
 
 from ..models.feed_forward import MoEFeedForward, moe_layers
+from ..moe.losses import entropy
 
 
 class MoECriterion:
@@ -49,7 +51,7 @@ def add_auxiliary_losses(loss: Tensor, sample_size: Any, layers: List[MoEFeedFor
 
 
 @torch.no_grad()
-def statistics(layers: List[MoEFeedForward], like: Tensor) -> Dict[str, Tensor]:
+def statistics(layers: List[MoEFeedForward], like: Tensor) -> Dict[str, Any]:
     """What one batch tells of its routing, as sums that can be added up over batches and workers.
 
     Every key is there for every batch, so that the workers' sums match.
@@ -60,27 +62,26 @@ def statistics(layers: List[MoEFeedForward], like: Tensor) -> Dict[str, Tensor]:
     balance = like.new_zeros(())
     gate_entropy = like.new_zeros(())
     tokens = assignments = 0
-    for i, layer in enumerate(layers):
+    for load_E, layer in zip(load_LE, layers):
         routing = layer.moe.routing
         if routing is None:
             continue
-        load_LE[i, : routing.experts] = routing.load_E()
+        load_E[: routing.experts] = routing.load_E()
         tokens += routing.tokens
         assignments += routing.token_N.shape[0]
         balance += routing.tokens * routing.losses.get("balance", 1.0)
         if routing.gate_entropy is not None:
             gate_entropy += routing.gate_entropy
     first = layers[0]
-    phase = first.schedule.phase(first.num_updates, first.moe.grown)
     return {
-        "moe_batches": like.new_tensor(1.0),
-        "moe_tokens": like.new_tensor(float(tokens)),
-        "moe_assignments": like.new_tensor(float(assignments)),
+        "moe_batches": 1.0,
+        "moe_tokens": float(tokens),
+        "moe_assignments": float(assignments),
         "moe_load": load_LE,
         "moe_balance": balance,
         "moe_gate_entropy": gate_entropy,
-        "moe_phase": like.new_tensor(float(phase)),
-        "moe_temperature": like.new_tensor(first.context.temperature),
+        "moe_phase": float(first.schedule.phase(first.num_updates, first.moe.grown)),
+        "moe_temperature": float(first.context.temperature),
     }
 
 
@@ -91,22 +92,23 @@ def log_statistics(logging_outputs: List[Dict[str, Any]]) -> None:
         return
 
     def total(key: str) -> Tensor:
-        return sum(log[key] for log in logs)
+        return torch.as_tensor(sum(log[key] for log in logs))
 
     tokens = total("moe_tokens").clamp(min=1)
     batches = total("moe_batches").clamp(min=1)
-    share_LE = total("moe_load")
-    share_LE = share_LE / share_LE.sum(1, keepdim=True).clamp(min=1)
-    experts = share_LE.shape[1]
-    entropy_L = -torch.xlogy(share_LE, share_LE).sum(1)
-    even = torch.log(torch.tensor(float(experts))) if experts > 1 else None
+    load_LE = total("moe_load")
+    experts = load_LE.shape[1]
+    share_LE = load_LE / load_LE.sum(1, keepdim=True).clamp(min=1)
+    evenness_L = entropy(share_LE) / math.log(experts) if experts > 1 else share_LE[:, 0]
+    # LayerDrop may have skipped a layer throughout: its share is 0 and it does not count
+    layers = share_LE.sum().clamp(min=1)
     values = {
         "moe_experts": total("moe_assignments") / tokens,
         "moe_temperature": total("moe_temperature") / batches,
         "moe_phase": total("moe_phase") / batches,
         "moe_balance": total("moe_balance") / tokens,
-        "moe_load_entropy": tokens.new_ones(()) if even is None else (entropy_L / even).mean(),
-        "moe_load_max": share_LE.max(1).values.mean(),
+        "moe_load_entropy": evenness_L.sum() / layers,
+        "moe_load_max": share_LE.max(1).values.sum() / layers,
         "moe_gate_entropy": total("moe_gate_entropy") / tokens,
     }
     for priority, (name, value) in enumerate(values.items()):
