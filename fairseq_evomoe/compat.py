@@ -5,20 +5,32 @@ nothing where the fault is absent.  ``apply`` runs them all; running it twice is
 """
 
 import argparse
+import dataclasses
 import functools
+import inspect
 import os
+import re
+import warnings
+from typing import Any, Dict
 
 import numpy as np
 import torch
+from fairseq.modules.transformer_layer import TransformerEncoderLayerBase
+from omegaconf import OmegaConf, open_dict
 from torch import nn
 
 
 def apply() -> None:
     """Mend the known faults of the fairseq, torch and numpy that are installed."""
     allow_fairseq_checkpoints()
+    allow_fairseq_broadcasts()
     allow_torchrun_without_gpu()
+    refuse_spawn_without_gpu()
     allow_ddp_without_gpu()
     restore_numpy_aliases()
+    keep_batches_when_resumed()
+    apply_architectures_in_yaml()
+    silence_harmless_overflow()
 
 
 def allow_fairseq_checkpoints() -> None:
@@ -37,8 +49,32 @@ def allow_fairseq_checkpoints() -> None:
     add_safe_globals([argparse.Namespace, np.dtype, scalar, *dtypes])
 
 
+def allow_fairseq_broadcasts() -> None:
+    """torch >= 2.6 refuses the configuration in a checkpoint that rank 0 sends to the other ranks.
+
+    ``distributed/utils.py:805`` (ve-fairseq 0.12.3) receives with ``torch.load``, so that no run in more
+    than one process could resume.  torch's own broadcast unpickles what the same job has sent.
+    """
+    from fairseq.distributed import utils
+
+    original = utils._broadcast_object_slow
+    if not hasattr(torch.serialization, "add_safe_globals") or getattr(original, "_evomoe", False):
+        return
+
+    @functools.wraps(original)
+    def broadcast(obj, src_rank, group, dist_device):
+        if utils.use_xla():
+            return original(obj, src_rank, group, dist_device)
+        objects = [obj]
+        torch.distributed.broadcast_object_list(objects, src=src_rank, group=group, device=dist_device)
+        return objects[0]
+
+    broadcast._evomoe = True
+    utils._broadcast_object_slow = broadcast
+
+
 def allow_torchrun_without_gpu() -> None:
-    """``distributed/utils.py:91`` (0.12.2 and 0.12.3) divides by the number of GPUs, which may be 0."""
+    """``distributed/utils.py:91`` (0.12.3) divides by the number of GPUs, which may be 0."""
     from fairseq.distributed import utils
 
     original = utils._infer_torch_distributed_launch_init
@@ -57,6 +93,36 @@ def allow_torchrun_without_gpu() -> None:
 
     infer._evomoe = True
     utils._infer_torch_distributed_launch_init = infer
+
+
+def refuse_spawn_without_gpu() -> None:
+    """``distributed/utils.py:385`` starts a process for each GPU: none at all, silently, without one.
+
+    ``call_main`` of 0.12.2 and 0.12.3 then returns as if training had been done, or, without
+    ``--distributed-init-method``, fails on an assertion that does not tell what to do.
+    """
+    from fairseq.distributed import utils
+
+    original = utils.call_main
+    if getattr(original, "_evomoe", False):
+        return
+
+    @functools.wraps(original)
+    def call_main(cfg, main, **kwargs):
+        parallel = cfg.distributed_training
+        launched = parallel.distributed_no_spawn or parallel.tpu
+        if parallel.distributed_init_method is None:
+            launched = launched or any(key in os.environ for key in ("RANK", "SLURM_STEP_NODELIST"))
+        if parallel.distributed_world_size > 1 and not launched and torch.cuda.device_count() == 0:
+            raise ValueError(
+                "--distributed-world-size {0} starts one process for each GPU, and there is none: start the "
+                "processes with torchrun --nproc_per_node {0}, and add --cpu --distributed-backend "
+                "gloo.".format(parallel.distributed_world_size)
+            )
+        return original(cfg, main, **kwargs)
+
+    call_main._evomoe = True
+    utils.call_main = call_main
 
 
 def allow_ddp_without_gpu() -> None:
@@ -79,22 +145,27 @@ def allow_ddp_without_gpu() -> None:
 
 
 class _NumpyWithAliases:
-    """numpy, and the aliases that numpy 1.24 and 2.0 have removed."""
+    """numpy, and what numpy 1.24, 2.0 and 2.4 have removed."""
 
     class compat:
         long = int
 
     int = int
 
+    @staticmethod
+    def percentile(*args, interpolation="linear", **kwargs):
+        return np.percentile(*args, method=interpolation, **kwargs)
+
     def __getattr__(self, name: str):
         return getattr(np, name)
 
 
 def restore_numpy_aliases() -> None:
-    """fairseq 0.12.2 and 0.12.3 use ``np.compat.long`` and ``np.int``, gone in numpy 2.0 and 1.24.
+    """fairseq 0.12.2 and 0.12.3 use ``np.int``, ``np.compat.long`` and ``np.percentile(interpolation=)``.
 
-    ``data/token_block_dataset.py:125``, ``data/language_pair_dataset.py:292`` and
-    ``data/data_utils.py:524,1107``.  Only the name ``np`` of these modules changes, not numpy.
+    They are gone in numpy 1.24, 2.0 and 2.4.  ``data/token_block_dataset.py:125``,
+    ``data/language_pair_dataset.py:292``, ``data/data_utils.py:524,879,1107``.  Only the name ``np`` of
+    these modules changes, not numpy.
     """
     from fairseq.data import data_utils, language_pair_dataset, token_block_dataset
 
@@ -105,26 +176,127 @@ def restore_numpy_aliases() -> None:
             module.np = _NumpyWithAliases()
 
 
-def strip_encoder_fast_path(layer: nn.Module) -> None:
-    """Take fairseq 0.12.2's "BetterTransformer" path out of one encoder layer.
+def keep_batches_when_resumed() -> None:
+    """``tasks/fairseq_task.py:286`` (0.12.3) batches sentences by seed and the epoch a run starts in.
 
-    ``modules/transformer_layer.py:71-184`` of 0.12.2 keeps second copies of the layer's weights and
-    fills them from ``fc1`` and ``fc2`` when a checkpoint is loaded; a layer with an MoE has neither.
+    The batches are kept for all later epochs, so a run that is resumed after its first epoch has
+    others than the run that is not.  Here they are those of a run that starts in epoch 1, as in 0.12.2.
     """
-    if not hasattr(layer, "can_use_fastpath"):
+    from fairseq.tasks import FairseqTask
+
+    original = FairseqTask.get_batch_iterator
+    signature = inspect.signature(original)
+    if hasattr(original, "__wrapped__") or "numpy_seed(seed + epoch)" not in inspect.getsource(original):
         return
-    layer.can_use_fastpath = False
-    for name in ("in_proj", "out_proj", "fc1", "fc2"):
-        for kind in ("weight", "bias"):
-            layer._parameters.pop("{}_{}".format(name, kind), None)
+
+    @functools.wraps(original)
+    def get_batch_iterator(self, *args, **kwargs):
+        bound = signature.bind(self, *args, **kwargs)
+        bound.apply_defaults()
+        given = bound.arguments
+        rebuilt = given["disable_iterator_cache"] or given["update_epoch_batch_itr"]
+        rebuilt = rebuilt or getattr(self.cfg, "rebuild_batches", False)
+        if rebuilt or not self.can_reuse_epoch_itr(given["dataset"]):
+            return original(self, *args, **kwargs)
+        seed = given["seed"]
+        given["seed"] = seed + 1 - given["epoch"]
+        iterator = original(*bound.args, **bound.kwargs)
+        iterator.seed = seed  # of the order of the batches, which is another in each epoch
+        return iterator
+
+    FairseqTask.get_batch_iterator = get_batch_iterator
 
 
-def disable_encoder_fast_path(layers: nn.ModuleList) -> None:
-    """Keep fairseq 0.12.2 from running a whole encoder batch-first because its first layer could.
+def apply_architectures_in_yaml() -> None:
+    """``dataclass/initialize.py:52`` makes nothing of an architecture that YAML names as a model.
 
-    ``models/transformer/transformer_encoder.py`` of 0.12.2 asks only the first layer whether the
-    fast path is possible and then transposes the input of all of them, the MoE layers included.
+    Under Hydra ``model: {_name: evomoe_lm_tiny}`` gets the defaults of ``evomoe_lm`` before the
+    architecture's function can set its own (0.12.2 and 0.12.3; ``add_defaults`` looks up
+    ``merge_with_parent`` when it is called).  Here the function goes first, for the models of this plugin.
+    """
+    from fairseq.dataclass import utils
+    from fairseq.models import ARCH_CONFIG_REGISTRY
+
+    original = utils.merge_with_parent
+    if hasattr(original, "__wrapped__"):
+        return
+
+    @functools.wraps(original)
+    def merge_with_parent(dc, cfg, *args, **kwargs):
+        config = dc if isinstance(dc, type) else type(dc)
+        architecture = ARCH_CONFIG_REGISTRY.get(cfg.get("_name"))
+        if architecture is not None and config.__module__.startswith(__package__ + "."):
+            given = argparse.Namespace(**OmegaConf.to_container(cfg))
+            architecture(given)
+            with open_dict(cfg):
+                for field in dataclasses.fields(config):
+                    value = getattr(given, field.name, None)
+                    if cfg.get(field.name) is None and value is not None:
+                        # base_lm_architecture gives False for the integer base_shuffle
+                        cfg[field.name] = int(value) if type(field.default) is int else value
+        return original(dc, cfg, *args, **kwargs)
+
+    utils.merge_with_parent = merge_with_parent
+
+
+def silence_harmless_overflow() -> None:
+    """numpy 2 warns about ``data/token_block_dataset.py:178``, 0.12.2 and 0.12.3, for blocks of one token.
+
+    There 1 - 2 is computed in uint16, for a ``past_target`` that only ``--past-target`` uses.  Sources and
+    targets are not concerned.
+    """
+    warnings.filterwarnings(
+        "ignore",
+        "overflow encountered in scalar subtract",
+        RuntimeWarning,
+        "fairseq.data.token_block_dataset",
+    )
+
+
+def drop_absent(cfg: Any, config: type) -> None:
+    """Take out of a configuration what is ``None`` and no option of ``config``.
+
+    omegaconf 2.0 (which fairseq 0.12.2 needs) reads an absent key as ``None`` instead of taking the
+    default of ``getattr``, and fairseq's architecture functions write what they have read.  Later
+    code then finds, for example, a ``decoder_input_dim`` of ``None``.
+    """
+    if OmegaConf.is_config(cfg):
+        options = {field.name for field in dataclasses.fields(config)}
+        for name in [name for name in cfg if name not in options and cfg[name] is None]:
+            del cfg[name]
+
+
+# The copies of an encoder layer's weights that the fast path of fairseq 0.12.2 keeps.
+_FAST_PATH_COPY = re.compile(r"layers\.\d+\.(in_proj|out_proj|fc1|fc2)_(weight|bias)$")
+
+
+class EncoderLayer(TransformerEncoderLayerBase):
+    """fairseq's encoder layer without the fast path of 0.12.2; see ``remove_encoder_fast_path``."""
+
+    # that of 0.12.2 (modules/transformer_layer.py:136) fills the copies
+    _load_from_state_dict = nn.Module._load_from_state_dict
+
+
+def remove_encoder_fast_path(layers: nn.ModuleList) -> None:
+    """Take the "BetterTransformer" path of fairseq 0.12.2 out of an encoder some of whose layers have an MoE.
+
+    ``modules/transformer_layer.py:71-184`` of 0.12.2 keeps second copies of a layer's weights, filled from
+    ``fc1`` and ``fc2`` when a checkpoint is loaded, and ``models/transformer/transformer_encoder.py:222``
+    asks only the first layer whether all of them can go that way.  Nothing else uses the copies: they have
+    no gradient, which ``pytorch_ddp`` refuses.
     """
     for layer in layers:
-        if hasattr(layer, "can_use_fastpath"):
-            layer.can_use_fastpath = False
+        if not hasattr(layer, "can_use_fastpath"):
+            continue
+        layer.can_use_fastpath = False
+        for name in ("in_proj", "out_proj", "fc1", "fc2"):
+            for kind in ("weight", "bias"):
+                layer._parameters.pop("{}_{}".format(name, kind), None)
+        if type(layer) is TransformerEncoderLayerBase:
+            layer.__class__ = EncoderLayer
+
+
+def drop_fast_path_copies(state_dict: Dict[str, torch.Tensor]) -> None:
+    """Let checkpoints of fairseq 0.12.2's own models load; see ``remove_encoder_fast_path``."""
+    for key in [key for key in state_dict if _FAST_PATH_COPY.search(key)]:
+        del state_dict[key]

@@ -7,9 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn import functional as F
 
 from fairseq_evomoe.evolution.spawn import Spawn
-from fairseq_evomoe.moe import Experts, MoELayer, Routing, RoutingContext
+from fairseq_evomoe.moe import Experts, Hidden, MoELayer, Routing, RoutingContext
+from fairseq_evomoe.moe import dispatch as dispatch_module
 from fairseq_evomoe.moe.dispatch import dispatch
 from fairseq_evomoe.moe.routers import DenseToSparseRouter
 
@@ -32,8 +34,8 @@ def make_layer(dim=6, width=10, experts=4, grown=True, method="noise", **options
     return layer, fc1, fc2
 
 
-def make_experts(dim, widths, dtype=torch.float64):
-    experts = Experts(dim, widths).to(dtype)
+def make_experts(dim, widths, dtype=torch.float64, hidden=None):
+    experts = Experts(dim, widths, hidden).to(dtype)
     for p in experts.parameters():
         nn.init.normal_(p)
     return experts
@@ -45,7 +47,7 @@ def slow_dispatch(x, routing, experts):
     y = [torch.zeros_like(x[0]) for _ in range(len(x))] if len(x) else []
     for t, e, w in zip(routing.token_N.tolist(), routing.expert_N.tolist(), routing.weight_N):
         rows = slice(starts[e], starts[e] + experts.widths[e])
-        hidden = torch.relu(experts.w1[rows] @ x[t] + experts.b1[rows])
+        hidden = experts.hidden(experts.w1[rows] @ x[t] + experts.b1[rows])
         y[t] = y[t] + w * (experts.w2[rows].t() @ hidden + experts.b2[e])
     return torch.stack(y) if y else torch.zeros_like(x)
 
@@ -58,11 +60,18 @@ def random_routing(tokens, experts, density, dtype=torch.float64):
     return Routing(token[order], expert[order], weight, tokens, experts)
 
 
+@pytest.fixture(params=["fused", "autograd"])
+def path(request, monkeypatch):
+    """Each of the ways to compute the experts."""
+    monkeypatch.setattr(dispatch_module, "_can_fuse", lambda x, e: request.param == "fused")
+
+
 @pytest.mark.parametrize("widths", [[8], [8, 8, 8], [3, 8, 1, 5]])
 @pytest.mark.parametrize("density", [0.0, 0.3, 1.0])
-def test_dispatch_equals_a_loop_over_pairs(widths, density):
+@pytest.mark.parametrize("activation", [torch.relu, F.gelu])
+def test_dispatch_equals_a_loop_over_pairs(path, widths, density, activation):
     torch.manual_seed(1)
-    experts = make_experts(5, widths)
+    experts = make_experts(5, widths, hidden=Hidden(activation))
     routing = random_routing(17, len(widths), density)
     routing.weight_N.requires_grad_()
     x = torch.randn(17, 5, dtype=torch.float64, requires_grad=True)
@@ -116,7 +125,35 @@ def test_dispatch_on_random_shapes(tokens, widths, density, seed):
     assert torch.allclose(dispatch(x, routing, experts), expected, rtol=0, atol=1e-10)
 
 
-def test_layer_gradcheck():
+def test_what_is_more_than_an_activation_is_left_to_autograd():
+    x = torch.randn(3, 4)
+    dropout = nn.Dropout(0.5)
+    for hidden, fused in (
+        (Hidden(), True),
+        (Hidden(F.gelu), True),
+        (Hidden(torch.tanh), False),
+        (Hidden(norm=nn.LayerNorm(4)), False),
+        (Hidden(dropout=dropout.train()), False),
+    ):
+        assert dispatch_module._can_fuse(x, Experts(4, [4], hidden)) == fused
+    assert dispatch_module._can_fuse(x, Experts(4, [4], Hidden(dropout=nn.Dropout(0.5).eval())))
+
+
+def test_large_gradients_are_the_same_on_huge_pages(monkeypatch):
+    from fairseq_evomoe.moe import memory
+
+    layer, _, _ = make_layer(dim=8, width=16)
+    x = torch.randn(40, 8)
+    grads = []
+    for size in (memory.HUGE, 1):
+        monkeypatch.setattr(memory, "HUGE", size)
+        layer.zero_grad()
+        layer.eval()(x, RoutingContext()).sum().backward()
+        grads.append([p.grad.clone() for p in layer.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*grads))
+
+
+def test_layer_gradcheck(path):
     layer, _, _ = make_layer(dim=3, width=4, experts=3)
     layer = layer.double().eval()
     layer.router.eval_routing = type(layer.router.eval_routing).adaptive

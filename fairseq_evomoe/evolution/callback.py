@@ -8,13 +8,17 @@ has grown.
 
 import functools
 import logging
+import sys
 import time
 from typing import List, Optional
 
 import torch
+from fairseq.models import ARCH_MODEL_REGISTRY
+from fairseq.nan_detector import NanDetector
 from fairseq.trainer import Trainer
 
-from ..models.feed_forward import CheckpointMismatch, MoEFeedForward, moe_layers
+from ..models.feed_forward import CheckpointMismatch, MoEFeedForward, MoEModel, moe_layers
+from ..moe import Router
 from . import optimizer_state
 from .checks import check_before_trainer, check_run
 
@@ -29,6 +33,34 @@ def install() -> None:
     Trainer.__init__ = _checked_init(Trainer.__init__)
     Trainer.train_step = _growing_train_step(Trainer.train_step)
     Trainer.load_checkpoint = _growing_load_checkpoint(Trainer.load_checkpoint)
+    NanDetector.add_hooks = _add_hooks_to_tensors(NanDetector.add_hooks)
+    for name in ("fairseq.distributed", "fairseq_cli.train", "__main__"):  # python fairseq_cli/train.py
+        module = sys.modules.get(name)
+        if hasattr(module, "fsdp_enable_wrap"):
+            module.fsdp_enable_wrap = _checked_enable_wrap(module.fsdp_enable_wrap)
+
+
+def _checked_enable_wrap(original):
+    # fairseq_cli/train.py calls it before it builds a model, and it asks for fairscale
+    @functools.wraps(original)
+    def fsdp_enable_wrap(cfg):
+        run = cfg._get_parent()
+        if issubclass(ARCH_MODEL_REGISTRY.get(run.model._name, object), MoEModel):
+            check_before_trainer(run)
+        return original(cfg)
+
+    return fsdp_enable_wrap
+
+
+def _add_hooks_to_tensors(original):
+    # fairseq/nan_detector.py looks for the module that made a NaN with torch's backward hooks, which take
+    # the first item of a module's output; a Routing has none
+    @functools.wraps(original)
+    def add_hooks(self, module):
+        if not isinstance(module, Router):
+            original(self, module)
+
+    return add_hooks
 
 
 def _checked_init(original):

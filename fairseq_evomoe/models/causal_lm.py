@@ -29,7 +29,7 @@ class EvoMoELanguageModel(MoEModel, TransformerLanguageModel):
         """Build the model that the configuration describes."""
         cfg = complete(cfg, EvoMoELanguageModelConfig)
         model = super().build_model(cfg, task)
-        add_experts(cfg, [model.decoder.layers])
+        add_experts(cfg, {"decoder": model.decoder.layers})
         return model
 
 

@@ -6,46 +6,27 @@ including ``fc2``, the identity, so that fairseq's own ``forward`` runs unchange
 """
 
 from functools import partial
-from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, Optional, Sequence, Tuple
 
 import torch
+from fairseq.modules import gelu
 from fairseq.modules.checkpoint_activations import unwrap_checkpoint
 from fairseq.modules.transformer_layer import (
     TransformerDecoderLayerBase,
     TransformerEncoderLayerBase,
 )
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from .. import compat
 from ..evolution.schedule import Schedule
-from ..moe import Experts, MoELayer, RoutingContext
+from ..moe import Experts, Hidden, MoELayer, RoutingContext
 from . import options
 
 
 class CheckpointMismatch(ValueError):
     """A checkpoint does not fit the options of the model that is to load it."""
-
-
-class Hidden(nn.Module):
-    """What fairseq's layer does between ``fc1`` and ``fc2``: activation, dropout, normalisation.
-
-    Args:
-        activation: the activation function.
-        dropout: the dropout module.
-        norm: the LayerNorm of ``--scale-fc``, if any, shared by the experts.
-    """
-
-    def __init__(self, activation: Callable, dropout: nn.Module, norm: Optional[nn.Module]) -> None:
-        super().__init__()
-        self.activation = activation
-        self.dropout = dropout
-        self.norm = norm
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply it to rows of hidden units of one expert."""
-        x = self.dropout(self.activation(x))
-        return x if self.norm is None else self.norm(x)
 
 
 def _identity(x: Tensor) -> Tensor:
@@ -114,27 +95,29 @@ class MoEFeedForward:
             return checkpoint(lambda y: forward(y.to(device)), x, use_reentrant=False)
         return checkpoint(forward, x, use_reentrant=False)
 
-    def upgrade_state_dict_named(self, state_dict, name: str) -> None:
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
+        # here, and not in fairseq's upgrade_state_dict_named, because layers may be pruned in between
+        self._take_dense(state_dict, prefix)
+        self._check_checkpoint(state_dict, prefix[:-1])
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _take_dense(self, state_dict, prefix: str) -> None:
         """Let a dense checkpoint's feed-forward network be the base expert."""
-        parent = super()
-        if hasattr(parent, "upgrade_state_dict_named"):
-            parent.upgrade_state_dict_named(state_dict, name)
-        experts = name + ".moe.experts."
+        experts = prefix + "moe.experts."
         for old, new in (
             ("fc1.weight", "w1"),
             ("fc1.bias", "b1"),
             ("fc2.weight", "w2"),
             ("fc2.bias", "b2"),
         ):
-            tensor = state_dict.pop("{}.{}".format(name, old), None)
+            tensor = state_dict.pop(prefix + old, None)
             if tensor is not None:
                 tensor = tensor.t().contiguous() if new == "w2" else tensor
                 state_dict[experts + new] = tensor.unsqueeze(0) if new == "b2" else tensor
         for kind in ("weight", "bias"):
-            norm = state_dict.pop("{}.ffn_layernorm.{}".format(name, kind), None)
+            norm = state_dict.pop("{}ffn_layernorm.{}".format(prefix, kind), None)
             if norm is not None:
                 state_dict["{}hidden.norm.{}".format(experts, kind)] = norm
-        self._check_checkpoint(state_dict, name)
 
     def _check_checkpoint(self, state_dict, name: str) -> None:
         prefix, moe = name + ".moe.", self.moe
@@ -163,12 +146,8 @@ class MoEFeedForward:
                 )
             )
 
-    def _load_from_state_dict(self, *args, **kwargs) -> None:
-        # not that of fairseq 0.12.2's layer, which reads fc1 and fc2 (see compat.strip_encoder_fast_path)
-        nn.Module._load_from_state_dict(self, *args, **kwargs)
 
-
-class MoEEncoderLayer(MoEFeedForward, TransformerEncoderLayerBase):
+class MoEEncoderLayer(MoEFeedForward, compat.EncoderLayer):
     """fairseq's encoder layer with an MoE layer."""
 
     def forward(self, x, encoder_padding_mask, attn_mask=None):
@@ -194,44 +173,62 @@ class MoEModel:
     """Mixin for a fairseq model whose layers have MoE layers."""
 
     def upgrade_state_dict_named(self, state_dict, name: str) -> None:
-        """See fairseq's ``BaseFairseqModel``; refuses MoE layers in other places than the model's."""
+        """See fairseq's ``BaseFairseqModel``."""
+        compat.drop_fast_path_copies(state_dict)
+        super().upgrade_state_dict_named(state_dict, name)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
+        """Refuse MoE layers in other places than the model's."""
         end = ".moe.experts.b2"
         found = {key[: -len(end)] for key in state_dict if key.endswith(end)}
-        expected = {layer for layer, _ in moe_layers(self)}
+        expected = {prefix + layer for layer, _ in moe_layers(self)}
         if found and found != expected:
             raise CheckpointMismatch(
                 "The checkpoint has MoE layers at {}, but the model has them at {}: give the --moe-freq "
                 "that it was trained with.".format(sorted(found), sorted(expected))
             )
-        super().upgrade_state_dict_named(state_dict, name)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
 def add_experts(
     cfg: Any,
-    stacks: List[nn.ModuleList],
+    stacks: Dict[str, nn.ModuleList],
     init: Callable[[nn.Module], Any] = _identity,
 ) -> None:
     """Give every ``moe_freq``-th layer of each stack an MoE layer, as the options say.
 
     Args:
         cfg: the model's configuration with ``MoEOptions``.
-        stacks: the layers of the encoder, of the decoder, or of both.
+        stacks: the layers of the ``encoder``, of the ``decoder``, or of both.
         init: what the model does to the linear layers that fairseq's layers build.
 
     Raises:
         ValueError: options that contradict each other, or no layer to give an MoE layer to.
     """
     options.check_options(cfg)
-    chosen = [layer for stack in stacks for i, layer in enumerate(stack) if (i + 1) % cfg.moe_freq == 0]
+    # not list(layers): LayerDrop leaves out some layers, at random, when its list is iterated over
+    stacks = {side: list(layers.children()) for side, layers in stacks.items()}
+    chosen = [
+        layer
+        for side, stack in stacks.items()
+        for i, layer in zip(_layer_numbers(cfg, side, stack), stack)
+        if (i + 1) % cfg.moe_freq == 0
+    ]
     if not chosen:
         raise ValueError(
             "--moe-freq {} is greater than the number of layers ({}), so that no layer would be an MoE "
-            "layer: lower it.".format(cfg.moe_freq, max(len(stack) for stack in stacks))
+            "layer: lower it.".format(cfg.moe_freq, max(map(len, stacks.values())))
         )
     for number, layer in enumerate(chosen):
         _add_experts(cfg, layer, number, init)
-    for stack in stacks:
-        compat.disable_encoder_fast_path(stack)
+    for stack in stacks.values():
+        compat.remove_encoder_fast_path(stack)
+
+
+def _layer_numbers(cfg: Any, side: str, stack: Sequence[nn.Module]) -> Sequence[int]:
+    """The numbers that layers have, or had before ``--encoder-layers-to-keep`` left some out."""
+    keep = getattr(cfg, side + "_layers_to_keep", None)
+    return sorted(map(int, keep.split(","))) if keep else range(len(stack))
 
 
 def _add_experts(cfg: Any, layer: nn.Module, number: int, init: Callable) -> None:
@@ -241,11 +238,12 @@ def _add_experts(cfg: Any, layer: nn.Module, number: int, init: Callable) -> Non
         TransformerEncoderLayerBase: MoEEncoderLayer,
         TransformerDecoderLayerBase: MoEDecoderLayer,
     }[type(layer)]
-    compat.strip_encoder_fast_path(layer)
 
     norm = layer._modules.pop("ffn_layernorm", None)
     layer.ffn_layernorm = None
-    hidden = Hidden(layer.activation_fn, layer.activation_dropout_module, norm)
+    # fairseq's gelu computes in float32 and rounds, which is what torch's does
+    activation = F.gelu if layer.activation_fn is gelu else layer.activation_fn
+    hidden = Hidden(activation, layer.activation_dropout_module, norm)
     layer.activation_fn = _identity
     layer.activation_dropout_module = layer.fc2 = nn.Identity()
 

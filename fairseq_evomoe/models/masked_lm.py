@@ -49,11 +49,11 @@ class EvoMoERoberta(MoEModel, RobertaModel):
     def build_model(cls, cfg, task):
         """Build the model that the configuration describes."""
         args = to_namespace(complete(cfg, EvoMoERobertaConfig))
-        if args.max_positions is None:  # fairseq asks whether it is there at all
-            del args.max_positions
+        if args.max_positions is None:  # fairseq 0.12.2's masked_lm does not tell max_positions()
+            args.max_positions = task.max_positions() or task.cfg.tokens_per_sample
         args.checkpoint_activations = args.checkpoint_activations or args.offload_activations
         model = super().build_model(args, task)
-        add_experts(args, [model.encoder.sentence_encoder.layers], init=init_bert_params)
+        add_experts(args, {"encoder": model.encoder.sentence_encoder.layers}, init=init_bert_params)
         return model
 
 

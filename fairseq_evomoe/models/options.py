@@ -8,6 +8,7 @@ from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 from fairseq.utils import safe_hasattr
 from omegaconf import II, OmegaConf, open_dict
 
+from .. import compat
 from ..evolution.schedule import Schedule, TemperatureSchedule
 from ..evolution.spawn import Spawn, SpawnMethod
 from ..moe import ROUTERS
@@ -105,6 +106,7 @@ def complete(cfg: Any, config: type) -> Any:
     named under Hydra (``model: {_name: evomoe_lm_tiny}``).
     """
     with open_dict(cfg) if OmegaConf.is_config(cfg) else nullcontext():
+        compat.drop_absent(cfg, config)
         for name, default in vars(config()).items():
             if not safe_hasattr(cfg, name):
                 setattr(cfg, name, default)

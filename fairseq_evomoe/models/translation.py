@@ -52,7 +52,7 @@ class EvoMoETransformer(MoEModel, TransformerModel):
         """Build the model that the configuration describes."""
         args = to_namespace(complete(cfg, EvoMoETransformerConfig))
         model = super().build_model(args, task)
-        add_experts(args, [model.encoder.layers, model.decoder.layers])
+        add_experts(args, {"encoder": model.encoder.layers, "decoder": model.decoder.layers})
         return model
 
 

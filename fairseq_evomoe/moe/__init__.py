@@ -1,8 +1,8 @@
 """The mathematics of Mixture-of-Experts layers in plain PyTorch: nothing here knows fairseq."""
 
-from .experts import Experts
+from .experts import Experts, Hidden
 from .layer import MoELayer
 from .routers import ROUTERS, Router
 from .routing import Routing, RoutingContext
 
-__all__ = ["ROUTERS", "Experts", "MoELayer", "Router", "Routing", "RoutingContext"]
+__all__ = ["ROUTERS", "Experts", "Hidden", "MoELayer", "Router", "Routing", "RoutingContext"]

@@ -1,9 +1,43 @@
 """Feed-forward experts of any widths, stored together."""
 
-from typing import Callable, List, Sequence
+from typing import Callable, List, Optional, Sequence
 
 import torch
 from torch import Tensor, nn
+
+
+class Hidden(nn.Module):
+    """What happens between the two products of an expert, on rows of its hidden units.
+
+    Args:
+        activation: the activation function.
+        dropout: a dropout module with a probability ``p``, if any.
+        norm: a normalisation, shared by the experts, if any.
+    """
+
+    def __init__(
+        self,
+        activation: Callable[[Tensor], Tensor] = torch.relu,
+        dropout: Optional[nn.Module] = None,
+        norm: Optional[nn.Module] = None,
+    ) -> None:
+        super().__init__()
+        self.activation = activation
+        self.dropout = dropout
+        self.norm = norm
+
+    @property
+    def only_activation(self) -> bool:
+        """Whether the activation function is all that happens now."""
+        dropout = self.dropout
+        idle = dropout is None or dropout.p == 0 or not dropout.training
+        return self.norm is None and idle and not getattr(dropout, "apply_during_inference", False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply activation, dropout and normalisation."""
+        x = self.activation(x)
+        x = x if self.dropout is None else self.dropout(x)
+        return x if self.norm is None else self.norm(x)
 
 
 class Experts(nn.Module):
@@ -20,15 +54,13 @@ class Experts(nn.Module):
     Args:
         dim: D, width of a token.
         widths: hidden units of each expert.
-        hidden: what happens between the two products: activation, dropout, normalisation.
+        hidden: what happens between the two products; ReLU if not given.
     """
 
-    def __init__(
-        self, dim: int, widths: Sequence[int], hidden: Callable[[Tensor], Tensor] = torch.relu
-    ) -> None:
+    def __init__(self, dim: int, widths: Sequence[int], hidden: Optional[Hidden] = None) -> None:
         super().__init__()
         self.dim = dim
-        self.hidden = hidden
+        self.hidden = Hidden() if hidden is None else hidden
         self.widths: List[int] = []
         self.resize(widths)
 

@@ -1,0 +1,29 @@
+#!/bin/sh
+# Pretrain a masked language model with EvoMoE through all phases, then report its validation loss.
+#
+#   examples/masked_lm/train.sh DATA SAVE_DIR [more flags of fairseq-train]
+#
+# DATA is a folder made by fairseq-preprocess or examples/data/prepare.py (its bin/).
+# UPDATES (default 4000) scales all phases: the spawn at 10%, the anneal over 40%, top-1 from 58%.
+set -eu
+data=$1 save_dir=$2
+shift 2
+updates=${UPDATES:-4000}
+plugin=${EVOMOE_USER_DIR:-$(evomoe user-dir)}
+
+fairseq-train "$data" --user-dir "$plugin" \
+    --task masked_lm --tokens-per-sample 64 --sample-break-mode none --mask-prob 0.15 \
+    --arch evomoe_roberta --encoder-layers 4 --encoder-embed-dim 64 --encoder-ffn-embed-dim 128 \
+    --encoder-attention-heads 4 --encoder-normalize-before --max-positions 256 \
+    --dropout 0.1 --attention-dropout 0.0 \
+    --moe-experts 8 --moe-freq 2 --moe-spawn-update $((updates / 10)) \
+    --moe-anneal-updates $((updates * 4 / 10)) --moe-hard-update $((updates * 48 / 100)) \
+    --criterion evomoe_masked_lm \
+    --optimizer adam --adam-betas "(0.9, 0.98)" --clip-norm 1.0 --lr 0.003 \
+    --lr-scheduler polynomial_decay --warmup-updates $((updates / 20)) \
+    --total-num-update "$updates" --max-update "$updates" --batch-size 32 \
+    --validate-interval-updates $((updates / 8)) --no-epoch-checkpoints \
+    --log-format json --log-interval $((updates / 40)) --save-dir "$save_dir" "$@"
+
+fairseq-validate "$data" --user-dir "$plugin" --task masked_lm --path "$save_dir/checkpoint_best.pt" \
+    --valid-subset test --batch-size 64 --log-format json

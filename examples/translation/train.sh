@@ -1,0 +1,32 @@
+#!/bin/sh
+# Train a translation model with EvoMoE through all phases, then translate the test set (BLEU).
+#
+#   examples/translation/train.sh DATA SAVE_DIR [more flags of fairseq-train]
+#
+# DATA is a folder made by fairseq-preprocess with a joined dictionary, such as the bin/ of
+# `examples/data/prepare.py libreoffice OUT --target de` or `... bible OUT --target fr`.
+# UPDATES (default 4000) scales all phases: the spawn at 10%, the anneal over 40%, top-1 from 58%.
+set -eu
+data=$1 save_dir=$2
+shift 2
+updates=${UPDATES:-4000}
+plugin=${EVOMOE_USER_DIR:-$(evomoe user-dir)}
+
+fairseq-train "$data" --user-dir "$plugin" \
+    --task translation --arch evomoe_transformer --share-all-embeddings \
+    --encoder-layers 4 --encoder-embed-dim 128 --encoder-ffn-embed-dim 256 --encoder-attention-heads 4 \
+    --decoder-layers 4 --decoder-embed-dim 128 --decoder-ffn-embed-dim 256 --decoder-attention-heads 4 \
+    --encoder-normalize-before --decoder-normalize-before --dropout 0.1 \
+    --moe-experts 4 --moe-freq 2 --moe-spawn-update $((updates / 10)) \
+    --moe-anneal-updates $((updates * 4 / 10)) --moe-hard-update $((updates * 48 / 100)) \
+    --criterion evomoe_label_smoothed_cross_entropy --label-smoothing 0.1 \
+    --optimizer adam --adam-betas "(0.9, 0.98)" --clip-norm 1.0 --lr 0.002 \
+    --lr-scheduler inverse_sqrt --warmup-updates $((updates / 10)) \
+    --max-update "$updates" --max-tokens 2048 \
+    --validate-interval-updates $((updates / 8)) --no-epoch-checkpoints \
+    --log-format json --log-interval $((updates / 40)) --save-dir "$save_dir" "$@"
+
+fairseq-generate "$data" --user-dir "$plugin" --path "$save_dir/checkpoint_best.pt" \
+    --gen-subset test --beam 4 --batch-size 64 --remove-bpe sentencepiece --scoring sacrebleu \
+    > "$save_dir/generated.txt"
+tail -n 1 "$save_dir/generated.txt"
