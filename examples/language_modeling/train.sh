@@ -8,7 +8,7 @@
 set -eu
 data=$1 save_dir=$2
 shift 2
-updates=${UPDATES:-4000}
+updates=${UPDATES:-4000} subset=${SUBSET:-test}
 plugin=${EVOMOE_USER_DIR:-$(evomoe user-dir)}
 
 fairseq-train "$data" --user-dir "$plugin" \
@@ -23,7 +23,7 @@ fairseq-train "$data" --user-dir "$plugin" \
     --lr-scheduler polynomial_decay --warmup-updates $((updates / 20)) \
     --total-num-update "$updates" --max-update "$updates" --batch-size 16 \
     --validate-interval-updates $((updates / 8)) --no-epoch-checkpoints \
-    --log-format json --log-interval $((updates / 40)) --save-dir "$save_dir" "$@"
+    --log-format json --log-interval $((updates / 20)) --save-dir "$save_dir" "$@"
 
 fairseq-eval-lm "$data" --user-dir "$plugin" --path "$save_dir/checkpoint_best.pt" \
-    --gen-subset test --batch-size 64 --tokens-per-sample 64 --context-window 0
+    --gen-subset "$subset" --batch-size 64 --tokens-per-sample 64 --context-window 0

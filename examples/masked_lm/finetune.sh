@@ -9,7 +9,7 @@
 set -eu
 data=$1 pretrained=$2 save_dir=$3
 shift 3
-updates=${UPDATES:-1500}
+updates=${UPDATES:-1500} subset=${SUBSET:-test}
 plugin=${EVOMOE_USER_DIR:-$(evomoe user-dir)}
 
 fairseq-train "$data" --user-dir "$plugin" --finetune-from-model "$pretrained" \
@@ -28,5 +28,6 @@ fairseq-train "$data" --user-dir "$plugin" --finetune-from-model "$pretrained" \
     --log-format json --log-interval $((updates / 15)) --save-dir "$save_dir" "$@"
 
 fairseq-validate "$data" --user-dir "$plugin" --task sentence_prediction --num-classes 2 \
+    --criterion evomoe_sentence_prediction \
     --init-token 0 --separator-token 2 --path "$save_dir/checkpoint_best.pt" \
-    --valid-subset test --batch-size 64 --log-format json
+    --valid-subset "$subset" --batch-size 64 --log-format json

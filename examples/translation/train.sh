@@ -9,7 +9,7 @@
 set -eu
 data=$1 save_dir=$2
 shift 2
-updates=${UPDATES:-4000}
+updates=${UPDATES:-4000} subset=${SUBSET:-test}
 plugin=${EVOMOE_USER_DIR:-$(evomoe user-dir)}
 
 fairseq-train "$data" --user-dir "$plugin" \
@@ -24,9 +24,9 @@ fairseq-train "$data" --user-dir "$plugin" \
     --lr-scheduler inverse_sqrt --warmup-updates $((updates / 10)) \
     --max-update "$updates" --max-tokens 2048 \
     --validate-interval-updates $((updates / 8)) --no-epoch-checkpoints \
-    --log-format json --log-interval $((updates / 40)) --save-dir "$save_dir" "$@"
+    --log-format json --log-interval $((updates / 20)) --save-dir "$save_dir" "$@"
 
 fairseq-generate "$data" --user-dir "$plugin" --path "$save_dir/checkpoint_best.pt" \
-    --gen-subset test --beam 4 --batch-size 64 --remove-bpe sentencepiece --scoring sacrebleu \
+    --gen-subset "$subset" --beam 4 --batch-size 64 --remove-bpe sentencepiece --scoring sacrebleu \
     > "$save_dir/generated.txt"
 tail -n 1 "$save_dir/generated.txt"
