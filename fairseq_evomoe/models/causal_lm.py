@@ -12,7 +12,7 @@ from fairseq.models.transformer_lm import (
 )
 
 from .feed_forward import MoEModel, add_experts
-from .options import MoEOptions, complete, set_defaults
+from .options import MoEOptions, check_options, complete, set_defaults
 
 
 @dataclass
@@ -28,6 +28,7 @@ class EvoMoELanguageModel(MoEModel, TransformerLanguageModel):
     def build_model(cls, cfg, task):
         """Build the model that the configuration describes."""
         cfg = complete(cfg, EvoMoELanguageModelConfig)
+        check_options(cfg)
         model = super().build_model(cfg, task)
         add_experts(cfg, {"decoder": model.decoder.layers})
         return model

@@ -137,7 +137,7 @@ class MoEFeedForward:
                 "ffn-embed-dim that it was trained with.".format(name, w1.shape[0] // found, width)
             )
         router = {key[len(prefix) :] for key in state_dict if key.startswith(prefix + "router.")}
-        expected = {"router." + key for key in moe.make_router().state_dict()}
+        expected = {"router." + key for key in (moe.router or moe.make_router()).state_dict()}
         if router and router != expected:
             raise CheckpointMismatch(
                 "The checkpoint's router in {} has the parameters {}, but that of --moe-router has {}: "
@@ -205,7 +205,6 @@ def add_experts(
     Raises:
         ValueError: options that contradict each other, or no layer to give an MoE layer to.
     """
-    options.check_options(cfg)
     # not list(layers): LayerDrop leaves out some layers, at random, when its list is iterated over
     stacks = {side: list(layers.children()) for side, layers in stacks.items()}
     chosen = [
@@ -234,6 +233,7 @@ def _layer_numbers(cfg: Any, side: str, stack: Sequence[nn.Module]) -> Sequence[
 def _add_experts(cfg: Any, layer: nn.Module, number: int, init: Callable) -> None:
     fc1, fc2 = layer._modules.pop("fc1"), layer._modules.pop("fc2")
     unwrap_checkpoint(layer)
+    vars(layer).pop("forward", None)  # unwrapping leaves fairseq's own there, which would hide the class's
     layer.__class__ = {
         TransformerEncoderLayerBase: MoEEncoderLayer,
         TransformerDecoderLayerBase: MoEDecoderLayer,

@@ -10,7 +10,7 @@ from fairseq.modules.transformer_sentence_encoder import init_bert_params
 
 from .feed_forward import MoEModel, add_experts
 from .flat_config import config_from_parser, to_namespace
-from .options import MoEOptions, complete, option, set_defaults
+from .options import MoEOptions, check_options, complete, option, set_defaults
 
 
 def _defaults() -> dict:
@@ -49,6 +49,7 @@ class EvoMoERoberta(MoEModel, RobertaModel):
     def build_model(cls, cfg, task):
         """Build the model that the configuration describes."""
         args = to_namespace(complete(cfg, EvoMoERobertaConfig))
+        check_options(args)
         if args.max_positions is None:  # fairseq 0.12.2's masked_lm does not tell max_positions()
             args.max_positions = task.max_positions() or task.cfg.tokens_per_sample
         args.checkpoint_activations = args.checkpoint_activations or args.offload_activations

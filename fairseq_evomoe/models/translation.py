@@ -16,7 +16,7 @@ from omegaconf import II
 
 from .feed_forward import MoEModel, add_experts
 from .flat_config import config_from_parser, to_namespace
-from .options import MoEOptions, complete, option, set_defaults
+from .options import MoEOptions, check_options, complete, option, set_defaults
 
 
 def _defaults() -> dict:
@@ -51,6 +51,7 @@ class EvoMoETransformer(MoEModel, TransformerModel):
     def build_model(cls, cfg, task):
         """Build the model that the configuration describes."""
         args = to_namespace(complete(cfg, EvoMoETransformerConfig))
+        check_options(args)
         model = super().build_model(args, task)
         add_experts(args, {"encoder": model.encoder.layers, "decoder": model.decoder.layers})
         return model

@@ -1,0 +1,172 @@
+"""What a spawn inside a running Trainer carries over."""
+
+from unittest import mock
+
+import pytest
+import torch
+from cli import LM, build, call, parameters
+
+from fairseq_evomoe.evolution import optimizer_state
+from fairseq_evomoe.evolution.callback import spawn
+
+OPTIMIZERS = {
+    "adam": {"weight_decay": 0.1},
+    "adamax": {},
+    "sgd": {"momentum": 0.9},
+    "nag": {"momentum": 0.9},
+    "adagrad": {},
+    "adadelta": {},
+    "adafactor": {"relative_step": False, "scale_parameter": False, "beta1": 0.9},
+}
+MIXED = {
+    "fp16": {"fp16": True, "fp16_no_flatten_grads": True, "fp16_init_scale": 4},
+    "flat_fp16": {"fp16": True, "fp16_init_scale": 4},
+    "memory_efficient_fp16": {"memory_efficient_fp16": True, "fp16_init_scale": 4},
+    "bf16": {"common": {"bf16": True}},
+    "memory_efficient_bf16": {"common": {"bf16": True, "memory_efficient_bf16": True}},
+}
+
+
+@pytest.fixture
+def flat_fp16_on_cpu():
+    """fp16_optimizer.py:43 files its one flat tensor under the current GPU; CPU tensors look for None."""
+    with mock.patch("torch.cuda.current_device", return_value=None):
+        yield
+
+
+def grow(data, **settings):
+    """A trainer just after its spawn, the states of the parameters before and after, and base tensors."""
+    trainer = build(data, **{**LM, **settings}).train(updates=3)
+    moe = trainer.get_model().decoder.layers[1].moe
+    names = ("w1", "b1", "w2", "b2")
+    base = {name: getattr(moe.experts, name) for name in names}
+    others = [p for p in trainer.get_model().parameters() if not any(p is b for b in base.values())]
+    before = optimizer_state.read(trainer.optimizer)
+    before = {p: {key: _copy(value) for key, value in vars(state).items()} for p, state in before.items()}
+    spawn(trainer)
+    after = {p: vars(state) for p, state in optimizer_state.read(trainer.optimizer).items()}
+    for name in names:
+        check_inherited(moe, name, before[base[name]], after[getattr(moe.experts, name)])
+    for parameter in others:
+        assert_same_state(before[parameter], after[parameter])
+    return trainer
+
+
+def _copy(value):
+    if isinstance(value, dict):
+        return {key: _copy(each) for key, each in value.items()}
+    return value.clone() if torch.is_tensor(value) else value
+
+
+def assert_same_state(a, b):
+    assert a["statistics"].keys() == b["statistics"].keys()
+    for key, value in a["statistics"].items():
+        if torch.is_tensor(value):
+            assert torch.equal(value, b["statistics"][key]), key
+        else:
+            assert value == b["statistics"][key], key
+    assert (a["master"] is None) == (b["master"] is None)
+    assert a["master"] is None or torch.equal(a["master"], b["master"])
+
+
+def check_inherited(moe, name, before, after):
+    """Each expert has the statistics of the base expert, and the master weights that a spawn makes."""
+    assert before["statistics"].keys() == after["statistics"].keys()
+    for key, value in before["statistics"].items():
+        other = after["statistics"][key]
+        if not torch.is_tensor(value) or value.dim() == 0 or key == "exp_avg_sq_col":
+            assert value == other if not torch.is_tensor(value) else torch.equal(value, other)
+        else:
+            assert torch.equal(other, torch.cat([value] * 4)), (name, key)
+    if before["master"] is not None:
+        assert torch.equal(after["master"], moe.spawn(name, before["master"]))
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_every_expert_inherits_the_statistics(optimizer, lm_data):
+    trainer = grow(lm_data, **{**OPTIMIZERS[optimizer], "optimizer": optimizer})
+    router = trainer.get_model().decoder.layers[1].moe.router.weight
+    state = trainer.optimizer.optimizer.state.get(router, {})
+    assert not any(torch.as_tensor(value).any() for value in state.values())  # Adagrad makes zeros at once
+    assert any(p is router for group in trainer.optimizer.optimizer.param_groups for p in group["params"])
+
+
+@pytest.mark.parametrize("precision", MIXED)
+def test_in_mixed_precision(precision, lm_data, flat_fp16_on_cpu):
+    trainer = grow(lm_data, **MIXED[precision])
+    moe = trainer.get_model().decoder.layers[1].moe
+    half = torch.bfloat16 if "bf16" in precision else torch.float16
+    assert {p.dtype for p in trainer.get_model().parameters()} == {half}
+    assert len({expert.float().sum().item() for expert in moe.experts.w1.split(48)}) == 4
+
+
+@pytest.mark.parametrize("precision", MIXED)
+def test_it_trains_on_in_mixed_precision(precision, lm_data, flat_fp16_on_cpu):
+    setup = build(lm_data, **{**LM, **MIXED[precision], "moe_spawn_update": 2})
+    trainer = setup.trainer()
+    trainer.begin_epoch(1)
+    losses = [trainer.train_step([batch])["loss"] for batch in setup.batches()[:6] for _ in range(3)]
+    assert trainer.get_model().decoder.layers[1].moe.grown
+    assert losses[-1] < losses[0]
+    router = trainer.get_model().decoder.layers[1].moe.router
+    initial = type(router)(32, 4)
+    initial.initialize(trainer.get_model().decoder.layers[1].moe.spawn.generator("router"))
+    assert not torch.equal(router.weight, initial.weight.to(router.weight.dtype))
+
+
+def test_fp16_resumes(lm_data, tmp_path):
+    """fairseq does not save its float32 copies, so this is close and not equal, as for dense models."""
+    settings = {**LM, **MIXED["fp16"], "save_interval_updates": 3}
+    call("fairseq-train", lm_data, save_dir=tmp_path, **settings)
+    call(
+        "fairseq-train",
+        lm_data,
+        save_dir=tmp_path / "r",
+        restore_file=tmp_path / "checkpoint_2_9.pt",
+        **settings,
+    )
+    whole, resumed = (parameters(folder / "checkpoint_last.pt") for folder in (tmp_path, tmp_path / "r"))
+    for name, tensor in whole.items():
+        assert torch.allclose(tensor.float(), resumed[name].float(), atol=0.02), name
+
+
+def test_learning_rate_loss_scale_and_counter_carry_over(lm_data):
+    setup = build(lm_data, **{**LM, **MIXED["fp16"], "lr_scheduler": "inverse_sqrt", "warmup_updates": 10})
+    trainer = setup.train(updates=3)
+    trainer.optimizer.scaler.loss_scale = 2.0
+    before = trainer.get_lr(), trainer.get_num_updates(), trainer.lr_scheduler
+    spawn(trainer)
+    assert (trainer.get_lr(), trainer.get_num_updates(), trainer.lr_scheduler) == before
+    assert trainer.optimizer.scaler.loss_scale == 2.0
+    trainer.train_step([setup.batches()[3]])
+    assert trainer.get_lr() == pytest.approx(0.005 * 4 / 10)
+    assert trainer.optimizer.get_lr() == trainer.get_lr()
+
+
+@pytest.mark.parametrize("ema_fp32", [False, True])
+def test_ema_grows_with_the_model(ema_fp32, lm_data):
+    setup = build(lm_data, **{**LM, "store_ema": True, "ema_decay": 0.5, "ema_fp32": ema_fp32})
+    trainer = setup.train(updates=3)
+    base = trainer.ema.get_model().decoder.layers[1].moe.experts.w1.detach().clone()
+    model = trainer.get_model().decoder.layers[1].moe.experts.w1.detach().clone()
+    assert not torch.equal(base, model)
+    spawn(trainer)
+    ema, moe = (m.decoder.layers[1].moe for m in (trainer.ema.get_model(), trainer.get_model()))
+    assert torch.equal(ema.experts.w1, moe.spawn("w1", base))
+    assert torch.equal(ema.router.weight, moe.router.weight)
+    assert not any(p.requires_grad for p in ema.parameters())
+    trainer.train_step([setup.batches()[3]])
+    expected = 0.5 * moe.spawn("w1", base) + 0.5 * moe.experts.w1
+    assert torch.allclose(ema.experts.w1, expected, atol=1e-6)
+
+
+def test_frozen_experts_stay_frozen(lm_data):
+    setup = build(lm_data, **LM)
+    experts = setup.model.decoder.layers[1].moe.experts
+    experts.w1.requires_grad_(False)
+    trainer = setup.train(updates=2)
+    spawn(trainer)
+    assert not experts.w1.requires_grad and experts.w2.requires_grad
+    before = experts.w1.clone()
+    trainer.train_step([setup.batches()[3]])
+    assert torch.equal(experts.w1, before)

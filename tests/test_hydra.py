@@ -1,0 +1,103 @@
+"""``fairseq-hydra-train`` with YAML files: the same options and the same results as flags."""
+
+import pytest
+import torch
+from cli import LM, MASKED_LM, TRANSLATION, call, call_hydra, parameters, run
+from fairseq.criterions import CRITERION_DATACLASS_REGISTRY
+from fairseq.dataclass.configs import FairseqConfig
+from fairseq.models import MODEL_DATACLASS_REGISTRY
+from fairseq.tasks import TASK_DATACLASS_REGISTRY
+from omegaconf import OmegaConf
+
+DATA = {"language_modeling": "lm_data", "masked_lm": "lm_data", "translation": "translation_data"}
+TASKS = [pytest.param(settings, id=settings["task"]) for settings in (LM, MASKED_LM, TRANSLATION)]
+NAMES = {
+    "evomoe_lm_tiny": "evomoe_lm",
+    "evomoe_roberta_tiny": "evomoe_roberta",
+    "evomoe_transformer_tiny": "evomoe_transformer",
+}
+
+
+def write_yaml(path, data, settings, name=None, **common):
+    """The YAML file for settings that are otherwise given as flags."""
+    options = {group: vars(getattr(FairseqConfig(), group)) for group in ("common", "dataset", "checkpoint")}
+    options["task"] = vars(TASK_DATACLASS_REGISTRY[settings["task"]]())
+    options["model"] = vars(MODEL_DATACLASS_REGISTRY[NAMES[settings["arch"]]]())
+    options["criterion"] = vars(CRITERION_DATACLASS_REGISTRY[settings["criterion"]]())
+    cfg = {
+        group: {key: value for key, value in settings.items() if key in known}
+        for group, known in options.items()
+    }
+    cfg["common"].update(common, user_dir=str(settings["user_dir"]))
+    cfg["task"].update(_name=settings["task"], data=str(data))
+    cfg["model"].update(_name=name or settings["arch"])
+    cfg["criterion"].update(_name=settings["criterion"])
+    cfg["optimizer"] = {"_name": settings["optimizer"], "lr": [settings["lr"]]}
+    cfg["optimization"] = {"lr": [settings["lr"]], "max_update": settings["max_update"]}
+    cfg["lr_scheduler"] = {"_name": "fixed"}
+    OmegaConf.save(OmegaConf.create(cfg), path)
+
+
+@pytest.mark.parametrize("settings", TASKS)
+def test_yaml_trains_like_flags(settings, tmp_path, request):
+    data = request.getfixturevalue(DATA[settings["task"]])
+    settings = {
+        **settings,
+        "moe_balance_weight": 0.01,
+        "moe_spawn_method": "noise",
+        "moe_eval_routing": "adaptive",
+    }
+    call("fairseq-train", data, save_dir=tmp_path / "flags", **settings)
+    write_yaml(tmp_path / "train.yaml", data, {**settings, "save_dir": str(tmp_path / "yaml")})
+    result = call_hydra(tmp_path / "train.yaml")
+    assert len(result.lines("spawned experts")) == 1
+    flags, yaml = (parameters(tmp_path / name / "checkpoint_last.pt") for name in ("flags", "yaml"))
+    assert flags.keys() == yaml.keys()
+    assert all(torch.equal(flags[name], yaml[name]) for name in flags)
+
+
+@pytest.mark.parametrize("settings", TASKS)
+def test_a_model_s_own_name_has_its_defaults(settings, tmp_path, request):
+    data = request.getfixturevalue(DATA[settings["task"]])
+    small = {
+        "encoder_layers": 2,
+        "encoder_attention_heads": 2,
+        "decoder_layers": 2,
+        "decoder_attention_heads": 2,
+    }
+    settings = {**settings, **small, "max_update": 8}
+    path = tmp_path / "train.yaml"
+    write_yaml(path, data, {**settings, "save_dir": str(tmp_path)}, name=NAMES[settings["arch"]])
+    assert len(call_hydra(path).lines("spawned experts")) == 1
+
+
+@pytest.mark.parametrize("memory_efficient", [False, True])
+def test_bf16(memory_efficient, lm_data, tmp_path):
+    path = tmp_path / "train.yaml"
+    settings = {**LM, "save_dir": str(tmp_path), "save_interval_updates": 6}
+    write_yaml(path, lm_data, settings, bf16=True, memory_efficient_bf16=memory_efficient)
+    call_hydra(path)
+    whole = parameters(tmp_path / "checkpoint_last.pt")
+    assert all(torch.equal(t, t.bfloat16().float()) for t in whole.values())  # saved as float32
+    write_yaml(
+        path,
+        lm_data,
+        {**settings, "save_dir": str(tmp_path / "r"), "restore_file": str(tmp_path / "checkpoint_1_6.pt")},
+        bf16=True,
+        memory_efficient_bf16=memory_efficient,
+    )
+    call_hydra(path)
+    resumed = parameters(tmp_path / "r/checkpoint_last.pt")
+    for name, tensor in whole.items():  # fairseq saves no float32 copies, see test_growth.py
+        assert torch.allclose(tensor, resumed[name], atol=0 if memory_efficient else 0.1), name
+
+
+def test_the_console_script(lm_data, tmp_path):
+    write_yaml(tmp_path / "train.yaml", lm_data, {**LM, "save_dir": str(tmp_path / "checkpoints")})
+    result = run("fairseq-hydra-train", "--config-dir", tmp_path, "--config-name", "train", cwd=tmp_path)
+    logs = "".join(path.read_text() for path in tmp_path.rglob("hydra_train.log")) + result.output
+    assert "spawned experts before update 6: 1 -> 4" in logs
+    evaluated = call(
+        "fairseq-eval-lm", lm_data, path=tmp_path / "checkpoints/checkpoint_last.pt", user_dir=LM["user_dir"]
+    )
+    assert "Perplexity" in evaluated.output
