@@ -74,9 +74,7 @@ def train(out: Path, updates: int) -> None:
             command = training_command(name, out, updates)
             log.write(" ".join(command) + "\n")
             log.flush()
-            running[name] = subprocess.Popen(
-                command, stdout=log, stderr=subprocess.STDOUT, env=environment
-            )
+            running[name] = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
     start = time.time()
     try:
         while any(process.poll() is None for process in running.values()):
@@ -101,9 +99,7 @@ def train(out: Path, updates: int) -> None:
 def table(out: Path) -> str:
     """Validation perplexity of both models, and what the gate did, at each validation."""
     dense = {
-        int(r["valid_num_updates"]): r["valid_ppl"]
-        for r in records(out / "dense.log")
-        if r["tag"] == "valid"
+        int(r["valid_num_updates"]): r["valid_ppl"] for r in records(out / "dense.log") if r["tag"] == "valid"
     }
     rows, train_row = [], {}
     for record in records(out / "evomoe.log"):

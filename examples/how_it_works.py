@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Draw `how_it_works.svg`: the three phases, from the plugin's own schedule and gate.
 
-    python examples/how_it_works.py
+python examples/how_it_works.py
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import matplotlib
 
 matplotlib.use("svg")
 logging.getLogger("matplotlib").setLevel(logging.WARNING)
-import matplotlib.pyplot as plt
-import torch
+import matplotlib.pyplot as plt  # noqa: E402
+import torch  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))

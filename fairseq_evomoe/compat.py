@@ -10,6 +10,7 @@ import functools
 import inspect
 import os
 import re
+import sys
 import warnings
 from typing import Any, Dict
 
@@ -22,6 +23,7 @@ from torch import nn
 
 def apply() -> None:
     """Mend the known faults of the fairseq, torch and numpy that are installed."""
+    recognise_folder_by_any_path()
     allow_fairseq_checkpoints()
     allow_fairseq_broadcasts()
     allow_torchrun_without_gpu()
@@ -31,6 +33,24 @@ def apply() -> None:
     keep_batches_when_resumed()
     apply_architectures_in_yaml()
     silence_harmless_overflow()
+
+
+class _Folders(list):
+    """A package's folders, each of which is in it by any path that leads there."""
+
+    def __contains__(self, path: object) -> bool:
+        return any(os.path.realpath(str(path)) == os.path.realpath(folder) for folder in self)
+
+
+def recognise_folder_by_any_path() -> None:
+    """``utils.py:504`` compares ``--user-dir`` with the path of a package that is imported already.
+
+    A link to the folder, or a path through one, is refused as another package of that name (0.12.2 and
+    0.12.3).
+    """
+    package = sys.modules[__package__]
+    if not isinstance(package.__path__, _Folders):
+        package.__path__ = _Folders(package.__path__)
 
 
 def allow_fairseq_checkpoints() -> None:

@@ -259,9 +259,10 @@ print(modules, MODEL_REGISTRY["evomoe_lm"].__module__, wrappers)
     [
         ["import", USER_DIR, USER_DIR],
         [os.path.relpath(str(USER_DIR), "/"), USER_DIR, "import"],
-        ["LINK", "import", "LINK"],
+        ["LINK", "import", "LINK", USER_DIR],
+        ["import", "LINK"],
     ],
-    ids=["import-first", "relative", "link"],
+    ids=["import-first", "relative", "link", "link-later"],
 )
 def test_loading_in_any_way_gives_one_module(ways, tmp_path):
     (tmp_path / "fairseq_evomoe").symlink_to(USER_DIR)

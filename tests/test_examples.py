@@ -91,7 +91,9 @@ def test_translation(translation_data, tmp_path):
     assert re.search(r"BLEU\D* = [\d.]+", result.output.splitlines()[-1])
 
 
-@pytest.mark.parametrize("task, data", [("language_modeling", "lm"), ("masked_lm", "lm"), ("translation", "")])
+@pytest.mark.parametrize(
+    "task, data", [("language_modeling", "lm"), ("masked_lm", "lm"), ("translation", "")]
+)
 def test_yaml(task, data, corpus, translation_data, tmp_path):
     result = run(
         "fairseq-hydra-train",
