@@ -214,9 +214,14 @@ def fairseq_preprocess(
         options: further options.
     """
     # Takes seconds to import, which an error found earlier should not cost.
-    logging.getLogger("fairseq").setLevel(logging.WARNING)  # optional packages that we do not need
-    from fairseq.options import get_preprocessing_parser
-    from fairseq_cli import preprocess
+    root = logging.getLogger("fairseq")
+    level = root.level
+    root.setLevel(logging.WARNING)  # optional packages that we do not need
+    try:
+        from fairseq.options import get_preprocessing_parser
+        from fairseq_cli import preprocess
+    finally:
+        root.setLevel(level)
 
     arguments = [*options, "--workers", str(workers)]
     arguments += ["--srcdict", str(dictionary), "--destdir", str(destination)]
@@ -226,6 +231,7 @@ def fairseq_preprocess(
     try:
         preprocess.main(get_preprocessing_parser().parse_args(arguments))
     finally:
+        preprocess.logger.propagate = True
         for handler in list(preprocess.logger.handlers):  # each run adds one
             preprocess.logger.removeHandler(handler)
             handler.close()
