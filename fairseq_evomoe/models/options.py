@@ -118,6 +118,69 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+_UNSUPPORTED = {
+    "quant_noise_pq": "quantization noise is not made for experts",
+    "quant_noise_scalar": "quantization noise is not made for experts",
+    "base_layers": "BASE layers would stand beside the MoE layers",
+    "ffn_reg_scale_factor": "pruning of feed-forward units is not made for experts",
+    "ffn_blocks_to_remove": "pruning of feed-forward units is not made for experts",
+}
+
+# What must hold, and what to say if it does not.
+_RULES = [
+    (lambda o: o.moe_experts >= 1, "--moe-experts must be at least 1, but is {0.moe_experts}."),
+    (lambda o: o.moe_freq >= 1, "--moe-freq must be at least 1, but is {0.moe_freq}."),
+    (
+        lambda o: o.moe_spawn_update >= 0,
+        "--moe-spawn-update must be at least 0 (0: experts from the start), but is {0.moe_spawn_update}.",
+    ),
+    (
+        lambda o: o.moe_spawn_strength is None or 0 <= o.moe_spawn_strength,
+        "--moe-spawn-strength must not be negative, but is {0.moe_spawn_strength}.",
+    ),
+    (
+        lambda o: (
+            o.moe_spawn_strength is None or o.moe_spawn_strength <= 1 or str(o.moe_spawn_method) == "noise"
+        ),
+        "--moe-spawn-strength is a share between 0 and 1 for --moe-spawn-method "
+        "{0.moe_spawn_method}, but is {0.moe_spawn_strength}.",
+    ),
+    (
+        lambda o: o.moe_spawn_strength is None or str(o.moe_spawn_method) != "copy",
+        "--moe-spawn-strength has no effect with --moe-spawn-method copy: leave it out or choose "
+        "mask, noise or reinit.",
+    ),
+    (
+        lambda o: o.moe_temperature_start > 0 and o.moe_temperature_end > 0,
+        "--moe-temperature-start and --moe-temperature-end must be greater than 0, but are "
+        "{0.moe_temperature_start} and {0.moe_temperature_end}.",
+    ),
+    (
+        lambda o: o.moe_temperature_end <= o.moe_temperature_start,
+        "--moe-temperature-end ({0.moe_temperature_end}) must not be greater than "
+        "--moe-temperature-start ({0.moe_temperature_start}), since the gate goes from dense to "
+        "sparse.",
+    ),
+    (
+        lambda o: o.moe_anneal_updates >= 0,
+        "--moe-anneal-updates must be at least 0, but is {0.moe_anneal_updates}.",
+    ),
+    (
+        lambda o: o.moe_hard_update is None or o.moe_hard_update >= -1,
+        "--moe-hard-update ({0.moe_hard_update}) is before the spawn: it counts updates after "
+        "--moe-spawn-update, from 0, or is -1 for never.",
+    ),
+    (
+        lambda o: 0 <= o.moe_threshold < 1,
+        "--moe-threshold must be at least 0 and less than 1, but is {0.moe_threshold}.",
+    ),
+    (
+        lambda o: o.moe_balance_weight >= 0,
+        "--moe-balance-weight must not be negative, but is {0.moe_balance_weight}.",
+    ),
+]
+
+
 def check_options(cfg: Any) -> None:
     """Refuse options that contradict themselves or each other.
 
@@ -127,73 +190,13 @@ def check_options(cfg: Any) -> None:
     Raises:
         ValueError: one sentence that names the settings and the way out.
     """
-    method, strength = str(cfg.moe_spawn_method), cfg.moe_spawn_strength
-    start, end = cfg.moe_temperature_start, cfg.moe_temperature_end
-    unsupported = {
-        "quant_noise_pq": "quantization noise is not made for experts",
-        "quant_noise_scalar": "quantization noise is not made for experts",
-        "base_layers": "BASE layers would stand beside the MoE layers",
-        "ffn_reg_scale_factor": "pruning of feed-forward units is not made for experts",
-    }
-    for name, reason in unsupported.items():
-        if getattr(cfg, name, 0) > 0:
+    for name, reason in _UNSUPPORTED.items():
+        if (getattr(cfg, name, None) or 0) > 0:
             raise ValueError(
                 "{} does not work in a model with MoE layers ({}): leave it out.".format(flag(name), reason)
             )
-    if getattr(cfg, "ffn_blocks_to_remove", -1) != -1:
-        raise ValueError("--ffn-blocks-to-remove does not work in a model with MoE layers: leave it out.")
-    rules = [
-        (cfg.moe_experts >= 1, "--moe-experts must be at least 1, but is {0.moe_experts}."),
-        (cfg.moe_freq >= 1, "--moe-freq must be at least 1, but is {0.moe_freq}."),
-        (
-            cfg.moe_spawn_update >= 0,
-            "--moe-spawn-update must be at least 0 (0: experts from the start), but is {0.moe_spawn_update}.",
-        ),
-        (
-            strength is None or 0 <= strength,
-            "--moe-spawn-strength must not be negative, but is {0.moe_spawn_strength}.",
-        ),
-        (
-            strength is None or strength <= 1 or method == "noise",
-            "--moe-spawn-strength is a share between 0 and 1 for --moe-spawn-method "
-            "{0.moe_spawn_method}, but is {0.moe_spawn_strength}.",
-        ),
-        (
-            strength is None or method != "copy",
-            "--moe-spawn-strength has no effect with --moe-spawn-method copy: leave it out or choose "
-            "mask, noise or reinit.",
-        ),
-        (
-            start > 0 and end > 0,
-            "--moe-temperature-start and --moe-temperature-end must be greater than 0, but are "
-            "{0.moe_temperature_start} and {0.moe_temperature_end}.",
-        ),
-        (
-            end <= start,
-            "--moe-temperature-end ({0.moe_temperature_end}) must not be greater than "
-            "--moe-temperature-start ({0.moe_temperature_start}), since the gate goes from dense to "
-            "sparse.",
-        ),
-        (
-            cfg.moe_anneal_updates >= 0,
-            "--moe-anneal-updates must be at least 0, but is {0.moe_anneal_updates}.",
-        ),
-        (
-            cfg.moe_hard_update is None or cfg.moe_hard_update >= -1,
-            "--moe-hard-update ({0.moe_hard_update}) is before the spawn: it counts updates after "
-            "--moe-spawn-update, from 0, or is -1 for never.",
-        ),
-        (
-            0 <= cfg.moe_threshold < 1,
-            "--moe-threshold must be at least 0 and less than 1, but is {0.moe_threshold}.",
-        ),
-        (
-            cfg.moe_balance_weight >= 0,
-            "--moe-balance-weight must not be negative, but is {0.moe_balance_weight}.",
-        ),
-    ]
-    for holds, message in rules:
-        if not holds:
+    for holds, message in _RULES:
+        if not holds(cfg):
             raise ValueError(message.format(cfg))
 
 
