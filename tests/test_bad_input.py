@@ -106,7 +106,7 @@ def test_allowed(lm_data, changes):
     setup = build(
         lm_data, **{**LM_ONE_LAYER, "moe_spawn_update": 14, "max_update": 20, "cpu": True, **changes}
     )
-    setup.trainer()
+    assert setup.trainer().get_num_updates() == 0  # built, and not refused
 
 
 @pytest.mark.parametrize("changes", [{}, {"moe_threshold": 1.0}, {"ddp_backend": "fully_sharded"}], ids=str)

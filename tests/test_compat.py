@@ -178,7 +178,8 @@ def test_masked_lm_data_options(lm_data, tmp_path, changes):
         "no_save": True,
         "disable_validation": True,
     }
-    call("fairseq-train", lm_data, **{**settings, **changes}, cpu=True, save_dir=tmp_path)
+    result = call("fairseq-train", lm_data, **{**settings, **changes}, cpu=True, save_dir=tmp_path)
+    assert [log["num_updates"] for log in result.log("train_inner")] == [1]
 
 
 def test_absent_keys_of_omegaconf_2_0_are_dropped():
@@ -280,7 +281,7 @@ def test_bucketed_translation_data(translation_data, tmp_path):
         "no_save": True,
         "disable_validation": True,
     }
-    call(
+    result = call(
         "fairseq-train",
         translation_data,
         **{**settings, "batch_size": None, "max_tokens": 200},
@@ -288,10 +289,14 @@ def test_bucketed_translation_data(translation_data, tmp_path):
         cpu=True,
         save_dir=tmp_path,
     )
+    assert [log["num_updates"] for log in result.log("train_inner")] == [1]
 
 
 def test_workers_that_load_data(lm_data, tmp_path):
-    call("fairseq-train", lm_data, **{**LM, "max_update": 8, "num_workers": 1}, cpu=True, save_dir=tmp_path)
+    settings = {**LM, "max_update": 8, "num_workers": 1}
+    result = call("fairseq-train", lm_data, **settings, cpu=True, save_dir=tmp_path)
+    assert len(result.log("train_inner")) == 8
+    assert len(result.lines("spawned experts")) == 1
 
 
 def test_user_dir_command_prints_the_folder(tmp_path):

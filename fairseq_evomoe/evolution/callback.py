@@ -3,7 +3,8 @@
 fairseq has no hook that is given the Trainer, so ``install`` wraps three of its methods (``trainer.py``):
 ``__init__``, to check the configuration as a whole before time is wasted; ``train_step``, before which
 the experts spawn; and ``load_checkpoint``, after which the distributed wrapper is rebuilt if the model
-has grown.
+has grown.  Two more are wrapped so that errors tell what to do: ``fsdp_enable_wrap``, which would ask for
+fairscale before our check is made, and ``NanDetector.add_hooks``, which cannot look at a ``Routing``.
 """
 
 import functools

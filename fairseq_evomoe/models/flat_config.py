@@ -7,7 +7,7 @@ options can be given as flags and as (flat) YAML.
 
 import argparse
 from dataclasses import field, make_dataclass
-from typing import Any, Callable, Dict, Optional, Tuple
+from typing import Any, Callable, Dict, Optional
 
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 from omegaconf import OmegaConf
@@ -17,7 +17,6 @@ def config_from_parser(
     name: str,
     add_args: Callable[[argparse.ArgumentParser], None],
     defaults: Dict[str, Any],
-    bases: Tuple[type, ...] = (FairseqDataclass,),
 ) -> type:
     """Make a dataclass with one field for each option of a parser.
 
@@ -25,7 +24,6 @@ def config_from_parser(
         name: name of the class.
         add_args: adds the options to a parser.
         defaults: defaults that override the parser's.
-        bases: base classes, dataclasses.
     """
     parser = argparse.ArgumentParser(add_help=False)
     add_args(parser)
@@ -36,7 +34,7 @@ def config_from_parser(
         if len(action.option_strings) > 1:
             metadata["argparse_alias"] = action.option_strings[1]
         fields.append((action.dest, _type(action), field(default=default, metadata=metadata)))
-    return make_dataclass(name, fields, bases=bases)
+    return make_dataclass(name, fields, bases=(FairseqDataclass,))
 
 
 def _type(action: argparse.Action) -> Any:
