@@ -3,6 +3,6 @@
 from .experts import Experts, Hidden
 from .layer import MoELayer
 from .routers import ROUTERS, Router
-from .routing import Routing, RoutingContext
+from .routing import Routing, RoutingContext, Vocabulary
 
-__all__ = ["ROUTERS", "Experts", "Hidden", "MoELayer", "Router", "Routing", "RoutingContext"]
+__all__ = ["ROUTERS", "Experts", "Hidden", "MoELayer", "Router", "Routing", "RoutingContext", "Vocabulary"]

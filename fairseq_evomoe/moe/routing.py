@@ -12,10 +12,13 @@ H       hidden units of all experts, laid end to end
 """
 
 from dataclasses import dataclass, field
-from typing import Dict, Optional
+from typing import TYPE_CHECKING, Dict, Optional, Union
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from .slots import Slots
 
 
 @dataclass
@@ -24,11 +27,35 @@ class RoutingContext:
 
     Attributes:
         temperature: temperature of the gate at this update, > 0.
-        hard: whether training has reached the stage in which a token goes to one expert only.
+        hard: whether training has reached the router's last stage: top-1 for the Dense-To-Sparse gate, the
+            frozen assignment for StableMoE.
+        token_T: int64, vocabulary index of each token; ``None`` if nobody asked for it or knows it.
+        sequence_T: int64, number of the sequence in the batch to which each token belongs.
+        memory: what routers hand on to those of later layers in the same forward pass, by a name of
+            their own; a new dictionary for each pass.
+        statistics: whether losses and entropy of the gate are wanted; they are not while generating, and a
+            router may leave them out then.
     """
 
     temperature: float = 1.0
     hard: bool = False
+    token_T: Optional[Tensor] = None
+    sequence_T: Optional[Tensor] = None
+    memory: Dict[str, Tensor] = field(default_factory=dict)
+    statistics: bool = True
+
+
+@dataclass
+class Vocabulary:
+    """The dictionary of the tokens that a stack of layers reads.
+
+    Attributes:
+        size: V, number of entries.
+        count_V: float32, how often each entry occurs in the training data; all 0 if not known.
+    """
+
+    size: int
+    count_V: Tensor
 
 
 @dataclass
@@ -43,6 +70,9 @@ class Routing:
         experts: E, the number of experts that could be chosen.
         losses: named auxiliary losses, float32 scalars with gradient, unweighted.
         gate_entropy: float32 scalar, entropy in nats of the gate's distribution, summed over tokens.
+        probability_TE: float32, the gate's probabilities where the router has any, with gradient.
+        dropped: pairs that a capacity left out; a number or an int64 scalar.
+        slots: mixtures of tokens on which the experts work instead of tokens; ``token_N`` are slots then.
     """
 
     token_N: Tensor
@@ -52,6 +82,9 @@ class Routing:
     experts: int
     losses: Dict[str, Tensor] = field(default_factory=dict)
     gate_entropy: Optional[Tensor] = None
+    probability_TE: Optional[Tensor] = None
+    dropped: Union[int, Tensor] = 0
+    slots: Optional["Slots"] = None
 
     def load_E(self) -> Tensor:
         """Assignments for each expert: float32, shape (E,)."""

@@ -5,9 +5,9 @@ from enum import Enum
 import torch
 from torch import Tensor
 
-from ..losses import balance_loss, entropy
+from ..losses import balance_loss
 from ..routing import Routing, RoutingContext
-from .base import Router
+from .router import LinearRouter, entropy_sum
 
 
 class GateWeight(str, Enum):
@@ -24,7 +24,7 @@ class EvalRouting(str, Enum):
     adaptive = "adaptive"
 
 
-class DenseToSparseRouter(Router):
+class DenseToSparseRouter(LinearRouter):
     """Gumbel-softmax gate whose temperature falls, so that fewer and fewer experts pass a threshold.
 
     In training, with noise ``g ~ Gumbel(0, 1)``, temperature ``tau`` and threshold ``c``::
@@ -45,6 +45,10 @@ class DenseToSparseRouter(Router):
         gate_weight: see above.
         eval_routing: see above.
     """
+
+    loss_weights = {"balance": 0.0}
+    stages = True
+    anneals = True
 
     def __init__(
         self,
@@ -69,8 +73,8 @@ class DenseToSparseRouter(Router):
             y_TE = ((logits_TE + gumbel_like(logits_TE)) / context.temperature).softmax(-1)
             top1 = context.hard
         else:
-            y_TE = (logits_TE / context.temperature).softmax(-1)
             top1 = self.eval_routing == EvalRouting.top1
+            y_TE = probability_TE if top1 else (logits_TE / context.temperature).softmax(-1)
 
         best_T = y_TE.argmax(-1)
         if top1:
@@ -80,17 +84,18 @@ class DenseToSparseRouter(Router):
             mask_TE = (y_TE > self.threshold).scatter(1, best_T.unsqueeze(1), True)
             token_N, expert_N = mask_TE.nonzero(as_tuple=True)
 
-        by_noise = self.gate_weight == GateWeight.gumbel and not (top1 and not self.training)
-        weight_TE = y_TE if by_noise else probability_TE
+        weight_TE = y_TE if self.gate_weight == GateWeight.gumbel else probability_TE
         routing = Routing(
             token_N=token_N,
             expert_N=expert_N,
             weight_N=weight_TE[token_N, expert_N],
             tokens=x_TD.shape[0],
             experts=self.experts,
-            gate_entropy=entropy(probability_TE.detach()).sum(),
+            probability_TE=probability_TE,
         )
-        routing.losses["balance"] = balance_loss(routing)
+        if context.statistics:
+            routing.gate_entropy = entropy_sum(probability_TE)
+            routing.losses["balance"] = balance_loss(routing)
         return routing
 
 

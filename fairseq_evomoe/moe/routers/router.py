@@ -1,0 +1,121 @@
+"""What routers have in common."""
+
+from typing import ClassVar, Dict
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..routing import Routing, RoutingContext
+
+
+class Router(nn.Module):
+    """Base of all routers: a module that assigns tokens to experts.
+
+    A router is built as ``Router(dim, experts, **options)``.  The name of each further argument of its
+    constructor is that of an option of the models without the prefix ``moe_``, or one of ``vocabulary``
+    (a ``Vocabulary``) and ``shared`` (a dictionary in which the routers of one stack of layers keep the
+    modules that they share), so options that a router does not have can be refused.
+
+    Class attributes:
+        loss_weights: the auxiliary losses in ``Routing.losses`` and the published weight of each.
+        needs_tokens: whether ``RoutingContext.token_T`` is needed.
+        needs_whole_sequence: whether a token's output depends on later tokens.
+        one_expert: whether a token never has more than one expert.
+        resizes: whether the number of experts can change while training.
+        stages: whether ``RoutingContext.hard`` makes a difference.
+        anneals: whether ``RoutingContext.temperature`` does.
+        linear_gate: whether the logits are products (or cosines) of a token and the rows of ``weight``.
+
+    Args:
+        dim: D, width of a token.
+        experts: E, number of experts.
+    """
+
+    loss_weights: ClassVar[Dict[str, float]] = {}
+    needs_tokens: ClassVar[bool] = False
+    needs_whole_sequence: ClassVar[bool] = False
+    one_expert: ClassVar[bool] = False
+    resizes: ClassVar[bool] = False
+    stages: ClassVar[bool] = False
+    anneals: ClassVar[bool] = False
+    linear_gate: ClassVar[bool] = False
+
+    def __init__(self, dim: int, experts: int) -> None:
+        super().__init__()
+        self.dim = dim
+        self.experts = experts
+
+    def initialize(self, generator: torch.Generator) -> None:
+        """Fill the parameters and buffers from ``generator``."""
+        raise NotImplementedError
+
+    def forward(self, x_TD: Tensor, context: RoutingContext) -> Routing:
+        """Route tokens.
+
+        Args:
+            x_TD: tokens without padding, shape (T, D).
+            context: phase and temperature, and what else a router may need.
+        """
+        raise NotImplementedError
+
+
+class LinearRouter(Router):
+    """Base of the routers with a linear gate ``logits = x W^T`` (no bias), computed in float32."""
+
+    linear_gate = True
+
+    def __init__(self, dim: int, experts: int) -> None:
+        super().__init__(dim, experts)
+        self.weight = nn.Parameter(torch.empty(experts, dim))
+
+    @torch.no_grad()
+    def initialize(self, generator: torch.Generator) -> None:
+        """Fill the gate as ``nn.Linear`` would, U(-1/sqrt(D), 1/sqrt(D)), from ``generator``."""
+        fill_uniform(self.weight, self.dim**-0.5, generator)
+
+    def logits(self, x_TD: Tensor) -> Tensor:
+        """The gate's logits, float32, shape (T, E), whatever the precision of the model is."""
+        return linear32(x_TD, self.weight)
+
+
+def fill_uniform(tensor: Tensor, bound: float, generator: torch.Generator) -> None:
+    """Fill with U(-bound, bound)."""
+    values = torch.rand(tensor.shape, generator=generator)
+    tensor.copy_((2 * values - 1) * bound)
+
+
+def float32(x: Tensor) -> Tensor:
+    """``x`` in float32, or as it is in float64."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def linear32(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
+    """``x W^T`` in float32 (float64 for float64 tokens), under autocast too; shape (T, E)."""
+    with torch.autocast(device_type=x_TD.device.type, enabled=False):
+        x_TD = float32(x_TD)
+        return F.linear(x_TD, weight_ED.to(x_TD.dtype))
+
+
+def top1_routing(expert_T: Tensor, weight_T: Tensor, experts: int) -> Routing:
+    """Each token to one expert, with a weight."""
+    token_T = torch.arange(expert_T.shape[0], device=expert_T.device)
+    return Routing(token_T, expert_T, weight_T, tokens=expert_T.shape[0], experts=experts)
+
+
+def topk_routing(expert_TK: Tensor, weight_TK: Tensor, experts: int) -> Routing:
+    """Each token to K experts, with weights; the pairs with all first choices are listed first."""
+    tokens, k = expert_TK.shape
+    token_T = torch.arange(tokens, device=expert_TK.device)
+    return Routing(token_T.repeat(k), expert_TK.t().reshape(-1), weight_TK.t().reshape(-1), tokens, experts)
+
+
+def check_top_k(top_k: int, experts: int) -> None:
+    """Raise ``ValueError`` unless k experts can be chosen."""
+    if not 1 <= top_k <= experts:
+        raise ValueError("top_k must be from 1 to the {} experts, but is {}".format(experts, top_k))
+
+
+def entropy_sum(probability_TE: Tensor) -> Tensor:
+    """Entropy in nats of the gate's distributions, summed over tokens, without gradient."""
+    return torch.special.entr(probability_TE.detach()).sum()

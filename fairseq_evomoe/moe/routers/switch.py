@@ -1,0 +1,48 @@
+"""Switch routing (arXiv 2101.03961)."""
+
+import torch
+from torch import Tensor
+
+from ..capacity import limit_load
+from ..losses import top1_balance_loss, z_loss
+from ..routing import Routing, RoutingContext
+from .router import LinearRouter, entropy_sum, float32, top1_routing
+
+
+class SwitchRouter(LinearRouter):
+    """Each token to the expert of the highest gate probability p, with weight p.
+
+    Losses: ``balance``, ``E * sum_e f_e P_e``, with f the share of the tokens whose best expert is e, before
+    any are dropped, and P the mean probability; ``z``, ST-MoE's z-loss.
+
+    Args:
+        dim: D, width of a token.
+        experts: E, number of experts.
+        jitter: while training, the gate's input is multiplied by U(1 - jitter, 1 + jitter).
+        capacity_factor: c: an expert takes at most ``ceil(c T / E)`` tokens, the first ones; for the others
+            only the residual connection is left.  0: no limit.
+    """
+
+    loss_weights = {"balance": 0.01, "z": 0.0}
+    one_expert = True
+
+    def __init__(self, dim: int, experts: int, jitter: float = 0.01, capacity_factor: float = 0.0) -> None:
+        super().__init__(dim, experts)
+        self.jitter = jitter
+        self.capacity_factor = capacity_factor
+
+    def forward(self, x_TD: Tensor, context: RoutingContext) -> Routing:
+        """Route tokens; see the class."""
+        if self.training and self.jitter > 0:
+            x_TD = float32(x_TD)
+            x_TD = x_TD * torch.empty_like(x_TD).uniform_(1 - self.jitter, 1 + self.jitter)
+        logits_TE = self.logits(x_TD)
+        probability_TE = logits_TE.softmax(-1)
+        weight_T, expert_T = probability_TE.max(-1)
+        routing = top1_routing(expert_T, weight_T, self.experts)
+        limit_load(routing, self.capacity_factor)
+        routing.probability_TE = probability_TE
+        routing.gate_entropy = entropy_sum(probability_TE)
+        routing.losses["balance"] = top1_balance_loss(probability_TE)
+        routing.losses["z"] = z_loss(logits_TE)
+        return routing

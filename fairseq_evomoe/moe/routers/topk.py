@@ -1,0 +1,71 @@
+"""Top-k routing as in GShard (arXiv 2006.16668) and Mixtral (arXiv 2401.04088)."""
+
+import torch
+from torch import Tensor
+
+from ..capacity import keep_pairs, limit_load
+from ..losses import mean_entropy, top1_balance_loss, z_loss
+from ..routing import Routing, RoutingContext
+from .router import LinearRouter, check_top_k, entropy_sum, topk_routing
+
+
+class TopKRouter(LinearRouter):
+    """Each token to the k experts of the highest gate probability.
+
+    With ``p = softmax(x W^T)``, the weight of a chosen expert is its p, divided by the sum over the chosen
+    ones if ``renormalize``.  Losses: ``balance``, the one of Switch and GShard; ``entropy``, the mean entropy
+    of p; ``z``, ST-MoE's z-loss.
+
+    Args:
+        dim: D, width of a token.
+        experts: E, number of experts.
+        top_k: k, from 1 to E.
+        renormalize: whether the weights of a token sum to 1, as in GShard and Mixtral.
+        random_second: while training, keep a second expert with probability ``min(1, 2 w)``, where w is its
+            weight, as GShard does; needs k = 2 and ``renormalize``.
+        capacity_factor: c: an expert takes at most ``ceil(c k T / E)`` tokens, best experts first, then
+            second ones, in the order of the tokens.  0: no limit.
+    """
+
+    loss_weights = {"balance": 0.01, "entropy": 0.0, "z": 0.0}
+
+    def __init__(
+        self,
+        dim: int,
+        experts: int,
+        top_k: int = 2,
+        renormalize: bool = True,
+        random_second: bool = False,
+        capacity_factor: float = 0.0,
+    ) -> None:
+        super().__init__(dim, experts)
+        check_top_k(top_k, experts)
+        if random_second and not (top_k == 2 and renormalize):
+            raise ValueError("random_second needs top_k 2 and renormalize")
+        self.top_k = top_k
+        self.renormalize = renormalize
+        self.random_second = random_second
+        self.capacity_factor = capacity_factor
+
+    def forward(self, x_TD: Tensor, context: RoutingContext) -> Routing:
+        """Route tokens; see the class."""
+        logits_TE = self.logits(x_TD)
+        probability_TE = logits_TE.softmax(-1)
+        weight_TK, expert_TK = probability_TE.topk(self.top_k, dim=-1)
+        if self.renormalize:
+            weight_TK = weight_TK / weight_TK.sum(-1, keepdim=True)
+        routing = topk_routing(expert_TK, weight_TK, self.experts)
+        if self.random_second and self.training:
+            self._draw_second(routing)
+        limit_load(routing, self.capacity_factor, self.top_k)
+        routing.probability_TE = probability_TE
+        routing.gate_entropy = entropy_sum(probability_TE)
+        routing.losses["balance"] = top1_balance_loss(probability_TE)
+        routing.losses["entropy"] = mean_entropy(probability_TE)
+        routing.losses["z"] = z_loss(logits_TE)
+        return routing
+
+    def _draw_second(self, routing: Routing) -> None:
+        # of two weights the second is at most a half, so that the first expert is always kept
+        weight_N = routing.weight_N.detach()
+        keep_pairs(routing, torch.rand_like(weight_N) < 2 * weight_N)
