@@ -1,0 +1,116 @@
+"""Hash layers (arXiv 2106.04426)."""
+
+import heapq
+from enum import Enum
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from ..routing import Routing, RoutingContext, Vocabulary
+from .router import Router, float32, top1_routing
+
+
+class HashKind(str, Enum):
+    """How the entries of the vocabulary are shared out among the experts."""
+
+    random = "random"
+    balanced = "balanced"
+
+
+class HashRouter(Router):
+    """Each token to the expert that a fixed table has for its vocabulary index, with weight 1.
+
+    ``random``: each entry of the vocabulary has an expert drawn at random.  ``balanced``: in the order of
+    their frequency, most frequent first, each entry goes to the expert with the fewest occurrences so far;
+    entries that never occur are dealt out in turn, and so are all if the dictionary has no counts.
+
+    Nothing is learned; the table is a part of the checkpoint.
+
+    Args:
+        dim: D, width of a token.
+        experts: E, number of experts.
+        vocabulary: the dictionary that the layer's tokens are from.
+        hash: see above.
+    """
+
+    needs_tokens = True
+    one_expert = True
+    table_V: Tensor
+
+    def __init__(
+        self,
+        dim: int,
+        experts: int,
+        vocabulary: Optional[Vocabulary] = None,
+        hash: HashKind = HashKind.random,
+    ) -> None:
+        super().__init__(dim, experts)
+        self.vocabulary = need_vocabulary(vocabulary, "hash")
+        self.hash = HashKind(hash)
+        self.register_buffer("table_V", torch.zeros(self.vocabulary.size, dtype=torch.long))
+
+    @torch.no_grad()
+    def initialize(self, generator: torch.Generator) -> None:
+        """Fill the table; ``balanced`` has nothing random."""
+        if self.hash == HashKind.random:
+            table_V = torch.randint(self.experts, self.table_V.shape, generator=generator)
+        else:
+            table_V = balanced_table(self.vocabulary.count_V, self.experts)
+        self.table_V.copy_(table_V)
+
+    def forward(self, x_TD: Tensor, context: RoutingContext) -> Routing:
+        """Route tokens; see the class.  There are no losses and no ``probability_TE``.
+
+        Raises:
+            ValueError: the context has no vocabulary indices.
+        """
+        expert_T = self.table_V[need_tokens(context, "hash")]
+        return top1_routing(expert_T, float32(x_TD).new_ones(expert_T.shape), self.experts)
+
+
+def balanced_table(count_V: Tensor, experts: int) -> Tensor:
+    """An expert for each entry of the vocabulary: the most frequent entry to the least loaded expert.
+
+    Args:
+        count_V: how often each entry occurs, at least 0.
+        experts: E.
+
+    Returns:
+        int64, shape (V,).  Entries of the same frequency are in the order of the vocabulary, experts of the
+        same load in that of their number of entries; entries that do not occur are dealt out in turn.
+    """
+    counts = count_V.tolist()
+    table = [0] * len(counts)
+    # the load, the number of entries and the number of each expert
+    heap = [(0.0, 0, expert) for expert in range(experts)]
+    turn = 0
+    for index in sorted(range(len(counts)), key=lambda i: -counts[i]):
+        if counts[index] > 0:
+            load, entries, expert = heap[0]
+            heapq.heapreplace(heap, (load + counts[index], entries + 1, expert))
+        else:
+            expert = turn % experts
+            turn += 1
+        table[index] = expert
+    return torch.tensor(table, dtype=torch.long)
+
+
+def need_vocabulary(vocabulary: Optional[Vocabulary], router: str) -> Vocabulary:
+    """``vocabulary``, or ``ValueError`` if there is none."""
+    if vocabulary is None:
+        raise ValueError(
+            "The router {0} needs the vocabulary of its tokens: give {0} a vocabulary or choose another "
+            "router.".format(router)
+        )
+    return vocabulary
+
+
+def need_tokens(context: RoutingContext, router: str) -> Tensor:
+    """The tokens' vocabulary indices, or ``ValueError`` if there are none."""
+    if context.token_T is None:
+        raise ValueError(
+            "The router {} needs the vocabulary index of each token: call the model with tokens instead of "
+            "embeddings or choose another router.".format(router)
+        )
+    return context.token_T
