@@ -1,0 +1,119 @@
+"""The tree gate of COMET (arXiv 2306.02824)."""
+
+from typing import List
+
+import torch
+from torch import Tensor, nn
+
+from ..losses import active_balance_loss, entropy
+from ..routing import Routing, RoutingContext
+from .router import Router, check_top_k, entropy_sum, fill_uniform, linear32
+
+
+class CometRouter(Router):
+    """k soft decision trees, the leaves of which are the experts.
+
+    An inner node n of tree k sends the share ``S(x . w_kn)`` of a token to the left and the rest to the
+    right, where S is the smooth-step function: 0 up to ``-gamma / 2``, 1 from ``gamma / 2`` on and
+    ``-2 t^3 / gamma^3 + 3 t / (2 gamma) + 1 / 2`` in between.  With ``q_ke`` the share that reaches the
+    leaf of expert e in tree k, the product of the shares on its path::
+
+        g_ke = q_ke exp(x . a_ke) / sum over k', e' of q_k'e' exp(x . a_k'e')
+        weight_e = sum over k of g_ke
+
+    All experts are active at first.  As the nodes learn to decide, shares become exactly 0 or 1, and a
+    token has at most k experts, whose weights sum to 1 as ever.  Losses: ``entropy``, the entropy of q,
+    summed over trees, mean over tokens, which makes the nodes decide; ``balance``, ``E * sum_e f_e P_e``
+    with f the share of the active pairs.
+
+    The published weight of ``entropy`` was tuned for each task, from 0.05 to 10 (and gamma from 0.01 to
+    10); ours is the least of them.  There are no biases, as the authors' codes differ on them, and no
+    permutation of the leaves (their local search).
+
+    Any number of experts makes a tree: with nodes numbered by level, those of node i are 2i + 1 and
+    2i + 2, the first E - 1 are inner nodes and the E others are leaves.
+
+    Args:
+        dim: D, width of a token.
+        experts: E, number of experts.
+        top_k: k, number of trees, from 1 to E.
+        gamma: width of the smooth step, > 0.
+    """
+
+    loss_weights = {"entropy": 0.05, "balance": 0.0}
+
+    def __init__(self, dim: int, experts: int, top_k: int = 2, gamma: float = 1.0) -> None:
+        super().__init__(dim, experts)
+        check_top_k(top_k, experts)
+        if gamma <= 0:
+            raise ValueError("gamma must be greater than 0, but is {}".format(gamma))
+        self.top_k = top_k
+        self.gamma = gamma
+        self.node = nn.Parameter(torch.empty(top_k, experts - 1, dim))
+        self.leaf = nn.Parameter(torch.empty(top_k, experts, dim))
+
+    @torch.no_grad()
+    def initialize(self, generator: torch.Generator) -> None:
+        """As published: nodes from U(-gamma/100, gamma/100), leaves from U(-0.05, 0.05)."""
+        fill_uniform(self.node, self.gamma / 100, generator)
+        fill_uniform(self.leaf, 0.05, generator)
+
+    def forward(self, x_TD: Tensor, context: RoutingContext) -> Routing:
+        """Route tokens; see the class."""
+        tokens = x_TD.shape[0]
+        node_TKN = linear32(x_TD, self.node.flatten(0, 1)).view(tokens, self.top_k, self.experts - 1)
+        share_TKE = leaf_shares(node_TKN, self.gamma)
+        logits_TKE = linear32(x_TD, self.leaf.flatten(0, 1)).view_as(share_TKE)
+        weight_TE = _softmax(logits_TKE, share_TKE).sum(1)
+
+        token_N, expert_N = weight_TE.nonzero(as_tuple=True)
+        routing = Routing(
+            token_N=token_N,
+            expert_N=expert_N,
+            weight_N=weight_TE[token_N, expert_N],
+            tokens=tokens,
+            experts=self.experts,
+            gate_entropy=entropy_sum(weight_TE),
+            probability_TE=weight_TE,
+        )
+        routing.losses["entropy"] = entropy(share_TKE).sum() / max(tokens, 1)
+        routing.losses["balance"] = active_balance_loss(routing)
+        return routing
+
+
+def leaf_shares(node_TKN: Tensor, gamma: float) -> Tensor:
+    """The share of each token that reaches each leaf.
+
+    Args:
+        node_TKN: what the inner nodes tell of the tokens, by the number of the node, shape (T, K, E - 1).
+        gamma: width of the smooth step.
+
+    Returns:
+        shape (T, K, E), rows sum to 1; exactly 0 where a node sends nothing.
+    """
+    inner = node_TKN.shape[-1]
+    ramp_TKN = (node_TKN / gamma + 0.5).clamp(0, 1)
+    # 1 - S(t) = S(-t), which is nowhere negative by rounding
+    side_TKN2 = torch.stack([_smooth(ramp_TKN), _smooth(1 - ramp_TKN)], -1)
+    share_TKN = node_TKN.new_ones(node_TKN.shape[:2] + (1,))  # of the nodes of one level
+    first = 0  # number of the level's first node
+    leaves: List[Tensor] = []
+    while first < inner:
+        count = share_TKN.shape[-1]
+        split = min(count, inner - first)
+        leaves.append(share_TKN[..., split:])
+        share_TKN = (share_TKN[..., :split, None] * side_TKN2[:, :, first : first + split]).flatten(2)
+        first += count
+    return torch.cat(leaves + [share_TKN], -1)
+
+
+def _smooth(ramp: Tensor) -> Tensor:
+    """The smooth step of ``t = gamma (ramp - 1/2)``, for a ramp from 0 to 1."""
+    return ramp * ramp * (3 - 2 * ramp)
+
+
+def _softmax(logits_TKE: Tensor, share_TKE: Tensor) -> Tensor:
+    """``share * exp(logits)``, divided by its sum over a token's trees and leaves."""
+    none_TKE = share_TKE == 0  # where log has no gradient
+    log_TKE = share_TKE.masked_fill(none_TKE, 1).log().masked_fill(none_TKE, float("-inf"))
+    return (logits_TKE + log_TKE).flatten(1).softmax(-1).view_as(share_TKE)

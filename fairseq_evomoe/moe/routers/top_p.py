@@ -1,0 +1,61 @@
+"""Top-p routing (arXiv 2403.07652)."""
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..losses import active_balance_loss, mean_entropy, z_loss
+from ..routing import Routing, RoutingContext
+from .router import LinearRouter, entropy_sum
+
+
+class TopPRouter(LinearRouter):
+    """Each token to the fewest experts that together have the gate probability ``top_p``.
+
+    With ``p = softmax(x W^T)``, experts are taken from the largest p on, up to and including the one with
+    which the sum of their p reaches ``top_p``; a token has at least one.  The weight of an expert is its p,
+    divided by the sum over the chosen ones if ``renormalize``.  Losses: ``balance``, ``E * sum_e f_e P_e``
+    with f the share of the active pairs; ``entropy``, the mean entropy of p, which keeps the number of
+    experts low; ``z``, ST-MoE's z-loss.  HMoE (arXiv 2408.10681) uses ``top_p`` 0.6 and ``renormalize``.
+
+    Args:
+        dim: D, width of a token.
+        experts: E, number of experts.
+        top_p: the probability to reach, greater than 0, at most 1.
+        renormalize: whether the weights of a token sum to 1.
+    """
+
+    loss_weights = {"balance": 0.01, "entropy": 1e-4, "z": 0.0}
+
+    def __init__(self, dim: int, experts: int, top_p: float = 0.4, renormalize: bool = False) -> None:
+        super().__init__(dim, experts)
+        if not 0 < top_p <= 1:
+            raise ValueError("top_p must be greater than 0 and at most 1, but is {}".format(top_p))
+        self.top_p = top_p
+        self.renormalize = renormalize
+
+    def forward(self, x_TD: Tensor, context: RoutingContext) -> Routing:
+        """Route tokens; see the class."""
+        logits_TE = self.logits(x_TD)
+        probability_TE = logits_TE.softmax(-1)
+        # column r: the expert of rank r; it is needed as long as those before it do not reach top_p
+        sorted_TE, expert_TE = probability_TE.sort(dim=-1, descending=True)
+        before_TE = F.pad(sorted_TE.detach().cumsum(-1)[:, :-1], (1, 0))
+        chosen_TE = before_TE < self.top_p
+        weight_TE = sorted_TE
+        if self.renormalize:
+            weight_TE = weight_TE / (weight_TE * chosen_TE).sum(-1, keepdim=True)
+
+        token_N, rank_N = chosen_TE.nonzero(as_tuple=True)
+        routing = Routing(
+            token_N=token_N,
+            expert_N=expert_TE[token_N, rank_N],
+            weight_N=weight_TE[token_N, rank_N],
+            tokens=x_TD.shape[0],
+            experts=self.experts,
+            gate_entropy=entropy_sum(probability_TE),
+            probability_TE=probability_TE,
+        )
+        routing.losses["balance"] = active_balance_loss(routing)
+        routing.losses["entropy"] = mean_entropy(probability_TE)
+        routing.losses["z"] = z_loss(logits_TE)
+        return routing
