@@ -33,9 +33,10 @@ class Hidden(nn.Module):
         idle = dropout is None or dropout.p == 0 or not dropout.training
         return self.norm is None and idle and not getattr(dropout, "apply_during_inference", False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply activation, dropout and normalisation."""
+    def forward(self, x: Tensor, factor: Optional[Tensor] = None) -> Tensor:
+        """Apply activation, multiplication by ``factor`` if given, dropout and normalisation."""
         x = self.activation(x)
+        x = x if factor is None else x * factor
         x = x if self.dropout is None else self.dropout(x)
         return x if self.norm is None else self.norm(x)
 
@@ -43,23 +44,29 @@ class Hidden(nn.Module):
 class Experts(nn.Module):
     """E feed-forward networks ``W2_e f(W1_e x + b1_e) + b2_e``, their hidden units laid end to end.
 
+    Gated ones, such as SwiGLU (arXiv 2002.05202), are ``W2_e (f(W1_e x + b1_e) * W3_e x) + b2_e``.
+
     Expert ``e`` owns rows ``sum(widths[:e]) .. sum(widths[:e+1])`` of ``w1``, ``b1`` and ``w2`` and row
     ``e`` of ``b2``, so experts of any widths lie in four tensors and one expert is a dense FFN:
     ``w1 = fc1.weight``, ``b1 = fc1.bias``, ``w2 = fc2.weight.T``, ``b2 = fc2.bias``.
 
     Attributes:
         widths: hidden units of each expert; H is their sum.
-        w1: (H, D).  b1: (H,).  w2: (H, D).  b2: (E, D).
+        w1: (H, D).  b1: (H,).  w2: (H, D).  b2: (E, D).  w3: (H, D), or ``None`` if not gated.
 
     Args:
         dim: D, width of a token.
         widths: hidden units of each expert.
         hidden: what happens between the two products; ReLU if not given.
+        gated: whether there is a third matrix.
     """
 
-    def __init__(self, dim: int, widths: Sequence[int], hidden: Optional[Hidden] = None) -> None:
+    def __init__(
+        self, dim: int, widths: Sequence[int], hidden: Optional[Hidden] = None, gated: bool = False
+    ) -> None:
         super().__init__()
         self.dim = dim
+        self.gated = gated
         self.hidden = Hidden() if hidden is None else hidden
         self.widths: List[int] = []
         self.resize(widths)
@@ -74,6 +81,10 @@ class Experts(nn.Module):
             "w2": (total, self.dim),
             "b2": (len(self.widths), self.dim),
         }
+        if self.gated:
+            shapes["w3"] = (total, self.dim)
+        else:
+            self.w3 = None
         for name, shape in shapes.items():
             old = self._parameters.get(name)
             new = nn.Parameter(torch.empty(shape) if old is None else old.new_empty(shape))
@@ -83,14 +94,23 @@ class Experts(nn.Module):
             self.register_parameter(name, new)
 
     @torch.no_grad()
-    def set_expert(self, index: int, fc1: nn.Linear, fc2: nn.Linear) -> None:
-        """Copy a dense FFN, given as its two linear layers, into expert ``index``."""
+    def set_expert(
+        self, index: int, fc1: nn.Linear, fc2: nn.Linear, fc3: Optional[nn.Linear] = None
+    ) -> None:
+        """Copy a dense FFN, given as its linear layers, into expert ``index``."""
         start = sum(self.widths[:index])
         rows = slice(start, start + self.widths[index])
         self.w1[rows] = fc1.weight
         self.b1[rows] = fc1.bias
         self.w2[rows] = fc2.weight.t()
         self.b2[index] = fc2.bias
+        if fc3 is not None:
+            self.w3[rows] = fc3.weight
+
+    def parameters_of_each(self) -> List[int]:
+        """Number of parameters of each expert."""
+        matrices = 3 if self.gated else 2
+        return [width * (matrices * self.dim + 1) + self.dim for width in self.widths]
 
     def forward(self, x_ND: Tensor, counts: Sequence[int]) -> Tensor:
         """Apply each expert to its own rows.
@@ -103,18 +123,22 @@ class Experts(nn.Module):
             shape (N, D).
         """
         if len(self.widths) == 1:
-            return self._expert(x_ND, self.w1, self.b1, self.w2, self.b2[0])
+            return self._expert(x_ND, self.w1, self.b1, self.w2, self.b2[0], self.w3)
         parts = zip(
             x_ND.split(list(counts)),
             self.w1.split(self.widths),
             self.b1.split(self.widths),
             self.w2.split(self.widths),
             self.b2.unbind(0),
+            self.w3.split(self.widths) if self.gated else [None] * len(self.widths),
         )
         return torch.cat([self._expert(*part) for part in parts])
 
-    def _expert(self, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
-        return torch.addmm(b2, self.hidden(torch.addmm(b1, x, w1.t())), w2)
+    def _expert(
+        self, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, w3: Optional[Tensor]
+    ) -> Tensor:
+        factor = None if w3 is None else x @ w3.t()
+        return torch.addmm(b2, self.hidden(torch.addmm(b1, x, w1.t()), factor), w2)
 
     def extra_repr(self) -> str:
         """Sizes, for ``print(model)``."""

@@ -1,14 +1,24 @@
 """The Mixture-of-Experts layer: router -> dispatch -> experts -> combine."""
 
-from typing import Callable, Optional
+from dataclasses import replace
+from typing import TYPE_CHECKING, Callable, Collection, Dict, Optional, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from .collect import Activity
 from .dispatch import dispatch
 from .experts import Experts
+from .hyper_adapter import HyperAdapter
+from .losses import penalty_loss
+from .multi_head import MultiHead
+from .mutual_distillation import dispatch_and_compare
 from .routers import Router
 from .routing import Routing, RoutingContext
+
+if TYPE_CHECKING:
+    from ..evolution.plan import Plan
+    from ..evolution.spawn import Spawn
 
 
 class MoELayer(nn.Module):
@@ -21,15 +31,26 @@ class MoELayer(nn.Module):
     Attributes:
         experts: the experts; one before the growth.
         router: the router; ``None`` before the growth.
+        shared: an always-on expert beside the routed ones, which starts as the base expert; ``None`` without
+            ``shared_expert`` and before the growth.
+        activity: measures the base expert's hidden units for the spawn, if that asks for it; ``None``
+            once the layer is grown.
+        hyper_adapter: HyperMoE's adapter; ``None`` without ``make_hyper_adapter`` and before the growth.
         routing: how the last batch was routed; ``None`` before the first and after ``forget``.
+        first_widths: hidden units of the experts when there was one, and once the layer is grown, of those
+            that it grew; routers that resize count from them.
         spawned_on_load: whether the experts were spawned from a single one when a state was loaded.
 
     Args:
         experts: the base expert.
         num_experts: E, the number of experts after the growth.
         make_router: builds and initialises the router when the layer grows.
-        spawn: ``spawn(name, tensor)`` makes the rows of all experts out of those of the base expert, for
-            each of the tensors in ``experts``.
+        spawn: how the base expert becomes many, an ``evolution.spawn.Spawn``.
+        heads: splits tokens into sub-tokens around the experts.
+        shared_expert: whether there is an always-on expert once the layer is grown.
+        make_hyper_adapter: builds and initialises the adapter when the layer grows.
+        losses: which of the losses that are the layer's, not the router's, to compute: ``penalty`` (HMoE),
+            ``mutual_distillation`` (MoDE).
     """
 
     def __init__(
@@ -37,7 +58,11 @@ class MoELayer(nn.Module):
         experts: Experts,
         num_experts: int,
         make_router: Callable[[], Router],
-        spawn: Callable[[str, Tensor], Tensor],
+        spawn: "Spawn",
+        heads: Optional[MultiHead] = None,
+        shared_expert: bool = False,
+        make_hyper_adapter: Optional[Callable[[], HyperAdapter]] = None,
+        losses: Collection[str] = (),
     ) -> None:
         super().__init__()
         self.experts = experts
@@ -46,30 +71,109 @@ class MoELayer(nn.Module):
         self.spawn = spawn
         # registered before it exists, so that parameters have one order in grown and loaded models
         self.register_module("router", None)
+        self.register_module("shared", None)
+        self.register_module("hyper_adapter", None)
+        measure = spawn.needs_activity and num_experts > 1
+        self.activity = Activity(experts.widths[0]) if measure else None
+        self.heads = heads
+        self.shared_expert = shared_expert
+        self.make_hyper_adapter = make_hyper_adapter
+        self.losses = frozenset(losses)
         self.routing: Optional[Routing] = None
+        self.first_widths = list(experts.widths)
         self.spawned_on_load = False
+
+    @property
+    def resizes(self) -> bool:
+        """Whether the number of experts can change while training."""
+        return (self.router or self.make_router()).resizes
 
     @property
     def grown(self) -> bool:
         """Whether the layer has all its experts."""
         return self.router is not None or self.num_experts == 1
 
+    def plan_growth(self) -> "Plan":
+        """What would become of the base expert and its copies if the layer grew now."""
+        activity_H = None if self.activity is None else self.activity.magnitude_H
+        return self.spawn.plan(self._expert_tensors(), activity_H)
+
     @torch.no_grad()
-    def grow(self) -> None:
-        """Spawn the experts and make the router.  The parameters are new objects afterwards."""
-        base = {name: p.detach() for name, p in self.experts.named_parameters(recurse=False)}
-        like = self.experts.w1
-        self.experts.resize(self.experts.widths * self.num_experts)
-        for name, tensor in base.items():
-            getattr(self.experts, name).copy_(self.spawn(name, tensor))
-        self.router = self.make_router().to(device=like.device, dtype=like.dtype)
-        self.router.train(self.training).requires_grad_(like.requires_grad)
+    def grow(self, plan: Optional["Plan"] = None) -> None:
+        """Spawn the experts and make the router.  The parameters are new objects afterwards.
+
+        Args:
+            plan: what becomes of the base expert; ``plan_growth()`` if not given.
+        """
+        plan = self.plan_growth() if plan is None else plan
+        base = self._expert_tensors()
+        self.become(plan)
+        self._complete(base)
+        plan.fill_gate(self.router)
+
+    @torch.no_grad()
+    def grow_empty(self, widths: Sequence[int]) -> None:
+        """Make the router and room for experts of these widths, whose weights are then up to the caller."""
+        base = self._expert_tensors()
+        self.experts.resize(widths)
+        self.num_experts = len(widths)
+        self._complete(base)
+
+    def _complete(self, base: Dict[str, Tensor]) -> None:
+        self.activity = None
+        self.first_widths = list(self.experts.widths)
+        self._add_companions(base)
+
+    @torch.no_grad()
+    def become(self, plan: "Plan") -> None:
+        """Make the experts others.  Their parameters are new objects afterwards.
+
+        Raises:
+            ValueError: experts of other widths, with a normalisation of hidden units that they share.
+        """
+        old = self._expert_tensors()
+        if self.experts.hidden.norm is not None and set(plan.widths) != set(self.experts.widths):
+            raise ValueError(
+                "--scale-fc normalises the hidden units of an expert, so that their number must stay {}: "
+                "leave it out, or --moe-expert-sizes and --moe-spawn-method split.".format(
+                    self.experts.widths[0]
+                )
+            )
+        self.experts.resize(plan.widths)
+        for name, tensor in old.items():
+            getattr(self.experts, name).copy_(plan.weights(name, tensor))
+        self.num_experts = len(plan.widths)
+
+    def _expert_tensors(self) -> Dict[str, Tensor]:
+        return {name: p.detach() for name, p in self.experts.named_parameters(recurse=False)}
+
+    def _add_companions(self, base: Dict[str, Tensor]) -> None:
+        """Make the router and the other modules that work beside the experts of a grown layer."""
+        like, experts = self.experts.w1, self.experts
+        self.router = self.make_router()
+        if self.shared_expert:
+            self.shared = Experts(experts.dim, [base["w1"].shape[0]], experts.hidden, experts.gated)
+            for name, tensor in base.items():
+                getattr(self.shared, name).copy_(tensor)
+        if self.make_hyper_adapter is not None:
+            self.hyper_adapter = self.make_hyper_adapter()
+        for module in (self.router, self.shared, self.hyper_adapter):
+            if module is not None:
+                module.to(device=like.device, dtype=like.dtype).train(self.training)
+                module.requires_grad_(like.requires_grad)
 
     def forget(self) -> None:
         """Forget the last batch, so that a layer that is skipped next does not report it again."""
         self.routing = None
 
-    def forward(self, x: Tensor, context: RoutingContext, padding_mask: Optional[Tensor] = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        context: RoutingContext,
+        padding_mask: Optional[Tensor] = None,
+        tokens: Optional[Tensor] = None,
+        sequences: Optional[Tensor] = None,
+    ) -> Tensor:
         """Apply the layer.
 
         Args:
@@ -77,54 +181,140 @@ class MoELayer(nn.Module):
             context: phase and temperature.
             padding_mask: bool, shape (...): positions that are padding.  They are neither routed nor
                 counted, and the output there is zero once the layer is grown.
+            tokens: int64, shape (...): vocabulary index of each token, for the routers that need it.
+            sequences: int64, shape (...): number of the sequence that each token belongs to, for the routers
+                that mix the tokens of a sequence.
 
         Returns:
             shape and dtype of ``x``.
         """
         x_TD = x.reshape(-1, x.shape[-1])
         keep_T = None if padding_mask is None else (~padding_mask.reshape(-1)).nonzero().squeeze(1)
-        tokens = x_TD.shape[0] if keep_T is None else keep_T.shape[0]
+        count = x_TD.shape[0] if keep_T is None else keep_T.shape[0]
         if self.router is None:
-            self.routing = _single_expert(x_TD, tokens)
-            return self.experts(x_TD, [x_TD.shape[0]]).view_as(x)
+            if self.activity is not None and self.training:
+                self._watch(x_TD, keep_T)
+            return self._single_expert(x_TD, count).view_as(x)
 
-        token_TD = x_TD if keep_T is None else x_TD.index_select(0, keep_T)
-        self.routing = self.router(token_TD, context)
-        y_TD = dispatch(token_TD, self.routing, self.experts)
+        token_TD = _select(x_TD, keep_T)
+        if tokens is not None or sequences is not None:
+            context = replace(
+                context,
+                token_T=_select(_flat(tokens), keep_T),
+                sequence_T=_select(_flat(sequences), keep_T),
+            )
+        y_TD = self._all_experts(token_TD, context)
         if keep_T is not None:
             y_TD = torch.zeros_like(x_TD).index_copy(0, keep_T, y_TD)
         return y_TD.view_as(x)
+
+    def _single_expert(self, x_TD: Tensor, tokens: int) -> Tensor:
+        row_RD = x_TD if self.heads is None else self.heads.split(x_TD)
+        rows = tokens if self.heads is None else tokens * self.heads.heads
+        self.routing = _to_single_expert(x_TD, rows)
+        y_RD = self.experts(row_RD, [row_RD.shape[0]])
+        return y_RD if self.heads is None else self.heads.join(y_RD, x_TD.shape[0])
+
+    def _watch(self, x_TD: Tensor, keep_T: Optional[Tensor]) -> None:
+        """Measure how active the base expert's hidden units are, on some of the tokens."""
+        stride = self.activity.STRIDE
+        sample_TD = x_TD[::stride] if keep_T is None else x_TD[keep_T[::stride]]
+        self.activity.watch(self.experts, sample_TD if self.heads is None else self.heads.split(sample_TD))
+
+    def _all_experts(self, x_TD: Tensor, context: RoutingContext) -> Tensor:
+        """What the grown layer makes of tokens without padding."""
+        if self.heads is None:
+            return self._route(x_TD, context)
+        context = replace(
+            context,
+            token_T=None if context.token_T is None else self.heads.repeat(context.token_T),
+            sequence_T=None if context.sequence_T is None else self.heads.repeat(context.sequence_T),
+        )
+        return self.heads.join(self._route(self.heads.split(x_TD), context), x_TD.shape[0])
+
+    def _route(self, x_TD: Tensor, context: RoutingContext) -> Tensor:
+        routing = self.routing = self.router(x_TD, context)
+        if "penalty" in self.losses:
+            routing.losses["penalty"] = penalty_loss(routing, torch.tensor(self.experts.widths))
+        if "mutual_distillation" in self.losses:
+            y_TD, routing.losses["mutual_distillation"] = dispatch_and_compare(x_TD, routing, self.experts)
+        else:
+            y_TD = dispatch(x_TD, routing, self.experts)
+        if self.shared is not None:
+            y_TD = y_TD + self.shared(x_TD, [x_TD.shape[0]])
+        if self.hyper_adapter is not None:
+            y_TD = y_TD + self.hyper_adapter(x_TD, routing)
+        return y_TD
 
     def __getstate__(self):
         # how the last batch was routed is part of a graph, which cannot be copied
         return dict(self.__dict__, routing=None)
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
-        state = state_dict.get(prefix + "experts.b2")
-        found = None if state is None else state.shape[0]
-        if found == 1 < self.num_experts and self.grown:
-            self.spawned_on_load = True
-            for name, _ in self.experts.named_parameters(recurse=False):
-                key = prefix + "experts." + name
-                state_dict[key] = self.spawn(name, state_dict[key])
-            for name, tensor in self.router.state_dict().items():
-                state_dict[prefix + "router." + name] = tensor
-        elif found == self.num_experts and not self.grown:
+        b2 = state_dict.get(prefix + "experts.b2")
+        if b2 is not None:
+            if any(key.startswith(prefix + "router.") for key in state_dict) or b2.shape[0] > 1:
+                self._fit_experts(b2.shape[0], state_dict, prefix)
+            elif self.grown and self.num_experts > 1:
+                self._spawn_state(state_dict, prefix)
+            self._fit_activity(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _fit_experts(self, found: int, state_dict: Dict[str, Tensor], prefix: str) -> None:
+        """Make the layer one that the state of a grown layer fits into."""
+        if not self.grown:
             self.grow()
-        elif found not in (None, 1, self.num_experts):
+        if self.router is not None and self.router.resizes and prefix + "router.origin_E" in state_dict:
+            origin_E = state_dict[prefix + "router.origin_E"].round().long().tolist()
+            widths = [self.first_widths[origin] for origin in origin_E]
+            if widths != self.experts.widths:
+                self.experts.resize(widths)
+                self.router.make_room(len(widths))
+                self.num_experts = len(widths)
+        if found != self.num_experts:
             raise ValueError(
                 "{}: the checkpoint has {} experts, the model {}".format(
                     prefix.rstrip("."), found, self.num_experts
                 )
             )
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _spawn_state(self, state_dict: Dict[str, Tensor], prefix: str) -> None:
+        """Replace the state of a layer with one expert by that of this grown layer, spawned from it."""
+        self.spawned_on_load = True
+        base = {name: state_dict[prefix + "experts." + name] for name in self._expert_tensors()}
+        plan = self.spawn.plan(base, state_dict.get(prefix + "activity.magnitude_H"))
+        for name, tensor in base.items():
+            state_dict[prefix + "experts." + name] = plan.weights(name, tensor)
+        plan.fill_gate(self.router)
+        for key, tensor in self.state_dict().items():
+            module, _, name = key.partition(".")
+            if module == "shared":
+                state_dict[prefix + key] = base.get(name, tensor)
+            elif module in ("router", "hyper_adapter"):
+                state_dict[prefix + key] = tensor
+
+    def _fit_activity(self, state_dict: Dict[str, Tensor], prefix: str) -> None:
+        """Let a state lack what is measured for the spawn, or have it in vain."""
+        key = prefix + "activity.magnitude_H"
+        if self.activity is None:
+            state_dict.pop(key, None)
+        else:
+            state_dict.setdefault(key, self.activity.magnitude_H)
 
     def extra_repr(self) -> str:
         """State of growth, for ``print(model)``."""
         return "num_experts={}, grown={}".format(self.num_experts, self.grown)
 
 
-def _single_expert(x_TD: Tensor, tokens: int) -> Routing:
+def _flat(x: Optional[Tensor]) -> Optional[Tensor]:
+    return None if x is None else x.reshape(-1)
+
+
+def _select(x_T: Optional[Tensor], keep_T: Optional[Tensor]) -> Optional[Tensor]:
+    return x_T if x_T is None or keep_T is None else x_T.index_select(0, keep_T)
+
+
+def _to_single_expert(x_TD: Tensor, tokens: int) -> Routing:
     """The routing of a layer with one expert: every token to it, with weight 1."""
     index_T = torch.zeros(tokens, dtype=torch.long, device=x_TD.device)
     weight_T = torch.ones(tokens, device=x_TD.device)
