@@ -25,6 +25,11 @@ MIXED = {
     "bf16": {"common": {"bf16": True}},
     "memory_efficient_bf16": {"common": {"bf16": True, "memory_efficient_bf16": True}},
 }
+METHODS = {
+    "mask": {},
+    "slice": {"moe_spawn_method": "slice", "moe_expert_sizes": "1,2,4,1"},
+    "split": {"moe_spawn_method": "split"},
+}
 
 
 @pytest.fixture
@@ -40,13 +45,14 @@ def grow(data, **settings):
     moe = trainer.get_model().decoder.layers[1].moe
     names = ("w1", "b1", "w2", "b2")
     base = {name: getattr(moe.experts, name) for name in names}
+    plan = moe.plan_growth()
     others = [p for p in trainer.get_model().parameters() if not any(p is b for b in base.values())]
     before = optimizer_state.read(trainer.optimizer)
     before = {p: {key: _copy(value) for key, value in vars(state).items()} for p, state in before.items()}
     spawn(trainer)
     after = {p: vars(state) for p, state in optimizer_state.read(trainer.optimizer).items()}
     for name in names:
-        check_inherited(moe, name, before[base[name]], after[getattr(moe.experts, name)])
+        check_inherited(plan, name, before[base[name]], after[getattr(moe.experts, name)])
     for parameter in others:
         assert_same_state(before[parameter], after[parameter])
     return trainer
@@ -69,7 +75,7 @@ def assert_same_state(a, b):
     assert a["master"] is None or torch.equal(a["master"], b["master"])
 
 
-def check_inherited(moe, name, before, after):
+def check_inherited(plan, name, before, after):
     """Each expert has the statistics of the base expert, and the master weights that a spawn makes."""
     assert before["statistics"].keys() == after["statistics"].keys()
     for key, value in before["statistics"].items():
@@ -77,18 +83,34 @@ def check_inherited(moe, name, before, after):
         if not torch.is_tensor(value) or value.dim() == 0 or key == "exp_avg_sq_col":
             assert value == other if not torch.is_tensor(value) else torch.equal(value, other)
         else:
-            assert torch.equal(other, torch.cat([value] * 4)), (name, key)
+            assert torch.equal(other, plan.statistics(name, value)), (name, key)
     if before["master"] is not None:
-        assert torch.equal(after["master"], moe.spawn(name, before["master"]))
+        assert torch.equal(after["master"], plan.weights(name, before["master"]))
 
 
+@pytest.mark.parametrize("method", ["mask", "slice", "split"])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_every_expert_inherits_the_statistics(optimizer, lm_data):
-    trainer = grow(lm_data, **{**OPTIMIZERS[optimizer], "optimizer": optimizer})
+def test_every_expert_inherits_the_statistics(optimizer, method, lm_data):
+    trainer = grow(lm_data, **{**OPTIMIZERS[optimizer], **METHODS[method], "optimizer": optimizer})
     router = trainer.get_model().decoder.layers[1].moe.router.weight
     state = trainer.optimizer.optimizer.state.get(router, {})
     assert not any(torch.as_tensor(value).any() for value in state.values())  # Adagrad makes zeros at once
     assert any(p is router for group in trainer.optimizer.optimizer.param_groups for p in group["params"])
+
+
+def test_the_shared_expert_inherits_too(lm_data):
+    setup = build(lm_data, **{**LM, **METHODS["slice"], "moe_shared_expert": True})
+    trainer = setup.train(updates=3)
+    moe = trainer.get_model().decoder.layers[1].moe
+    base = {name: (p, p.detach().clone()) for name, p in moe.experts.named_parameters()}
+    before = {name: _copy(trainer.optimizer.optimizer.state[p]) for name, (p, _) in base.items()}
+    spawn(trainer)
+    for name, (_, value) in base.items():
+        shared = getattr(moe.shared, name)
+        moment = trainer.optimizer.optimizer.state[shared]["exp_avg"]
+        assert torch.equal(shared, value) and torch.equal(moment, before[name]["exp_avg"]) and moment.any()
+    trainer.train_step([setup.batches()[3]])
+    assert not torch.equal(moe.shared.w1, base["w1"][1])
 
 
 @pytest.mark.parametrize("precision", MIXED)
@@ -150,14 +172,26 @@ def test_ema_grows_with_the_model(ema_fp32, lm_data):
     base = trainer.ema.get_model().decoder.layers[1].moe.experts.w1.detach().clone()
     model = trainer.get_model().decoder.layers[1].moe.experts.w1.detach().clone()
     assert not torch.equal(base, model)
+    plan = trainer.get_model().decoder.layers[1].moe.plan_growth()
     spawn(trainer)
     ema, moe = (m.decoder.layers[1].moe for m in (trainer.ema.get_model(), trainer.get_model()))
-    assert torch.equal(ema.experts.w1, moe.spawn("w1", base))
+    assert torch.equal(ema.experts.w1, plan.weights("w1", base))
     assert torch.equal(ema.router.weight, moe.router.weight)
     assert not any(p.requires_grad for p in ema.parameters())
     trainer.train_step([setup.batches()[3]])
-    expected = 0.5 * moe.spawn("w1", base) + 0.5 * moe.experts.w1
+    expected = 0.5 * plan.weights("w1", base) + 0.5 * moe.experts.w1
     assert torch.allclose(ema.experts.w1, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("spawn_update", [0, 2])
+@pytest.mark.parametrize("ema_fp32", [False, True])
+def test_ema_copies_tables_of_integers(ema_fp32, spawn_update, lm_data):
+    ema = {"store_ema": True, "ema_decay": 0.9, "ema_fp32": ema_fp32}
+    trainer = build(lm_data, **{**LM, **ema, "moe_router": "hash", "moe_spawn_update": spawn_update}).train(4)
+    tables = [m.decoder.layers[1].moe.router.table_V for m in (trainer.ema.get_model(), trainer.get_model())]
+    assert torch.equal(*tables) and tables[0].dtype == torch.int64 and tables[0].max() == 3
+    moe = trainer.get_model().decoder.layers[1].moe
+    assert not torch.equal(trainer.ema.get_model().decoder.layers[1].moe.experts.w1, moe.experts.w1)
 
 
 def test_frozen_experts_stay_frozen(lm_data):

@@ -18,9 +18,13 @@ def base():
     }
 
 
+OLD = ("mask", "noise", "reinit", "copy")
+
+
 def spawned(method, strength=None, **options):
-    spawn = Spawn(3, method=SpawnMethod(method), strength=strength, **options)
-    tensors = {name: spawn(name, tensor) for name, tensor in base().items()}
+    plan = Spawn(3, method=SpawnMethod(method), strength=strength, **options).plan(base())
+    assert plan.widths == [200] * 3
+    tensors = {name: plan.weights(name, tensor) for name, tensor in base().items()}
     rows = {name: tensor.shape[0] for name, tensor in base().items()}
     return [
         {name: tensor[e * rows[name] : (e + 1) * rows[name]] for name, tensor in tensors.items()}
@@ -73,7 +77,7 @@ def test_reinit_draws_whole_hidden_units_from_the_statistics_of_the_base():
     assert not torch.equal(experts[0]["w1"], experts[1]["w1"])
 
 
-@pytest.mark.parametrize("method", [m.value for m in SpawnMethod])
+@pytest.mark.parametrize("method", OLD)
 def test_the_result_depends_on_nothing_but_the_arguments(method):
     first = spawned(method)
     torch.manual_seed(99)
@@ -91,14 +95,52 @@ def test_layers_and_seeds_differ(change):
 
 
 def test_the_base_is_not_changed_and_dtype_is_kept():
-    weights = torch.randn(10, 4, dtype=torch.bfloat16)
-    before = weights.clone()
+    tensors = {name: tensor.bfloat16() for name, tensor in base().items()}
+    before = {name: tensor.clone() for name, tensor in tensors.items()}
     for method in SpawnMethod:
-        assert Spawn(2, method=method)("w1", weights).dtype == torch.bfloat16
-    assert torch.equal(weights, before)
+        plan = Spawn(2, method=method).plan(tensors)
+        for name, tensor in tensors.items():
+            assert plan.weights(name, tensor).dtype == torch.bfloat16
+    assert all(torch.equal(tensors[name], before[name]) for name in NAMES)
 
 
 def test_statistics_are_inherited():
-    moment = torch.randn(10, 4)
-    inherited = Spawn(3, method=SpawnMethod.reinit).inherit("w1", moment)
-    assert torch.equal(inherited, moment.repeat(3, 1))
+    plan = Spawn(3, method=SpawnMethod.reinit).plan(base())
+    for name, tensor in base().items():
+        moment = torch.randn(tensor.shape)
+        assert torch.equal(plan.statistics(name, moment), torch.cat([moment] * 3))
+
+
+@pytest.mark.parametrize(
+    "method, checksum", [("mask", 415.0), ("noise", 832.4644165), ("reinit", 571.5108032)]
+)
+def test_the_random_numbers_are_those_of_the_first_version(method, checksum):
+    small = {"w1": torch.arange(12.0).view(4, 3), "b1": torch.arange(4.0), "w2": torch.ones(4, 3)}
+    plan = Spawn(2, layer=1, method=SpawnMethod(method), strength=0.5, seed=3).plan(small)
+    place = torch.arange(1.0, 9).unsqueeze(1)
+    found = sum((place * plan.weights(name, x).view(8, -1)).sum().item() for name, x in small.items())
+    assert found == pytest.approx(checksum, rel=1e-5)
+
+
+def test_the_third_matrix_is_treated_as_the_first():
+    gated = {**base(), "w3": torch.randn(200, 50)}
+    for method in ("mask", "noise", "reinit"):
+        plan = Spawn(2, method=SpawnMethod(method)).plan(gated)
+        w1, w3 = (plan.weights(name, gated[name]) != gated[name].repeat(2, 1) for name in ("w1", "w3"))
+        assert w3.any() and w3.float().mean().item() == pytest.approx(w1.float().mean().item(), abs=0.02)
+        if method == "reinit":
+            assert torch.equal(w1.all(1), w3.all(1))
+
+
+@pytest.mark.parametrize("method", OLD)
+def test_other_widths_than_the_base_has_are_refused(method):
+    for widths in ([200, 100, 200], [96] * 3):
+        with pytest.raises(ValueError, match="{}.*--moe-expert-sizes".format(method)):
+            Spawn(3, method=SpawnMethod(method), widths=widths).plan(base())
+    assert Spawn(3, method=SpawnMethod(method), widths=[200] * 3).plan(base()).widths == [200] * 3
+
+
+@pytest.mark.parametrize("widths", [[8, 8], [8, 0, 8]])
+def test_widths_that_are_no_widths_are_refused(widths):
+    with pytest.raises(ValueError, match="--moe-expert-sizes"):
+        Spawn(3, method=SpawnMethod.slice, widths=widths)

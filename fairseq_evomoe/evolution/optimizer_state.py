@@ -1,4 +1,4 @@
-"""Carry an optimizer's statistics over to the parameters that a spawn has made.
+"""Carry an optimizer's statistics over to the parameters that new experts have.
 
 fairseq keeps the statistics of a parameter in one of three places: in the torch optimizer, under the
 parameter itself; under a float32 copy of it (``--fp16``, ``--bf16``); or as a stretch of one flat float32
@@ -26,12 +26,12 @@ class ParameterState:
     statistics: Dict[str, Any] = field(default_factory=dict)
     master: Optional[Tensor] = None
 
-    def spawn(self, weights: Callable, statistics: Callable) -> "ParameterState":
-        """The state of a parameter that was spawned from this one.
+    def become(self, weights: Callable, statistics: Callable) -> "ParameterState":
+        """The state of a parameter that was made from this one.
 
         Args:
-            weights: what the spawn does to the parameter.
-            statistics: what it does to statistics shaped like the parameter.
+            weights: what was done to the parameter.
+            statistics: what to do to statistics that have a row for each row of the parameter.
         """
         inherited = {}
         for name, value in self.statistics.items():

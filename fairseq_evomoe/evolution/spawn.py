@@ -1,16 +1,21 @@
 """Experts out of an expert: what EvoMoE (arXiv 2112.14397) calls expert-diversify, and its alternatives.
 
 The paper's code has no expert-diversify.  ``mask``, ``noise`` and ``copy`` follow descriptions of the
-paper, ``reinit`` is Drop-Upcycling (arXiv 2502.19261); the default strengths are ours but for ``reinit``.
+paper, ``reinit`` is Drop-Upcycling (arXiv 2502.19261), ``split`` is EMoE (arXiv 2310.10908) and ``slice``
+is ours; the default strengths are ours but for ``reinit``.
 """
 
 import hashlib
 from dataclasses import dataclass
 from enum import Enum
-from typing import Optional
+from typing import Dict, List, Optional, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+from .kmeans import balanced_kmeans
+from .plan import Origin, Plan
 
 
 class SpawnMethod(str, Enum):
@@ -20,6 +25,8 @@ class SpawnMethod(str, Enum):
     noise = "noise"
     reinit = "reinit"
     copy = "copy"
+    slice = "slice"
+    split = "split"
 
 
 DEFAULT_STRENGTH = {
@@ -27,25 +34,46 @@ DEFAULT_STRENGTH = {
     SpawnMethod.noise: 0.1,
     SpawnMethod.reinit: 0.5,
     SpawnMethod.copy: 0.0,
+    SpawnMethod.slice: 0.1,
+    SpawnMethod.split: 0.0,
 }
 
 
 @dataclass(frozen=True)
 class Spawn:
-    """Makes the tensors of many experts out of those of one.
+    """Makes many experts out of one.
 
     The result depends on nothing but the arguments, so every rank and every resumed run makes the same
-    experts.  Names and shapes are those of ``moe.experts.Experts``.
+    experts.  Names and shapes of tensors are those of ``moe.experts.Experts``.
+
+    What the methods do:
+
+    - ``copy``: nothing changes.
+    - ``mask``: each weight of ``w1``, ``w2`` and ``w3`` is set to zero with probability ``strength``.
+    - ``noise``: Gaussian noise is added to them, its standard deviation ``strength`` times the tensor's own.
+    - ``reinit``: a random share ``strength`` of the hidden units is drawn anew from the mean and standard
+      deviation of ``w1``, ``b1``, ``w2`` and ``w3``.
+    - ``slice``: an expert narrower than the base keeps its most useful hidden units (see ``usefulness``),
+      but for a share ``strength`` of them, chosen at random from the others, so that experts of equal widths
+      differ.  A wider one has all of them and new ones that leave its function as it is: their rows of
+      ``w1``, ``b1`` and ``w3`` are drawn as for ``reinit``, those of ``w2`` are zero, which get a gradient
+      at once.  One of the base's width is a copy.
+    - ``split``: the base's hidden units are divided among the experts, by balanced k-means on the rows of
+      ``w1`` at length 1.  The gate's row of an expert is the mean of its rows of ``w1``, and each ``b2`` is
+      that of the base divided by E: all experts together, with weight 1, are the base.  (EMoE divides by the
+      number of experts that a token has, which is right if they have weight 1; with the weights of most
+      routers neither is exact.)
 
     Attributes:
         experts: E, how many experts to make.
         layer: a number for the layer, different in each of a model's layers.
-        method: ``copy``: nothing changes; ``mask``: each weight of ``w1`` and ``w2`` is set to zero with
-            probability ``strength``; ``noise``: Gaussian noise is added to ``w1`` and ``w2``, its standard
-            deviation ``strength`` times that of the tensor; ``reinit``: a random share ``strength`` of the
-            hidden units is drawn anew from the mean and standard deviation of ``w1``, ``b1`` and ``w2``.
+        method: see above.
         strength: see above; ``None``: ``DEFAULT_STRENGTH``.
         seed: seed of the random numbers.
+        widths: hidden units of each expert; ``None``: those of the base, or their share with ``split``.
+
+    Raises:
+        ValueError: widths that the method cannot make.
     """
 
     experts: int
@@ -53,22 +81,74 @@ class Spawn:
     method: SpawnMethod = SpawnMethod.mask
     strength: Optional[float] = None
     seed: int = 1
+    widths: Optional[Sequence[int]] = None
 
-    def __call__(self, name: str, base: Tensor) -> Tensor:
-        """The rows of all experts, one after another.
+    def __post_init__(self) -> None:
+        if self.widths is not None and (len(self.widths) != self.experts or min(self.widths) < 1):
+            raise ValueError(
+                "--moe-expert-sizes must give each of the {} experts at least one hidden unit, but gives "
+                "{}.".format(self.experts, list(self.widths))
+            )
+
+    @property
+    def method_name(self) -> str:
+        """The method as the option spells it."""
+        return SpawnMethod(self.method).value
+
+    @property
+    def used_strength(self) -> float:
+        """The strength that is in force."""
+        return DEFAULT_STRENGTH[self.method] if self.strength is None else self.strength
+
+    @property
+    def needs_activity(self) -> bool:
+        """Whether the base's activations should be measured before the spawn."""
+        return self.method == SpawnMethod.slice
+
+    @property
+    def makes_gate(self) -> bool:
+        """Whether the router must have a linear gate; see ``plan.check_linear_gate``."""
+        return self.method == SpawnMethod.split
+
+    def widths_from(self, base: int) -> List[int]:
+        """Hidden units of each expert that is made out of a base with ``base`` of them.
+
+        Raises:
+            ValueError: the method cannot make experts of these widths.
+        """
+        split = self.method == SpawnMethod.split
+        if split and base % self.experts != 0:
+            raise ValueError(
+                "--moe-spawn-method split divides the base's hidden units among the experts, but there are "
+                "{} units and --moe-experts {}: let the one be a multiple of the other.".format(
+                    base, self.experts
+                )
+            )
+        expected = [base // self.experts if split else base] * self.experts
+        if self.widths is None:
+            return expected
+        if self.method != SpawnMethod.slice and list(self.widths) != expected:
+            raise ValueError(
+                "--moe-spawn-method {} makes experts of {} hidden units out of a base of {}, but they are to "
+                "have {}: use --moe-spawn-method slice, or leave out --moe-expert-sizes and "
+                "--moe-total-ffn-dim.".format(self.method_name, expected[0], base, list(self.widths))
+            )
+        return list(self.widths)
+
+    def plan(self, base: Dict[str, Tensor], activity_H: Optional[Tensor] = None) -> Plan:
+        """What to do to the base expert, the same for each of its copies and for the optimizer's state.
 
         Args:
-            name: ``w1``, ``b1``, ``w2`` or ``b2``.
-            base: that tensor of the base expert.
-
-        Returns:
-            shape ``(E * base.shape[0], ...)``, dtype and device of ``base``.
+            base: the tensors of the base expert by name.
+            activity_H: mean magnitude of each of its hidden units, if measured; used by ``slice``.
         """
-        return torch.cat([self._expert(e, name, base) for e in range(self.experts)])
-
-    def inherit(self, name: str, base: Tensor) -> Tensor:
-        """The optimizer's statistics of ``base``, one row block for each expert, unchanged."""
-        return torch.cat([base] * self.experts)
+        units = base["w1"].shape[0]
+        widths = self.widths_from(units)
+        if self.method == SpawnMethod.slice:
+            return self._slice(usefulness(base, activity_H), widths)
+        if self.method == SpawnMethod.split:
+            return self._split(base["w1"])
+        return Plan([Origin(0, torch.arange(units))] * self.experts, self._diversify)
 
     def generator(self, *key) -> torch.Generator:
         """A generator of its own for each key."""
@@ -76,16 +156,15 @@ class Spawn:
         number = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big")
         return torch.Generator().manual_seed(number >> 1)
 
-    @property
-    def used_strength(self) -> float:
-        """The strength that is in force."""
-        return DEFAULT_STRENGTH[self.method] if self.strength is None else self.strength
-
-    def _expert(self, expert: int, name: str, base: Tensor) -> Tensor:
+    def _diversify(self, expert: int, name: str, base: Tensor) -> Tensor:
         strength = self.used_strength
-        if self.method == SpawnMethod.reinit and name in ("w1", "b1", "w2"):
-            return self._reinit(expert, name, base, strength)
-        if name not in ("w1", "w2"):
+        if self.method == SpawnMethod.reinit and name != "b2":
+            # the same hidden units in all tensors
+            order = torch.randperm(base.shape[0], generator=self.generator(expert, "units"))
+            chosen = order[: round(strength * base.shape[0])]
+            fresh = self._draw(expert, name, base, len(chosen))
+            return base.index_copy(0, chosen.to(base.device), fresh)
+        if name not in ("w1", "w2", "w3"):
             return base
         generator = self.generator(expert, name)
         if self.method == SpawnMethod.mask:
@@ -96,14 +175,54 @@ class Spawn:
             return base + strength * _std(base).to(base) * noise
         return base
 
-    def _reinit(self, expert: int, name: str, base: Tensor, strength: float) -> Tensor:
-        units = base.shape[0]
-        # the same hidden units in all three tensors
-        order = torch.randperm(units, generator=self.generator(expert, "units"))
-        chosen = order[: round(strength * units)]
-        fresh = torch.randn((len(chosen),) + base.shape[1:], generator=self.generator(expert, name))
-        fresh = base.float().mean().cpu() + _std(base).cpu() * fresh
-        return base.index_copy(0, chosen.to(base.device), fresh.to(base))
+    def _draw(self, expert: int, name: str, base: Tensor, rows: int) -> Tensor:
+        """New rows from the mean and standard deviation of a tensor."""
+        fresh = torch.randn((rows,) + base.shape[1:], generator=self.generator(expert, name))
+        return (base.float().mean().cpu() + _std(base).cpu() * fresh).to(base)
+
+    def _slice(self, usefulness_H: Tensor, widths: List[int]) -> Plan:
+        units = len(usefulness_H)
+        order_H = usefulness_H.cpu().sort(descending=True, stable=True).indices
+        origins = []
+        for expert, width in enumerate(widths):
+            kept = min(width, units)
+            by_chance = round(self.used_strength * kept)
+            best, others = order_H.split([kept - by_chance, units - kept + by_chance])
+            drawn = torch.randperm(len(others), generator=self.generator(expert, "units"))[:by_chance]
+            unit_K = torch.cat([best, others[drawn]]).sort().values
+            origins.append(Origin(0, unit_K, new_units=width - kept))
+
+        def fill_new_units(expert: int, name: str, rows: Tensor) -> Tensor:
+            new = origins[expert].new_units
+            if new == 0 or name not in ("w1", "b1", "w3"):
+                return rows
+            old = rows[:-new]
+            return torch.cat([old, self._draw(expert, name, old, new)])
+
+        return Plan(origins, fill_new_units)
+
+    def _split(self, w1_HD: Tensor) -> Plan:
+        cluster_H = balanced_kmeans(F.normalize(w1_HD.double(), dim=1), self.experts, self.generator("split"))
+        units = [(cluster_H == e).nonzero().squeeze(1) for e in range(self.experts)]
+        gate_ED = torch.stack([w1_HD[unit_K.to(w1_HD.device)].float().mean(0) for unit_K in units])
+
+        def share_bias(expert: int, name: str, rows: Tensor) -> Tensor:
+            return rows / self.experts if name == "b2" else rows
+
+        return Plan([Origin(0, unit_K) for unit_K in units], share_bias, gate_ED)
+
+
+def usefulness(base: Dict[str, Tensor], activity_H: Optional[Tensor] = None) -> Tensor:
+    """How much each hidden unit of an expert matters: float32, shape (H,).
+
+    The mean magnitude of its activation times the length of its row of ``w2``, which is what it adds to the
+    output on average; without a measurement, the product of the lengths of its rows of ``w1``, ``w2`` and, in
+    a gated expert, ``w3``.
+    """
+    length = {name: x.float().norm(dim=1) for name, x in base.items() if name in ("w1", "w2", "w3")}
+    if activity_H is not None and bool((activity_H > 0).any()):
+        return activity_H.to(length["w2"]) * length["w2"]
+    return length["w1"] * length["w2"] * length.get("w3", 1.0)
 
 
 def _std(x: Tensor) -> Tensor:

@@ -1,0 +1,133 @@
+"""How the experts of a layer become other experts: one plan for weights, optimizer state and copies."""
+
+from dataclasses import dataclass
+from typing import Callable, List, Optional, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..moe import ROUTERS
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a new expert comes from.
+
+    Attributes:
+        source: number of the old expert whose row of ``b2``, and of the router's tensors, it takes.
+        unit_K: int64, the hidden units that it takes, in its order, as rows of the old ``w1``, ``b1``, ``w2``
+            and ``w3``.
+        new_units: how many hidden units it has besides, after those; their rows are zeros unless the plan
+            changes them.
+        inherits: whether it takes over what an optimizer knows of them; that of an expert that does not is
+            zero, like that of new hidden units.
+    """
+
+    source: int
+    unit_K: Tensor
+    new_units: int = 0
+    inherits: bool = True
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How old experts become new ones, made once for a layer and then applied to every copy of its tensors.
+
+    The names and shapes of the tensors are those of ``moe.experts.Experts``.
+
+    Attributes:
+        origins: where each of the new experts comes from.
+        change: ``change(e, name, rows)`` is applied to the rows that new expert ``e`` has in each tensor of
+            weights; ``None``: nothing changes.
+        gate_ED: the weights that the linear gate of a new router must have, if any.
+    """
+
+    origins: Sequence[Origin]
+    change: Optional[Callable[[int, str, Tensor], Tensor]] = None
+    gate_ED: Optional[Tensor] = None
+
+    @property
+    def widths(self) -> List[int]:
+        """Hidden units of each new expert."""
+        return [len(origin.unit_K) + origin.new_units for origin in self.origins]
+
+    def weights(self, name: str, old: Tensor) -> Tensor:
+        """A tensor of weights of the new experts.
+
+        Args:
+            name: ``w1``, ``b1``, ``w2``, ``b2`` or ``w3``.
+            old: that tensor of the old experts, in any precision.
+
+        Returns:
+            rows of all new experts, one after another; dtype and device of ``old``.
+        """
+        parts = [_take(origin, name, old) for origin in self.origins]
+        if self.change is not None:
+            parts = [self.change(e, name, part) for e, part in enumerate(parts)]
+        return torch.cat(parts)
+
+    def statistics(self, name: str, old: Tensor) -> Tensor:
+        """The optimizer's statistics of the new experts; ``old`` has a row for each row of the weights."""
+        parts = [_take(origin, name, old) for origin in self.origins]
+        return torch.cat(
+            [part if o.inherits else torch.zeros_like(part) for o, part in zip(self.origins, parts)]
+        )
+
+    def per_expert(self, old: Tensor, new: Optional[Tensor] = None) -> Tensor:
+        """A tensor with one row for each expert, such as the router's.
+
+        Args:
+            old: rows of the old experts.
+            new: rows of the new experts, used where they do not inherit; zeros if not given.
+        """
+        result = old[[origin.source for origin in self.origins]]
+        for e, origin in enumerate(self.origins):
+            if not origin.inherits:
+                result[e] = 0 if new is None else new[e]
+        return result
+
+    def fill_gate(self, router: nn.Module) -> None:
+        """Give a new router the gate that the plan asks for, if it does.
+
+        Raises:
+            ValueError: the router has no linear gate.
+        """
+        if self.gate_ED is not None:
+            check_linear_gate(router)
+            with torch.no_grad():
+                router.weight.copy_(self.gate_ED)
+
+
+def _take(origin: Origin, name: str, old: Tensor) -> Tensor:
+    if name == "b2":
+        return old[origin.source : origin.source + 1]
+    rows = old.index_select(0, origin.unit_K.to(old.device))
+    if origin.new_units == 0:
+        return rows
+    return torch.cat([rows, rows.new_zeros((origin.new_units,) + rows.shape[1:])])
+
+
+def check_linear_gate(router: nn.Module) -> None:
+    """Raise ``ValueError`` unless a router has a gate with one row of weights for each expert."""
+    if not router.linear_gate:
+        name = {cls: name for name, cls in ROUTERS.items()}.get(type(router), type(router).__name__)
+        raise ValueError(
+            "--moe-spawn-method split makes the rows of a linear gate, which --moe-router {} has not: use "
+            "another router, such as topk, or another method.".format(name)
+        )
+
+
+def resize_plan(widths: Sequence[int], kept: Sequence[int], copied: Optional[int] = None) -> Plan:
+    """Keep some experts as they are and perhaps add the copy of one, of which an optimizer knows nothing.
+
+    Args:
+        widths: hidden units of the experts.
+        kept: numbers of the experts that stay, in their order.
+        copied: number of the expert that the last of the new ones is a copy of.
+    """
+    starts = [sum(widths[:e]) for e in range(len(widths))]
+    units = [torch.arange(start, start + width) for start, width in zip(starts, widths)]
+    origins = [Origin(e, units[e]) for e in kept]
+    if copied is not None:
+        origins.append(Origin(copied, units[copied], inherits=False))
+    return Plan(origins)
