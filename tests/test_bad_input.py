@@ -63,6 +63,58 @@ def refuses(lm_data, tmp_path):
             {"moe_spawn_strength": 0.5, "moe_spawn_method": "copy"},
             ["--moe-spawn-strength has no effect", "leave it out"],
         ),
+        ({"moe_router": "topk", "moe_top_k": 5}, ["--moe-top-k must be from 1 to the 4 experts, but is 5"]),
+        (
+            {"moe_router": "switch", "moe_top_k": 1},
+            ["--moe-top-k 1 has no effect with --moe-router switch", "leave it out", "topk"],
+        ),
+        ({"moe_capacity_factor": 1.25}, ["--moe-capacity-factor 1.25", "--moe-router dts", "switch, topk"]),
+        ({"moe_router": "topk", "moe_threshold": 0.1}, ["--moe-threshold 0.1", "--moe-router topk", "dts"]),
+        ({"moe_router": "switch", "moe_capacity_factor": -1.0}, ["--moe-capacity-factor", "at least 0"]),
+        ({"moe_router": "top-p", "moe_top_p": 0.0}, ["--moe-top-p must be over 0 and at most 1, but is 0.0"]),
+        ({"moe_router": "switch", "moe_jitter": 1.0}, ["--moe-jitter", "less than 1"]),
+        (
+            {"moe_router": "topk", "moe_random_second": True, "moe_renormalize": "never"},
+            ["--moe-random-second", "--moe-top-k 2", "--moe-renormalize"],
+        ),
+        ({"moe_router": "soft"}, ["--moe-router soft", "later ones", "evomoe_roberta"]),
+        (
+            {"moe_router": "stable", "moe_stable_update": 5},
+            ["--moe-stable-update (5) is before --moe-spawn-update (6)", "raise it"],
+        ),
+        ({"moe_router": "stable", "max_update": 0, "max_epoch": 1}, ["--max-update", "--moe-stable-update"]),
+        (
+            {"moe_router": "base", "moe_penalty_weight": 0.1},
+            ["--moe-penalty-weight", "--moe-router base has none", "leave it out"],
+        ),
+        (
+            {"moe_router": "hash", "moe_mutual_distillation_weight": 0.1},
+            ["--moe-mutual-distillation-weight", "--moe-router hash gives only one"],
+        ),
+        (
+            {"moe_router": "hash", "moe_balance_weight": 0.1},
+            ["--moe-balance-weight 0.1 has no effect with --moe-router hash", "switch"],
+        ),
+        ({"moe_experts": 1, "moe_hyper_adapter": True}, ["--moe-hyper-adapter", "--moe-experts 1"]),
+        (
+            {"moe_router": "dynmoe", "moe_hyper_adapter": True},
+            ["--moe-hyper-adapter", "--moe-router dynmoe", "--moe-dynmoe-window 0"],
+        ),
+        ({"moe_heads": 0}, ["--moe-heads must be at least 1"]),
+        ({"moe_heads": 5}, ["--moe-heads must divide the width 32, but is 5"]),
+        ({"moe_expert_sizes": "quadratic"}, ["--moe-expert-sizes must be one of uniform", "'quadratic'"]),
+        ({"moe_expert_sizes": "1,2,3"}, ["--moe-expert-sizes", "4 numbers"]),
+        (
+            {"moe_expert_sizes": "arithmetic"},
+            ["--moe-spawn-method mask", "--moe-expert-sizes", "--moe-spawn-method slice"],
+        ),
+        ({"moe_expert_sizes": "arithmetic", "moe_total_ffn_dim": 16}, ["--moe-total-ffn-dim", "at least 32"]),
+        ({"moe_total_ffn_dim": 0}, ["--moe-total-ffn-dim must be greater than 0"]),
+        (
+            {"moe_spawn_method": "split", "moe_router": "base"},
+            ["--moe-spawn-method split", "--moe-router base"],
+        ),
+        ({"moe_spawn_method": "split", "moe_experts": 5}, ["--moe-spawn-method split", "--moe-experts 5"]),
         ({"quant_noise_pq": 0.1}, ["--quant-noise-pq does not work", "leave it out"]),
         (
             {"criterion": "cross_entropy", "moe_balance_weight": 0.01},
@@ -129,7 +181,7 @@ class OtherRouter(DenseToSparseRouter):
 MISMATCHES = [
     ({"moe_experts": 2}, ["has 4 experts", "--moe-experts is 2", "give --moe-experts 4"]),
     ({"moe_experts": 8}, ["has 4 experts", "--moe-experts is 8", "give --moe-experts 4"]),
-    ({"decoder_ffn_embed_dim": 32}, ["48 hidden units each", "model's 32", "ffn-embed-dim"]),
+    ({"decoder_ffn_embed_dim": 32}, ["hidden units in all", "the model's 128", "ffn-embed-dim"]),
     ({"moe_router": "other"}, ["router", "--moe-router", "'router.bias'"]),
     ({"moe_freq": 1}, ["--moe-freq", "decoder.layers.1"]),
 ]

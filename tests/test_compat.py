@@ -309,9 +309,9 @@ def test_the_mathematics_need_no_fairseq():
 import sys
 sys.modules["fairseq"] = None  # as if it were not installed
 import torch
-from fairseq_evomoe.moe import Experts, MoELayer, RoutingContext
-from fairseq_evomoe.moe.routers import ROUTERS
-layer = MoELayer(Experts(4, [8]), 2, lambda: ROUTERS["dts"](4, 2), lambda name, base: torch.cat([base, base]))
+from fairseq_evomoe.evolution.spawn import Spawn
+from fairseq_evomoe.moe import ROUTERS, Experts, MoELayer, RoutingContext
+layer = MoELayer(Experts(4, [8]), 2, lambda: ROUTERS["dts"](4, 2), Spawn(2))
 for p in layer.parameters():
     torch.nn.init.ones_(p)
 layer.grow()

@@ -7,6 +7,10 @@ import torch
 from cli import LM, MASKED_LM, TRANSLATION, build, call, parameters, run
 from test_training import dense
 
+from fairseq_evomoe.moe import ROUTERS
+
+# without what only the Dense-To-Sparse gate has
+PLAIN = {"moe_spawn_update": 0, "moe_anneal_updates": 5000, "moe_hard_update": None}
 EVALUATION = {"user_dir": LM["user_dir"], "num_workers": 0}
 
 
@@ -108,12 +112,20 @@ def test_a_token_s_output_does_not_depend_on_the_batch(routing, translation_data
             assert whole[~mask, i].abs().sum() == 0
 
 
-@pytest.mark.parametrize("normalize_before", [False, True])
-def test_incremental_decoding_is_full_decoding(normalize_before, translation_data):
-    setup = build(
-        translation_data,
-        **{**TRANSLATION, "moe_spawn_update": 0, "decoder_normalize_before": normalize_before, "moe_freq": 1},
-    )
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"decoder_normalize_before": True}]
+    + [{"moe_router": router} for router in ROUTERS if router not in ("dts", "soft")]
+    + [{"moe_heads": 2}, {"moe_shared_expert": True, "moe_expert_activation": "swiglu"}]
+    + [{"moe_hyper_adapter": True}, {"moe_expert_sizes": "arithmetic"}],
+    ids=str,
+)
+def test_incremental_decoding_is_full_decoding(options, translation_data):
+    """With left padding in the encoder, beams reordered or not: each step depends on its tokens alone."""
+    setup = build(translation_data, **{**TRANSLATION, "moe_spawn_update": 0, "moe_freq": 1, **options})
+    for name, parameter in setup.model.named_parameters():
+        if "hyper_adapter" in name:  # starts with zeros, which could hide what is wrong
+            torch.nn.init.normal_(parameter, std=0.1)
     model = setup.model.eval()
     batch = setup.batches("valid")[0]["net_input"]
     tokens = batch["prev_output_tokens"]
@@ -125,6 +137,34 @@ def test_incremental_decoding_is_full_decoding(normalize_before, translation_dat
             step = model.decoder(tokens[:, : i + 1], encoder_out=encoded, incremental_state=state)[0]
             real = tokens[:, i].ne(1)
             assert torch.allclose(step[real, 0], full[real, i], atol=1e-5), i
+
+
+@pytest.mark.parametrize("router", [router for router in ROUTERS if router not in ("dts", "soft")])
+def test_every_router_generates(router, translation_data, tmp_path):
+    """Beam search over padded batches gives what it gives one sentence at a time."""
+    settings = {**TRANSLATION, **PLAIN, "moe_router": router, "moe_freq": 1, "max_update": 12, "lr": 0.01}
+    call("fairseq-train", translation_data, save_dir=tmp_path, **settings, disable_validation=True)
+    options = dict(path=tmp_path / "checkpoint_last.pt", beam=3, max_len_b=12, **EVALUATION)
+    one, many = (
+        call("fairseq-generate", translation_data, batch_size=size, required_batch_size_multiple=1, **options)
+        for size in (1, 16)
+    )
+    one, many = hypotheses(one.output), hypotheses(many.output)
+    assert len(one) == 40 and one.keys() == many.keys()
+    assert sum(one[i] != many[i] for i in one) <= 2
+
+
+def test_soft_mixing_does_not_depend_on_the_batch(lm_data):
+    setup = build(lm_data, **{**MASKED_LM, **PLAIN, "moe_router": "soft", "moe_slots": 2, "moe_freq": 1})
+    model = setup.model.eval()
+    batch = max(setup.batches(), key=lambda batch: int(batch["net_input"]["src_tokens"].eq(1).sum()))
+    source = batch["net_input"]["src_tokens"]
+    assert source.eq(1).any()
+    with torch.no_grad():
+        together = model(source)[0]
+        for i, row in enumerate(source):
+            alone = model(row[row.ne(1)].unsqueeze(0))[0]
+            assert torch.allclose(together[i, row.ne(1)], alone[0], atol=1e-5)
 
 
 @pytest.mark.parametrize("settings", [TRANSLATION, MASKED_LM, LM], ids=lambda settings: settings["task"])

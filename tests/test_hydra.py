@@ -101,3 +101,18 @@ def test_the_console_script(lm_data, tmp_path):
         "fairseq-eval-lm", lm_data, path=tmp_path / "checkpoints/checkpoint_last.pt", user_dir=LM["user_dir"]
     )
     assert "Perplexity" in evaluated.output
+
+
+@pytest.mark.parametrize("settings", TASKS)
+def test_expert_sizes_as_a_list(settings, tmp_path, request):
+    data = request.getfixturevalue(DATA[settings["task"]])
+    options = {"moe_experts": 2, "moe_expert_sizes": [1, 3], "moe_spawn_method": "slice", "max_update": 7}
+    settings = {**settings, **options, "save_dir": str(tmp_path)}
+    write_yaml(tmp_path / "train.yaml", data, settings)
+    assert call_hydra(tmp_path / "train.yaml").lines("2 experts of 24, 72 hidden units")
+    weights = [
+        t
+        for name, t in parameters(tmp_path / "checkpoint_last.pt").items()
+        if name.endswith("moe.experts.w1")
+    ]
+    assert weights and all(w.shape == (96, 32) for w in weights)

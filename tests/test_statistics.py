@@ -7,7 +7,17 @@ import torch
 from cli import LM, MASKED_LM, TRANSLATION, build, call
 from fairseq.logging import metrics
 
-NAMES = ("experts", "temperature", "phase", "balance", "load_entropy", "load_max", "gate_entropy")
+NAMES = (
+    "experts",
+    "temperature",
+    "phase",
+    "balance",
+    "load_entropy",
+    "load_max",
+    "gate_entropy",
+    "dropped",
+    "active_params",
+)
 GROWN = {**LM, "moe_spawn_update": 0, "dropout": 0.0}
 
 
@@ -32,7 +42,10 @@ def test_every_log_has_them(settings, tmp_path, request):
         for line in result.log(tag):
             assert all("{}moe_{}".format(prefix, name) in line for name in NAMES)
     first = result.log("train_inner")[0]
+    dense = build(data, **settings).model  # as it is before the spawn
     expected = {
+        "dropped": 0,
+        "active_params": sum(p.numel() for p in dense.parameters()),
         "experts": 1,
         "temperature": 2,
         "phase": 0,
@@ -76,6 +89,12 @@ def test_exact_values(lm_data):
         assert float(values[name]) == pytest.approx(value, rel=1e-5), name
     assert 0 < values["moe_gate_entropy"] < math.log(4)
 
+    routed = setup.model.decoder.layers[1].moe.experts
+    expert = 2 * 32 * 48 + 48 + 32
+    assert sum(p.numel() for p in routed.parameters()) == 4 * expert
+    others = sum(p.numel() for p in setup.model.parameters()) - 4 * expert
+    assert float(values["moe_active_params"]) == pytest.approx(others + expert * len(pairs) / tokens)
+
 
 def test_gate_entropy_is_that_of_the_plain_logits(lm_data):
     setup = build(lm_data, **GROWN)
@@ -113,6 +132,17 @@ def test_aggregation_over_batches_is_that_of_all_tokens(settings, request):
         assert float(reduced(setup, [summed])["moe_" + name]) == pytest.approx(
             float(whole["moe_" + name]), rel=1e-5
         )
+
+
+def test_what_a_capacity_drops(lm_data):
+    settings = {**GROWN, "moe_router": "switch", "moe_capacity_factor": 0.5}
+    setup = build(lm_data, **settings)
+    _, _, log = forward(setup, setup.batches()[-1])
+    tokens, kept = log["moe_tokens"], log["moe_assignments"]
+    assert 0 < kept <= 4 * math.ceil(0.5 * tokens / 4)
+    values = reduced(setup, [log])
+    assert values["moe_dropped"] == tokens - kept
+    assert reduced(setup, [log, log])["moe_dropped"] == 2 * (tokens - kept)
 
 
 def test_update_freq_reports_the_whole_update(lm_data, tmp_path):

@@ -26,7 +26,7 @@ class MoECriterion:
             layer.moe.forget()
         loss, sample_size, logging_output = super().forward(model, sample, reduce)
         if layers:
-            logging_output.update(statistics(layers, loss))
+            logging_output.update(statistics(model, layers, loss))
             if reduce and model.training:
                 loss = add_auxiliary_losses(loss, sample_size, layers)
         return loss, sample_size, logging_output
@@ -51,7 +51,7 @@ def add_auxiliary_losses(loss: Tensor, sample_size: Any, layers: List[MoEFeedFor
 
 
 @torch.no_grad()
-def statistics(layers: List[MoEFeedForward], like: Tensor) -> Dict[str, Any]:
+def statistics(model: nn.Module, layers: List[MoEFeedForward], like: Tensor) -> Dict[str, Any]:
     """What one batch tells of its routing, as sums that can be added up over batches and workers.
 
     Every key is there for every batch, so that the workers' sums match.
@@ -61,13 +61,20 @@ def statistics(layers: List[MoEFeedForward], like: Tensor) -> Dict[str, Any]:
     load_LE = like.new_zeros(len(layers), experts)
     balance = like.new_zeros(())
     gate_entropy = like.new_zeros(())
+    dropped = like.new_zeros(())
+    active_L = like.new_zeros(len(layers))
+    tokens_L = [0] * len(layers)
     tokens = assignments = 0
-    for load_E, layer in zip(load_LE, layers):
+    for i, layer in enumerate(layers):
         routing = layer.moe.routing
         if routing is None:
             continue
-        load_E[: routing.experts] = routing.load_E()
+        load_LE[i, : routing.experts] = load_E = routing.load_E()
+        active_L[i] = load_E @ load_E.new_tensor(layer.moe.experts.parameters_of_each())
+        # each token of MH-MoE is several that are routed, all of which use an expert
+        tokens_L[i] = routing.tokens // (layer.moe.heads.heads if layer.moe.heads is not None else 1)
         tokens += routing.tokens
+        dropped += routing.dropped
         assignments += routing.token_N.shape[0]
         balance += routing.tokens * routing.losses.get("balance", 1.0)
         if routing.gate_entropy is not None:
@@ -80,9 +87,20 @@ def statistics(layers: List[MoEFeedForward], like: Tensor) -> Dict[str, Any]:
         "moe_load": load_LE,
         "moe_balance": balance,
         "moe_gate_entropy": gate_entropy,
+        "moe_dropped": dropped,
+        # per layer, since the layers of encoder and decoder see different numbers of tokens
+        "moe_active": active_L,
+        "moe_layer_tokens": like.new_tensor(tokens_L),
+        "moe_other_params": float(_other_parameters(model, layers)),
         "moe_phase": float(first.schedule.phase(first.num_updates, first.moe.grown)),
         "moe_temperature": float(first.context.temperature),
     }
+
+
+def _other_parameters(model: nn.Module, layers: List[MoEFeedForward]) -> int:
+    """Number of parameters that every token uses: all but those of experts that are routed to."""
+    routed = sum(sum(layer.moe.experts.parameters_of_each()) for layer in layers)
+    return sum(p.numel() for p in model.parameters()) - routed
 
 
 def log_statistics(logging_outputs: List[Dict[str, Any]]) -> None:
@@ -110,6 +128,9 @@ def log_statistics(logging_outputs: List[Dict[str, Any]]) -> None:
         "moe_load_entropy": evenness_L.sum() / layers,
         "moe_load_max": share_LE.max(1).values.sum() / layers,
         "moe_gate_entropy": total("moe_gate_entropy") / tokens,
+        "moe_dropped": total("moe_dropped"),
+        "moe_active_params": total("moe_other_params") / batches
+        + (total("moe_active") / total("moe_layer_tokens").clamp(min=1)).sum(),
     }
     for priority, (name, value) in enumerate(values.items()):
         metrics.log_scalar(name, value, weight=1, priority=600 + priority, round=3)

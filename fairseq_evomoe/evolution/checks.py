@@ -7,6 +7,7 @@ from fairseq.criterions import CRITERION_REGISTRY, FairseqCriterion
 
 from ..criterions.moe import MoECriterion
 from ..models.feed_forward import MoEFeedForward
+from ..models.rules import warn_of_idle_options
 
 
 def check_before_trainer(cfg: Any) -> None:
@@ -60,6 +61,7 @@ def check_run(cfg: Any, layers: List[MoEFeedForward], criterion: FairseqCriterio
     Raises:
         ValueError: one sentence that names the settings and the way out.
     """
+    warn_of_idle_options(cfg.model)
     spawn_update, max_update = layers[0].schedule.spawn_update, cfg.optimization.max_update
     if layers[0].moe.num_experts > 1 and 0 < max_update <= spawn_update:
         raise ValueError(

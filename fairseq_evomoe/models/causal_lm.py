@@ -11,8 +11,10 @@ from fairseq.models.transformer_lm import (
     transformer_lm_gpt2_medium,
 )
 
-from .feed_forward import MoEModel, add_experts
-from .options import MoEOptions, check_options, complete, set_defaults
+from .build import add_experts
+from .feed_forward import MoEModel
+from .options import MoEOptions, complete, set_defaults
+from .rules import check_options
 
 
 @dataclass
@@ -30,7 +32,7 @@ class EvoMoELanguageModel(MoEModel, TransformerLanguageModel):
         cfg = complete(cfg, EvoMoELanguageModelConfig)
         check_options(cfg)
         model = super().build_model(cfg, task)
-        add_experts(cfg, {"decoder": model.decoder.layers})
+        add_experts(cfg, {"decoder": model.decoder})
         return model
 
 

@@ -5,32 +5,56 @@ over ``fc1`` and ``fc2`` as its base expert.  ``fc1`` becomes the MoE layer and 
 including ``fc2``, the identity, so that fairseq's own ``forward`` runs unchanged around it.
 """
 
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Callable, Dict, Iterator, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import torch
-from fairseq.modules import gelu
-from fairseq.modules.checkpoint_activations import unwrap_checkpoint
-from fairseq.modules.transformer_layer import (
-    TransformerDecoderLayerBase,
-    TransformerEncoderLayerBase,
-)
+from fairseq.modules.transformer_layer import TransformerDecoderLayerBase
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from .. import compat
 from ..evolution.schedule import Schedule
-from ..moe import Experts, Hidden, MoELayer, RoutingContext
-from . import options
+from ..moe import MoELayer, RoutingContext
 
 
 class CheckpointMismatch(ValueError):
     """A checkpoint does not fit the options of the model that is to load it."""
 
 
-def _identity(x: Tensor) -> Tensor:
-    return x
+class StackInput:
+    """What the layers of one stack share while it works on a batch.
+
+    It hooks on to the stack's embeddings, which every forward pass looks up first, in incremental decoding
+    too; ``forward`` of the stack itself is called by fairseq past any hook.
+
+    Attributes:
+        tokens: int64, (batch, seq): the tokens that were looked up.
+        memory: what routers hand on to those of later layers.
+    """
+
+    def __init__(self) -> None:
+        self.tokens: Optional[Tensor] = None
+        self.memory: Dict[str, Tensor] = {}
+
+    def __call__(self, embeddings: nn.Module, inputs: Sequence[Tensor], output: Tensor) -> None:
+        """A forward hook."""
+        self.tokens = inputs[0]
+        self.memory = {}
+
+    def __getstate__(self):
+        return dict(tokens=None, memory={})  # parts of a graph cannot be copied
+
+
+@dataclass
+class _Pass:
+    """What a layer's MoE layer is told of the batch that goes through."""
+
+    padding_mask: Optional[Tensor] = None
+    tokens: Optional[Tensor] = None
+    memory: Dict[str, Tensor] = field(default_factory=dict)
+    generating: bool = False
 
 
 class MoEFeedForward:
@@ -40,7 +64,10 @@ class MoEFeedForward:
         moe: the MoE layer.
         schedule: phase and temperature at each update.
         num_updates: the update that fairseq last told; ``None`` before the first.
-        loss_weights: weight of each of the router's auxiliary losses.
+        loss_weights: weight of each of the auxiliary losses.
+        stack: what the layers of the stack share.
+        ffn_dim: hidden units of the base expert.
+        widths: hidden units of each expert once they have spawned.
         checkpoint_activations: whether to recompute activations in the backward pass.
         offload_activations: whether to keep the layer's input on the CPU until then.
     """
@@ -51,7 +78,10 @@ class MoEFeedForward:
     num_updates: Optional[int] = None
     checkpoint_activations = False
     offload_activations = False
-    _padding_mask: Optional[Tensor] = None
+    stack: StackInput
+    ffn_dim: int
+    widths: List[int]
+    _pass = _Pass()
 
     def set_num_updates(self, num_updates: int) -> None:
         """fairseq calls this before each update and when it loads a checkpoint."""
@@ -67,24 +97,45 @@ class MoEFeedForward:
 
     def fc1(self, x: Tensor) -> Tensor:
         """The whole feed-forward network; x: (seq, batch, dim)."""
-        mask = self._padding_mask
-        return self.moe(x, self.context, None if mask is None else mask.t())
+        batch = self._pass
+        context = self.context
+        context.memory, context.statistics = batch.memory, not batch.generating
+        tokens = batch.tokens
+        if tokens is not None and tokens.shape != (x.shape[1], x.shape[0]):
+            tokens = None  # fairseq was given other embeddings than those of tokens
+        return self.moe(
+            x,
+            context,
+            None if batch.padding_mask is None else batch.padding_mask.t(),
+            tokens=None if tokens is None else tokens.t(),
+            sequences=torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1),
+        )
 
-    def run(self, x: Tensor, padding_mask: Optional[Tensor], layer: Callable[[Tensor], Any]):
-        """Run fairseq's layer on x, telling the MoE layer which positions are padding.
+    def run(
+        self,
+        x: Tensor,
+        padding_mask: Optional[Tensor],
+        layer: Callable[[Tensor], Any],
+        generating: bool = False,
+    ):
+        """Run fairseq's layer on x, telling the MoE layer what it does not see in x.
 
         Args:
             x: (seq, batch, dim).
             padding_mask: bool, (batch, seq).
             layer: fairseq's ``forward`` as a function of x.
+            generating: whether x is the next step of what is being generated.
         """
+        tokens, memory = self.stack.tokens, dict(self.stack.memory)
 
         def forward(x: Tensor):
-            self._padding_mask = padding_mask
+            # a copy, so that a second pass for the sake of the gradients finds what the first one found
+            self._pass = _Pass(padding_mask, tokens, dict(memory), generating)
             try:
                 return layer(x)
             finally:
-                self._padding_mask = None
+                self.stack.memory = self._pass.memory
+                self._pass = _Pass()
 
         if not (self.checkpoint_activations and torch.is_grad_enabled()):
             return forward(x)
@@ -121,20 +172,22 @@ class MoEFeedForward:
 
     def _check_checkpoint(self, state_dict, name: str) -> None:
         prefix, moe = name + ".moe.", self.moe
-        width = moe.experts.widths[0]
         w1, b2 = (state_dict.get("{}experts.{}".format(prefix, key)) for key in ("w1", "b2"))
         if w1 is None or b2 is None:
             return  # fairseq names the missing keys
-        found = b2.shape[0]
-        if found not in (1, moe.num_experts):
+        found, units = b2.shape[0], w1.shape[0]
+        if found not in (1, moe.num_experts) and not moe.resizes:
             raise CheckpointMismatch(
                 "The checkpoint has {0} experts in {1}, but --moe-experts is {2}: give --moe-experts "
                 "{0}.".format(found, name, moe.num_experts)
             )
-        if w1.shape[0] != found * width:
+        expected = sum(self.widths) if found > 1 else self.ffn_dim
+        if units != expected and not moe.resizes:
             raise CheckpointMismatch(
-                "The checkpoint's experts in {} have {} hidden units each, but the model's {}: give the "
-                "ffn-embed-dim that it was trained with.".format(name, w1.shape[0] // found, width)
+                "The checkpoint's experts in {} have {} hidden units in all, but the model's {}: give the "
+                "ffn-embed-dim, --moe-expert-sizes and --moe-total-ffn-dim that it was trained with.".format(
+                    name, units, expected
+                )
             )
         router = {key[len(prefix) :] for key in state_dict if key.startswith(prefix + "router.")}
         expected = {"router." + key for key in (moe.router or moe.make_router()).state_dict()}
@@ -159,14 +212,31 @@ class MoEEncoderLayer(MoEFeedForward, compat.EncoderLayer):
 class MoEDecoderLayer(MoEFeedForward, TransformerDecoderLayerBase):
     """fairseq's decoder layer with an MoE layer."""
 
-    def forward(self, x, *args, self_attn_padding_mask=None, **kwargs):
+    def forward(
+        self,
+        x,
+        encoder_out=None,
+        encoder_padding_mask=None,
+        incremental_state=None,
+        *args,
+        self_attn_padding_mask=None,
+        **kwargs,
+    ):
         """See fairseq's ``TransformerDecoderLayerBase``."""
         parent = super().forward
 
         def layer(x):
-            return parent(x, *args, self_attn_padding_mask=self_attn_padding_mask, **kwargs)
+            return parent(
+                x,
+                encoder_out,
+                encoder_padding_mask,
+                incremental_state,
+                *args,
+                self_attn_padding_mask=self_attn_padding_mask,
+                **kwargs,
+            )
 
-        return self.run(x, self_attn_padding_mask, layer)
+        return self.run(x, self_attn_padding_mask, layer, generating=incremental_state is not None)
 
 
 class MoEModel:
@@ -188,85 +258,6 @@ class MoEModel:
                 "that it was trained with.".format(sorted(found), sorted(expected))
             )
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
-
-def add_experts(
-    cfg: Any,
-    stacks: Dict[str, nn.ModuleList],
-    init: Callable[[nn.Module], Any] = _identity,
-) -> None:
-    """Give every ``moe_freq``-th layer of each stack an MoE layer, as the options say.
-
-    Args:
-        cfg: the model's configuration with ``MoEOptions``.
-        stacks: the layers of the ``encoder``, of the ``decoder``, or of both.
-        init: what the model does to the linear layers that fairseq's layers build.
-
-    Raises:
-        ValueError: options that contradict each other, or no layer to give an MoE layer to.
-    """
-    # not list(layers): LayerDrop leaves out some layers, at random, when its list is iterated over
-    stacks = {side: list(layers.children()) for side, layers in stacks.items()}
-    chosen = [
-        layer
-        for side, stack in stacks.items()
-        for i, layer in zip(_layer_numbers(cfg, side, stack), stack)
-        if (i + 1) % cfg.moe_freq == 0
-    ]
-    if not chosen:
-        raise ValueError(
-            "--moe-freq {} is greater than the number of layers ({}), so that no layer would be an MoE "
-            "layer: lower it.".format(cfg.moe_freq, max(map(len, stacks.values())))
-        )
-    for number, layer in enumerate(chosen):
-        _add_experts(cfg, layer, number, init)
-    for stack in stacks.values():
-        compat.remove_encoder_fast_path(stack)
-
-
-def _layer_numbers(cfg: Any, side: str, stack: Sequence[nn.Module]) -> Sequence[int]:
-    """The numbers that layers have, or had before ``--encoder-layers-to-keep`` left some out."""
-    keep = getattr(cfg, side + "_layers_to_keep", None)
-    return sorted(map(int, keep.split(","))) if keep else range(len(stack))
-
-
-def _add_experts(cfg: Any, layer: nn.Module, number: int, init: Callable) -> None:
-    fc1, fc2 = layer._modules.pop("fc1"), layer._modules.pop("fc2")
-    unwrap_checkpoint(layer)
-    vars(layer).pop("forward", None)  # unwrapping leaves fairseq's own there, which would hide the class's
-    layer.__class__ = {
-        TransformerEncoderLayerBase: MoEEncoderLayer,
-        TransformerDecoderLayerBase: MoEDecoderLayer,
-    }[type(layer)]
-
-    norm = layer._modules.pop("ffn_layernorm", None)
-    layer.ffn_layernorm = None
-    # fairseq's gelu computes in float32 and rounds, which is what torch's does
-    activation = F.gelu if layer.activation_fn is gelu else layer.activation_fn
-    hidden = Hidden(activation, layer.activation_dropout_module, norm)
-    layer.activation_fn = _identity
-    layer.activation_dropout_module = layer.fc2 = nn.Identity()
-
-    experts = Experts(fc1.in_features, [fc1.out_features], hidden)
-    experts.set_expert(0, fc1, fc2)
-    spawn = options.make_spawn(cfg, number, cfg.seed)
-    make_router = partial(options.make_router, cfg, fc1.in_features, spawn)
-    layer.moe = MoELayer(experts, cfg.moe_experts, make_router, spawn)
-    layer.schedule = options.make_schedule(cfg)
-    layer.loss_weights = {"balance": cfg.moe_balance_weight}
-    layer.checkpoint_activations = bool(getattr(cfg, "checkpoint_activations", False))
-    layer.offload_activations = bool(getattr(cfg, "offload_activations", False))
-    if layer.schedule.spawn_update == 0 and cfg.moe_experts > 1:
-        layer.moe.grow()
-        layer.moe.experts.set_expert(0, fc1, fc2)
-        for expert in range(1, cfg.moe_experts):
-            fresh = [
-                layer.build_fc1(fc1.in_features, fc1.out_features, 0, 8),
-                layer.build_fc2(fc2.in_features, fc2.out_features, 0, 8),
-            ]
-            for linear in fresh:
-                init(linear)
-            layer.moe.experts.set_expert(expert, *fresh)
 
 
 def moe_layers(model: nn.Module) -> Iterator[Tuple[str, MoEFeedForward]]:

@@ -8,9 +8,11 @@ from fairseq.models import register_model, register_model_architecture
 from fairseq.models.roberta import RobertaModel, base_architecture, roberta_large_architecture
 from fairseq.modules.transformer_sentence_encoder import init_bert_params
 
-from .feed_forward import MoEModel, add_experts
+from .build import add_experts
+from .feed_forward import MoEModel
 from .flat_config import config_from_parser, to_namespace
-from .options import MoEOptions, check_options, complete, option, set_defaults
+from .options import MoEOptions, complete, option, set_defaults
+from .rules import check_options
 
 
 def _defaults() -> dict:
@@ -54,7 +56,7 @@ class EvoMoERoberta(MoEModel, RobertaModel):
             args.max_positions = task.max_positions() or task.cfg.tokens_per_sample
         args.checkpoint_activations = args.checkpoint_activations or args.offload_activations
         model = super().build_model(args, task)
-        add_experts(args, {"encoder": model.encoder.sentence_encoder.layers}, init=init_bert_params)
+        add_experts(args, {"encoder": model.encoder.sentence_encoder}, init=init_bert_params)
         return model
 
 

@@ -2,6 +2,7 @@
 
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any, Optional
 
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
@@ -9,8 +10,8 @@ from fairseq.utils import safe_hasattr
 from omegaconf import II, OmegaConf, open_dict
 
 from .. import compat
-from ..evolution.schedule import Schedule, TemperatureSchedule
-from ..evolution.spawn import Spawn, SpawnMethod
+from ..evolution.schedule import TemperatureSchedule
+from ..evolution.spawn import SpawnMethod
 from ..moe import ROUTERS
 from ..moe.routers.dts import EvalRouting, GateWeight
 
@@ -22,6 +23,26 @@ def _choices(enum) -> ChoiceEnum:
 def option(default: Any, text: str) -> Any:
     """A field with a default and a help text."""
     return field(default=default, metadata={"help": text})
+
+
+class Renormalize(str, Enum):
+    """Whether the weights of a token's experts are divided by their sum."""
+
+    auto = "auto"
+    always = "always"
+    never = "never"
+
+
+class ExpertActivation(str, Enum):
+    """The activation function of the experts."""
+
+    model = "model"
+    relu = "relu"
+    gelu = "gelu"
+    silu = "silu"
+    swiglu = "swiglu"
+    geglu = "geglu"
+    reglu = "reglu"
 
 
 @dataclass
@@ -37,6 +58,8 @@ class MoEOptions(FairseqDataclass):
     moe_router: ChoiceEnum(list(ROUTERS)) = option(
         "dts", "Router that sends tokens to experts; dts is EvoMoE's Dense-To-Sparse gate."
     )
+
+    # the spawn
     moe_spawn_update: int = option(
         0,
         "Update before which the single expert becomes moe-experts experts; with 0 the experts are "
@@ -45,13 +68,18 @@ class MoEOptions(FairseqDataclass):
     moe_spawn_method: _choices(SpawnMethod) = option(
         "mask",
         "What is done to each copy of the base expert when the experts spawn: mask sets random weights "
-        "to zero, noise adds Gaussian noise, reinit draws random hidden units anew, copy does nothing.",
+        "to zero, noise adds Gaussian noise, reinit draws random hidden units anew, copy does nothing, "
+        "slice keeps the most useful hidden units (for experts of different widths), split divides them "
+        "among the experts (EMoE).",
     )
     moe_spawn_strength: Optional[float] = option(
         None,
         "Probability of a weight to be masked (0.1 if not given), standard deviation of the noise in "
-        "units of the weights' own (0.1), or share of the hidden units that are drawn anew (0.5).",
+        "units of the weights' own (0.1), share of the hidden units that are drawn anew (0.5), or share of "
+        "those that a slice takes at random (0.1).",
     )
+
+    # the Dense-To-Sparse gate
     moe_temperature_start: float = option(
         2.0, "Temperature of the Gumbel-softmax gate when the experts have spawned."
     )
@@ -78,18 +106,125 @@ class MoEOptions(FairseqDataclass):
         "Probability that weighs an expert's output while training: softmax is that of the plain "
         "logits, gumbel that of the logits with noise and temperature.",
     )
-    moe_balance_weight: float = option(
-        0.0,
-        "Weight of the load-balance loss of each MoE layer, for each unit of the sample size; it needs "
-        "one of the evomoe criterions.",
-    )
-    # the seed of the spawn; not an option of its own
-    seed: int = II("common.seed")
     moe_eval_routing: _choices(EvalRouting) = option(
         "top1",
         "Routing in evaluation, which has no noise: top1 sends a token to its best expert, adaptive to "
         "every expert over the threshold at the temperature reached.",
     )
+
+    # the other routers
+    moe_top_k: int = option(2, "Number of experts of each token; for comet, number of trees.")
+    moe_renormalize: _choices(Renormalize) = option(
+        "auto",
+        "Whether the weights of a token's experts are divided by their sum: always, never, or as the "
+        "router was published (auto).",
+    )
+    moe_random_second: bool = option(
+        False,
+        "While training, use the second expert with a probability of twice its weight, as GShard does; "
+        "needs moe-top-k 2.",
+    )
+    moe_capacity_factor: float = option(
+        0.0,
+        "An expert takes at most this many times its even share of a batch's tokens, and the overflow goes "
+        "on by the residual connection alone; 0 drops nothing.",
+    )
+    moe_jitter: float = option(
+        0.01,
+        "While training, the gate's input is multiplied by random numbers from 1 - jitter to 1 + jitter.",
+    )
+    moe_top_p: float = option(
+        0.4, "Each token goes to the fewest experts whose probabilities sum to at least this."
+    )
+    moe_hash: ChoiceEnum(["random", "balanced"]) = option(
+        "random",
+        "How a hash layer assigns the vocabulary: at random, or balanced by the counts of the dictionary.",
+    )
+    moe_stable_update: Optional[int] = option(
+        None,
+        "Update from which StableMoE's assignment of tokens is frozen; if not given, a tenth of the "
+        "updates from the spawn to max-update.",
+    )
+    moe_light_dim: int = option(50, "Width of the word embeddings of StableMoE's light router.")
+    moe_gamma: float = option(
+        1.0, "Width of the interval in which the smooth steps of COMET's trees are between 0 and 1."
+    )
+    moe_recurrent_dim: int = option(
+        128, "Width of the state that the recurrent router hands from layer to layer."
+    )
+    moe_slots: int = option(
+        1,
+        "Slots of each expert for each sequence, with --moe-router soft; about the mean length divided by "
+        "moe-experts for the cost of one expert a token.",
+    )
+    moe_dynmoe_window: int = option(
+        100,
+        "DynMoE removes and adds experts after each window of this many updates; 0: never.",
+    )
+    moe_max_experts: int = option(
+        0, "Most experts that DynMoE may have in a layer; 0: moe-experts, as at the start."
+    )
+
+    # losses
+    moe_balance_weight: Optional[float] = option(
+        None,
+        "Weight of the load-balance loss of each MoE layer, for each unit of the sample size; if not given, "
+        "the one that the router was published with.",
+    )
+    moe_entropy_weight: Optional[float] = option(
+        None, "Weight of the entropy of the gate's distribution; if not given, the router's own."
+    )
+    moe_z_weight: Optional[float] = option(
+        None, "Weight of the z-loss, the mean squared logsumexp of the gate's logits; if not given, 0."
+    )
+    moe_distillation_weight: Optional[float] = option(
+        None, "Weight of the distillation of StableMoE's light router; if not given, 0.3."
+    )
+    moe_diversity_weight: Optional[float] = option(
+        None, "Weight of DynMoE's loss against experts with similar gates; if not given, 0.01."
+    )
+    moe_simplicity_weight: Optional[float] = option(
+        None, "Weight of DynMoE's loss against large gate weights; if not given, 0.01."
+    )
+    moe_penalty_weight: float = option(
+        0.0,
+        "Weight of HMoE's P-Penalty, the load-balance loss that counts an expert by its width; published "
+        "with 0.1.",
+    )
+    moe_mutual_distillation_weight: float = option(
+        0.0,
+        "Weight of MoDE's loss, the mean squared distance of each active expert's output to the mean of "
+        "those that the token gets.",
+    )
+
+    # the experts
+    moe_expert_sizes: Any = option(
+        "uniform",
+        "Relative hidden widths of the experts (HMoE): uniform, arithmetic, geometric, hybrid, or one "
+        "number for each expert with commas between.",
+    )
+    moe_total_ffn_dim: Optional[int] = option(
+        None,
+        "Hidden units of all experts together; if not given, moe-experts times the ffn-embed-dim, and the "
+        "ffn-embed-dim itself with moe-spawn-method split.",
+    )
+    moe_expert_activation: _choices(ExpertActivation) = option(
+        "model",
+        "Activation function of the experts; model is that of the other layers, and the gated ones "
+        "(swiglu, geglu, reglu) have a third matrix.",
+    )
+    moe_shared_expert: bool = option(
+        False,
+        "Add one expert of width ffn-embed-dim that is always on, beside those that the router chooses.",
+    )
+    moe_heads: int = option(1, "Split each token into this many sub-tokens, each routed for itself (MH-MoE).")
+    moe_hyper_adapter: bool = option(
+        False, "Add an adapter generated from the experts that a token was not sent to (HyperMoE)."
+    )
+
+    # not options of their own: the seed of the spawn, and what other defaults are counted from
+    seed: int = II("common.seed")
+    max_update: int = II("optimization.max_update")
 
 
 def set_defaults(args: Any, **defaults: Any) -> None:
@@ -116,121 +251,3 @@ def complete(cfg: Any, config: type) -> Any:
 def flag(name: str) -> str:
     """The command-line spelling of an option's name."""
     return "--" + name.replace("_", "-")
-
-
-_UNSUPPORTED = {
-    "quant_noise_pq": "quantization noise is not made for experts",
-    "quant_noise_scalar": "quantization noise is not made for experts",
-    "base_layers": "BASE layers would stand beside the MoE layers",
-    "ffn_reg_scale_factor": "pruning of feed-forward units is not made for experts",
-    "ffn_blocks_to_remove": "pruning of feed-forward units is not made for experts",
-}
-
-# What must hold, and what to say if it does not.
-_RULES = [
-    (lambda o: o.moe_experts >= 1, "--moe-experts must be at least 1, but is {0.moe_experts}."),
-    (lambda o: o.moe_freq >= 1, "--moe-freq must be at least 1, but is {0.moe_freq}."),
-    (
-        lambda o: o.moe_spawn_update >= 0,
-        "--moe-spawn-update must be at least 0 (0: experts from the start), but is {0.moe_spawn_update}.",
-    ),
-    (
-        lambda o: o.moe_spawn_strength is None or 0 <= o.moe_spawn_strength,
-        "--moe-spawn-strength must not be negative, but is {0.moe_spawn_strength}.",
-    ),
-    (
-        lambda o: (
-            o.moe_spawn_strength is None or o.moe_spawn_strength <= 1 or str(o.moe_spawn_method) == "noise"
-        ),
-        "--moe-spawn-strength is a share between 0 and 1 for --moe-spawn-method "
-        "{0.moe_spawn_method}, but is {0.moe_spawn_strength}.",
-    ),
-    (
-        lambda o: o.moe_spawn_strength is None or str(o.moe_spawn_method) != "copy",
-        "--moe-spawn-strength has no effect with --moe-spawn-method copy: leave it out or choose "
-        "mask, noise or reinit.",
-    ),
-    (
-        lambda o: o.moe_temperature_start > 0 and o.moe_temperature_end > 0,
-        "--moe-temperature-start and --moe-temperature-end must be greater than 0, but are "
-        "{0.moe_temperature_start} and {0.moe_temperature_end}.",
-    ),
-    (
-        lambda o: o.moe_temperature_end <= o.moe_temperature_start,
-        "--moe-temperature-end ({0.moe_temperature_end}) must not be greater than "
-        "--moe-temperature-start ({0.moe_temperature_start}), since the gate goes from dense to "
-        "sparse.",
-    ),
-    (
-        lambda o: o.moe_anneal_updates >= 0,
-        "--moe-anneal-updates must be at least 0, but is {0.moe_anneal_updates}.",
-    ),
-    (
-        lambda o: o.moe_hard_update is None or o.moe_hard_update >= -1,
-        "--moe-hard-update ({0.moe_hard_update}) is before the spawn: it counts updates after "
-        "--moe-spawn-update, from 0, or is -1 for never.",
-    ),
-    (
-        lambda o: 0 <= o.moe_threshold < 1,
-        "--moe-threshold must be at least 0 and less than 1, but is {0.moe_threshold}.",
-    ),
-    (
-        lambda o: o.moe_balance_weight >= 0,
-        "--moe-balance-weight must not be negative, but is {0.moe_balance_weight}.",
-    ),
-]
-
-
-def check_options(cfg: Any) -> None:
-    """Refuse options that contradict themselves or each other.
-
-    Args:
-        cfg: anything with the attributes of ``MoEOptions``.
-
-    Raises:
-        ValueError: one sentence that names the settings and the way out.
-    """
-    for name, reason in _UNSUPPORTED.items():
-        if (getattr(cfg, name, None) or 0) > 0:
-            raise ValueError(
-                "{} does not work in a model with MoE layers ({}): leave it out.".format(flag(name), reason)
-            )
-    for holds, message in _RULES:
-        if not holds(cfg):
-            raise ValueError(message.format(cfg))
-
-
-def make_schedule(cfg: Any) -> Schedule:
-    """The schedule that the options describe."""
-    return Schedule(
-        spawn_update=cfg.moe_spawn_update,
-        temperature_start=cfg.moe_temperature_start,
-        temperature_end=cfg.moe_temperature_end,
-        kind=TemperatureSchedule(str(cfg.moe_temperature_schedule)),
-        anneal_updates=cfg.moe_anneal_updates,
-        hard_update=cfg.moe_hard_update,
-    )
-
-
-def make_spawn(cfg: Any, layer: int, seed: int) -> Spawn:
-    """The spawn of one layer that the options describe."""
-    return Spawn(
-        experts=cfg.moe_experts,
-        layer=layer,
-        method=SpawnMethod(str(cfg.moe_spawn_method)),
-        strength=cfg.moe_spawn_strength,
-        seed=seed,
-    )
-
-
-def make_router(cfg: Any, dim: int, spawn: Spawn):
-    """The router of one layer that the options describe, initialised."""
-    router = ROUTERS[str(cfg.moe_router)](
-        dim,
-        cfg.moe_experts,
-        threshold=cfg.moe_threshold,
-        gate_weight=GateWeight(str(cfg.moe_gate_weight)),
-        eval_routing=EvalRouting(str(cfg.moe_eval_routing)),
-    )
-    router.initialize(spawn.generator("router"))
-    return router

@@ -14,9 +14,11 @@ from fairseq.models.transformer import (
 )
 from omegaconf import II
 
-from .feed_forward import MoEModel, add_experts
+from .build import add_experts
+from .feed_forward import MoEModel
 from .flat_config import config_from_parser, to_namespace
-from .options import MoEOptions, check_options, complete, option, set_defaults
+from .options import MoEOptions, complete, option, set_defaults
+from .rules import check_options
 
 
 def _defaults() -> dict:
@@ -53,7 +55,7 @@ class EvoMoETransformer(MoEModel, TransformerModel):
         args = to_namespace(complete(cfg, EvoMoETransformerConfig))
         check_options(args)
         model = super().build_model(args, task)
-        add_experts(args, {"encoder": model.encoder.layers, "decoder": model.decoder.layers})
+        add_experts(args, {"encoder": model.encoder, "decoder": model.decoder})
         return model
 
 

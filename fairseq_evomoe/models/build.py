@@ -1,0 +1,253 @@
+"""Give the layers of a model that fairseq has built their MoE layers.
+
+A model is built by fairseq itself and then every ``moe_freq``-th layer is given an MoE layer that takes
+over ``fc1`` and ``fc2`` as its base expert.
+"""
+
+import logging
+import re
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, Callable, Dict, Iterator, List, Sequence, Tuple
+
+import torch
+from fairseq.modules import gelu
+from fairseq.modules.checkpoint_activations import unwrap_checkpoint
+from fairseq.modules.transformer_layer import (
+    TransformerDecoderLayerBase,
+    TransformerEncoderLayerBase,
+)
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .. import compat
+from ..evolution.plan import check_linear_gate
+from ..moe import Experts, Hidden, MoELayer, RoutingContext
+from ..moe.multi_head import MultiHead
+from . import make
+from .feed_forward import MoEDecoderLayer, MoEEncoderLayer, StackInput
+from .options import flag
+
+logger = logging.getLogger(__name__)
+
+
+def add_experts(
+    cfg: Any,
+    stacks: Dict[str, nn.Module],
+    init: Callable[[nn.Module], Any] = lambda linear: None,
+) -> None:
+    """Give every ``moe_freq``-th layer of each stack an MoE layer, as the options say.
+
+    Args:
+        cfg: the model's configuration with ``MoEOptions``.
+        stacks: the ``encoder``, the ``decoder``, or both, each with its ``layers``, ``embed_tokens`` and
+            ``dictionary``.
+        init: what the model does to the linear layers that fairseq's layers build.
+
+    Raises:
+        ValueError: options that contradict each other, or no layer to give an MoE layer to.
+    """
+    # not list(layers): LayerDrop leaves out some layers, at random, when its list is iterated over
+    layers = {side: list(stack.layers.children()) for side, stack in stacks.items()}
+    chosen = {
+        side: [
+            layer for i, layer in zip(_layer_numbers(cfg, side, stack), stack) if (i + 1) % cfg.moe_freq == 0
+        ]
+        for side, stack in layers.items()
+    }
+    if not any(chosen.values()):
+        raise ValueError(
+            "--moe-freq {} is greater than the number of layers ({}), so that no layer would be an MoE "
+            "layer: lower it.".format(cfg.moe_freq, max(map(len, layers.values())))
+        )
+    number = 0
+    for side, stack in stacks.items():
+        _check_side(cfg, side)
+        builder = _StackBuilder(cfg, stack, init)
+        for layer in chosen[side]:
+            builder.add_experts(layer, number)
+            number += 1
+        if chosen[side]:
+            logger.info(
+                "{}: {} of {} layers with {} experts of {} hidden units".format(
+                    side,
+                    len(chosen[side]),
+                    len(layers[side]),
+                    cfg.moe_experts,
+                    _listed(chosen[side][0].widths),
+                )
+            )
+        compat.remove_encoder_fast_path(layers[side])
+
+
+def _listed(widths: List[int]) -> str:
+    return str(widths[0]) if len(set(widths)) == 1 else ", ".join(map(str, widths))
+
+
+def _layer_numbers(cfg: Any, side: str, stack: Sequence[nn.Module]) -> Sequence[int]:
+    """The numbers that layers have, or had before ``--encoder-layers-to-keep`` left some out."""
+    keep = getattr(cfg, side + "_layers_to_keep", None)
+    return sorted(map(int, keep.split(","))) if keep else range(len(stack))
+
+
+def _check_side(cfg: Any, side: str) -> None:
+    if side == "decoder" and make.router_class(cfg).needs_whole_sequence:
+        raise ValueError(
+            "--moe-router {0} mixes each token with later ones, which a decoder must not see: choose "
+            "another router, or use {0} in evomoe_roberta.".format(cfg.moe_router)
+        )
+
+
+class _StackBuilder:
+    """Gives layers of one stack their MoE layers."""
+
+    def __init__(self, cfg: Any, stack: nn.Module, init: Callable[[nn.Module], Any]) -> None:
+        self.cfg = cfg
+        self.init = init
+        self.input = StackInput()
+        self.shared: Dict[str, nn.Module] = {}
+        self.vocabulary = make.make_vocabulary(stack.dictionary, stack.embed_tokens)
+        stack.embed_tokens.register_forward_hook(self.input)
+
+    def add_experts(self, layer: nn.Module, number: int) -> None:
+        """Replace a layer's feed-forward network.
+
+        Args:
+            layer: fairseq's layer.
+            number: of the MoE layer in the model.
+        """
+        cfg, fc1, fc2 = self.cfg, layer.fc1, layer.fc2
+        with _named_as_flags(cfg):
+            make.widths(cfg, fc1.out_features)
+        hidden, gated = _take_apart(cfg, layer)
+        layer.ffn_dim = fc1.out_features
+        layer.widths = make.widths(cfg, layer.ffn_dim)
+        layer.stack = self.input
+        layer.schedule = make.make_schedule(cfg)
+        layer.loss_weights = make.loss_weights(cfg)
+        layer.checkpoint_activations = bool(getattr(cfg, "checkpoint_activations", False))
+        layer.offload_activations = bool(getattr(cfg, "offload_activations", False))
+        dim = fc1.in_features // cfg.moe_heads
+        layer.moe = self._moe_layer(
+            fc1.in_features, number, layer.widths, Experts(dim, [layer.ffn_dim], hidden, gated)
+        )
+        self._try_out(layer)
+        if self._is_dense(layer.moe.experts):
+            layer.moe.experts.set_expert(0, fc1, fc2)  # the dense model's own initial weights
+        else:
+            self._fill(layer, layer.moe.experts, 0)
+        if layer.schedule.spawn_update == 0 and cfg.moe_experts > 1:
+            self._grow_at_start(layer, fc1, fc2)
+
+    def _moe_layer(self, dim: int, number: int, widths: List[int], experts: Experts) -> MoELayer:
+        cfg = self.cfg
+        with _named_as_flags(cfg):
+            heads = MultiHead(dim, cfg.moe_heads) if cfg.moe_heads > 1 else None
+        spawn = make.make_spawn(cfg, number, widths)
+        make_hyper_adapter = None
+        if cfg.moe_hyper_adapter:
+            make_hyper_adapter = partial(make.make_hyper_adapter, cfg, experts.dim, spawn, self.shared)
+        losses = [name for name in make.LAYER_LOSSES if getattr(cfg, "moe_{}_weight".format(name)) > 0]
+        return MoELayer(
+            experts,
+            cfg.moe_experts,
+            partial(make.make_router, cfg, experts.dim, spawn, self.vocabulary, self.shared),
+            spawn,
+            heads=heads,
+            shared_expert=cfg.moe_shared_expert,
+            make_hyper_adapter=make_hyper_adapter,
+            losses=losses,
+        )
+
+    def _try_out(self, layer: nn.Module) -> None:
+        """Find now what would else go wrong when the experts spawn, long into the run."""
+        cfg, moe = self.cfg, layer.moe
+        with _named_as_flags(cfg):
+            router = make.make_router(cfg, moe.experts.dim, moe.spawn, self.vocabulary, {}).eval()
+        if cfg.moe_experts == 1:
+            return
+        if cfg.moe_spawn_update > 0:
+            moe.spawn.widths_from(layer.ffn_dim)
+        if moe.spawn.makes_gate:
+            check_linear_gate(router)
+        if cfg.moe_penalty_weight > 0:
+            zero_T = torch.zeros(1, dtype=torch.long)
+            context = RoutingContext(token_T=zero_T, sequence_T=zero_T)
+            if router(torch.zeros(1, moe.experts.dim), context).probability_TE is None:
+                raise ValueError(
+                    "--moe-penalty-weight penalises the gate's probabilities, and --moe-router {} has none: "
+                    "choose another router or leave it out.".format(cfg.moe_router)
+                )
+
+    def _grow_at_start(self, layer: nn.Module, fc1: nn.Linear, fc2: nn.Linear) -> None:
+        """Experts that are there from the start have initial weights of their own."""
+        moe = layer.moe
+        moe.grow_empty(layer.widths)
+        keep = not moe.shared_expert and moe.experts.widths[0] == fc1.out_features
+        if keep and self._is_dense(moe.experts):
+            moe.experts.set_expert(0, fc1, fc2)
+        else:
+            self._fill(layer, moe.experts, 0)
+        for expert in range(1, self.cfg.moe_experts):
+            self._fill(layer, moe.experts, expert)
+
+    def _is_dense(self, experts: Experts) -> bool:
+        """Whether an expert is what the dense model has."""
+        return not experts.gated and self.cfg.moe_heads == 1
+
+    def _fill(self, layer: nn.Module, experts: Experts, expert: int) -> None:
+        """Give an expert the initial weights that the model gives to a feed-forward network."""
+        dim, width = experts.dim, experts.widths[expert]
+        fc1, fc2 = layer.build_fc1(dim, width, 0, 8), layer.build_fc2(width, dim, 0, 8)
+        fc3 = layer.build_fc1(dim, width, 0, 8) if experts.gated else None
+        for linear in (fc1, fc2, fc3):
+            if linear is not None:
+                self.init(linear)
+        experts.set_expert(expert, fc1, fc2, fc3)
+
+
+@contextmanager
+def _named_as_flags(cfg: Any) -> Iterator[None]:
+    """Let an error of a part of the layer name the flags that the part's arguments come from."""
+    names = make.router_options(make.router_class(cfg)) + ["expert_sizes", "total_ffn_dim", "heads"]
+    try:
+        yield
+    except ValueError as error:
+        pattern = r"\b({})\b".format("|".join(names))
+        message = re.sub(pattern, lambda name: flag("moe_" + name.group()), str(error))
+        raise ValueError(message.rstrip(".") + ".") from error
+
+
+def _take_apart(cfg: Any, layer: nn.Module) -> Tuple[Hidden, bool]:
+    """Make room in fairseq's layer for an MoE layer.
+
+    Returns:
+        what was between its two linear layers, with the experts' activation; whether that is a gated one.
+    """
+    del layer._modules["fc1"], layer._modules["fc2"]
+    unwrap_checkpoint(layer)
+    vars(layer).pop("forward", None)  # unwrapping leaves fairseq's own there, which would hide the class's
+    layer.__class__ = {
+        TransformerEncoderLayerBase: MoEEncoderLayer,
+        TransformerDecoderLayerBase: MoEDecoderLayer,
+    }[type(layer)]
+
+    norm = layer._modules.pop("ffn_layernorm", None)
+    layer.ffn_layernorm = None
+    if norm is not None and set(make.widths(cfg, norm.normalized_shape[0])) != set(norm.normalized_shape):
+        raise ValueError(
+            "--scale-fc normalises hidden units, so that experts must be as wide as the model's other "
+            "feed-forward networks: leave it out, or --moe-expert-sizes, --moe-total-ffn-dim and "
+            "--moe-spawn-method split."
+        )
+    # fairseq's gelu computes in float32 and rounds, which is what torch's does
+    of_model = F.gelu if layer.activation_fn is gelu else layer.activation_fn
+    activation, gated = make.activation(cfg, of_model)
+    hidden = Hidden(activation, layer.activation_dropout_module, norm)
+    layer.activation_fn = _identity
+    layer.activation_dropout_module = layer.fc2 = nn.Identity()
+    return hidden, gated
+
+
+def _identity(x: Tensor) -> Tensor:
+    return x

@@ -1,0 +1,163 @@
+"""The parts of an MoE layer that the options describe."""
+
+import inspect
+from typing import Any, Dict, List, Optional, Tuple, Type
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from ..evolution.schedule import Schedule, TemperatureSchedule
+from ..evolution.spawn import Spawn, SpawnMethod
+from ..moe import ROUTERS, Router, Vocabulary
+from ..moe.hyper_adapter import HyperAdapter
+from ..moe.sizes import expert_widths, size_ratios
+
+_GATED = {"swiglu": F.silu, "geglu": F.gelu, "reglu": F.relu}
+_PLAIN = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
+
+# losses of the layer, whatever its router
+LAYER_LOSSES = ("penalty", "mutual_distillation")
+
+_FROM_MODEL = ("self", "dim", "experts", "vocabulary", "shared")
+
+
+def router_class(cfg: Any) -> Type[Router]:
+    """The class of the router that ``--moe-router`` names."""
+    return ROUTERS[str(cfg.moe_router)]
+
+
+def router_options(router: Type[Router]) -> List[str]:
+    """Names of the arguments of a router's constructor that are options."""
+    return [name for name in _arguments(router) if name not in _FROM_MODEL]
+
+
+def _arguments(router: Type[Router]) -> List[str]:
+    names: List[str] = []
+    for cls in router.__mro__:
+        if "__init__" in vars(cls):
+            parameters = inspect.signature(cls.__init__).parameters.values()
+            names += [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+            if not any(p.kind == p.VAR_KEYWORD for p in parameters):
+                break  # what a subclass passes on by **options belongs to its parents
+    return names
+
+
+def make_schedule(cfg: Any) -> Schedule:
+    """When the experts spawn, and when the router is in which stage from then on."""
+    router = router_class(cfg)
+    if not router.anneals:
+        last_stage = stable_update(cfg) - cfg.moe_spawn_update if router.stages else 0
+        return Schedule(cfg.moe_spawn_update, 1.0, 1.0, TemperatureSchedule.constant, 0, last_stage)
+    return Schedule(
+        spawn_update=cfg.moe_spawn_update,
+        temperature_start=cfg.moe_temperature_start,
+        temperature_end=cfg.moe_temperature_end,
+        kind=TemperatureSchedule(str(cfg.moe_temperature_schedule)),
+        anneal_updates=cfg.moe_anneal_updates,
+        hard_update=cfg.moe_hard_update,
+    )
+
+
+def stable_update(cfg: Any) -> int:
+    """The update from which StableMoE's assignment is frozen: by default after a tenth of the run."""
+    if cfg.moe_stable_update is not None:
+        return cfg.moe_stable_update
+    return cfg.moe_spawn_update + max((cfg.max_update - cfg.moe_spawn_update) // 10, 1)
+
+
+def widths(cfg: Any, ffn_dim: int) -> List[int]:
+    """Hidden units of each expert.
+
+    Raises:
+        ValueError: sizes or totals that make no such experts.
+    """
+    split = str(cfg.moe_spawn_method) == "split"
+    total = cfg.moe_total_ffn_dim or (ffn_dim if split else cfg.moe_experts * ffn_dim)
+    return expert_widths(size_ratios(str(cfg.moe_expert_sizes), cfg.moe_experts), total)
+
+
+def activation(cfg: Any, of_model: Any) -> Tuple[Any, bool]:
+    """The experts' activation function, and whether it is a gated one."""
+    name = str(cfg.moe_expert_activation)
+    if name == "model":
+        return of_model, False
+    return (_GATED[name], True) if name in _GATED else (_PLAIN[name], False)
+
+
+def make_spawn(cfg: Any, layer: int, expert_widths: List[int]) -> Spawn:
+    """The spawn of one layer."""
+    return Spawn(
+        experts=cfg.moe_experts,
+        layer=layer,
+        method=SpawnMethod(str(cfg.moe_spawn_method)),
+        strength=cfg.moe_spawn_strength,
+        seed=cfg.seed,
+        widths=expert_widths,
+    )
+
+
+def make_router(
+    cfg: Any,
+    dim: int,
+    spawn: Spawn,
+    vocabulary: Optional[Vocabulary] = None,
+    shared: Optional[Dict[str, nn.Module]] = None,
+) -> Router:
+    """The router of one layer, initialised.
+
+    Args:
+        cfg: the options.
+        dim: D, width of what is routed.
+        spawn: of the same layer, for its random numbers.
+        vocabulary: of the tokens that the layer reads.
+        shared: modules that the routers of a stack of layers share.
+    """
+    cls = router_class(cfg)
+    given = {"vocabulary": vocabulary, "shared": shared}
+    arguments = {name: given[name] for name in _arguments(cls) if name in given}
+    for name in router_options(cls):
+        value = router_option(cfg, name)
+        if value is not None:
+            arguments[name] = value
+    router = cls(dim, cfg.moe_experts, **arguments)
+    router.initialize(spawn.generator("router"))
+    return router
+
+
+def router_option(cfg: Any, name: str) -> Any:
+    """The value of a router's option; ``None`` for what the router itself takes by default."""
+    value = getattr(cfg, "moe_" + name)
+    if name == "renormalize":
+        return {"auto": None, "always": True, "never": False}[str(value)]
+    return value
+
+
+def make_hyper_adapter(cfg: Any, dim: int, spawn: Spawn, shared: Dict[str, nn.Module]) -> HyperAdapter:
+    """HyperMoE's adapter of one layer, initialised."""
+    adapter = HyperAdapter(dim, cfg.moe_experts, shared)
+    adapter.initialize(spawn.generator("hyper_adapter"))
+    return adapter
+
+
+def loss_weights(cfg: Any) -> Dict[str, float]:
+    """Weight of each auxiliary loss of a layer."""
+    weights = {}
+    for name, published in router_class(cfg).loss_weights.items():
+        given = getattr(cfg, "moe_{}_weight".format(name))
+        weights[name] = published if given is None else given
+    for name in LAYER_LOSSES:
+        weights[name] = getattr(cfg, "moe_{}_weight".format(name))
+    return weights
+
+
+def make_vocabulary(dictionary: Any, embeddings: Any) -> Vocabulary:
+    """How often fairseq's dictionary says that each token occurs.
+
+    Args:
+        dictionary: fairseq's dictionary.
+        embeddings: the embeddings that are looked up, which may have more rows.
+    """
+    counts = list(dictionary.count)
+    size = max(len(counts), getattr(embeddings, "num_embeddings", 0))
+    return Vocabulary(size, torch.tensor(counts + [0] * (size - len(counts)), dtype=torch.float32))

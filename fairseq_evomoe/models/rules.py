@@ -1,0 +1,211 @@
+"""Options that contradict themselves or each other, found before a model is built."""
+
+import logging
+from dataclasses import fields
+from typing import Any
+
+from ..moe import ROUTERS
+from .make import LAYER_LOSSES, router_class, router_options
+from .options import MoEOptions, flag
+
+logger = logging.getLogger(__name__)
+
+# what belongs to the gate whose temperature falls
+_ANNEAL = {
+    "moe_temperature_start",
+    "moe_temperature_end",
+    "moe_temperature_schedule",
+    "moe_anneal_updates",
+    "moe_hard_update",
+}
+
+_UNSUPPORTED = {
+    "quant_noise_pq": "quantization noise is not made for experts",
+    "quant_noise_scalar": "quantization noise is not made for experts",
+    "base_layers": "BASE layers would stand beside the MoE layers",
+    "ffn_reg_scale_factor": "pruning of feed-forward units is not made for experts",
+    "ffn_blocks_to_remove": "pruning of feed-forward units is not made for experts",
+}
+
+# What must hold, and what to say if it does not.
+_RULES = [
+    (lambda o: o.moe_experts >= 1, "--moe-experts must be at least 1, but is {0.moe_experts}."),
+    (lambda o: o.moe_freq >= 1, "--moe-freq must be at least 1, but is {0.moe_freq}."),
+    (
+        lambda o: o.moe_spawn_update >= 0,
+        "--moe-spawn-update must be at least 0 (0: experts from the start), but is {0.moe_spawn_update}.",
+    ),
+    (
+        lambda o: o.moe_spawn_strength is None or 0 <= o.moe_spawn_strength,
+        "--moe-spawn-strength must not be negative, but is {0.moe_spawn_strength}.",
+    ),
+    (
+        lambda o: (
+            o.moe_spawn_strength is None or o.moe_spawn_strength <= 1 or str(o.moe_spawn_method) == "noise"
+        ),
+        "--moe-spawn-strength is a share between 0 and 1 for --moe-spawn-method "
+        "{0.moe_spawn_method}, but is {0.moe_spawn_strength}.",
+    ),
+    (
+        lambda o: o.moe_spawn_strength is None or str(o.moe_spawn_method) not in ("copy", "split"),
+        "--moe-spawn-strength has no effect with --moe-spawn-method {0.moe_spawn_method}: leave it out or "
+        "choose mask, noise, reinit or slice.",
+    ),
+    (
+        lambda o: o.moe_temperature_start > 0 and o.moe_temperature_end > 0,
+        "--moe-temperature-start and --moe-temperature-end must be greater than 0, but are "
+        "{0.moe_temperature_start} and {0.moe_temperature_end}.",
+    ),
+    (
+        lambda o: o.moe_temperature_end <= o.moe_temperature_start,
+        "--moe-temperature-end ({0.moe_temperature_end}) must not be greater than "
+        "--moe-temperature-start ({0.moe_temperature_start}), since the gate goes from dense to "
+        "sparse.",
+    ),
+    (
+        lambda o: o.moe_anneal_updates >= 0,
+        "--moe-anneal-updates must be at least 0, but is {0.moe_anneal_updates}.",
+    ),
+    (
+        lambda o: o.moe_hard_update is None or o.moe_hard_update >= -1,
+        "--moe-hard-update ({0.moe_hard_update}) is before the spawn: it counts updates after "
+        "--moe-spawn-update, from 0, or is -1 for never.",
+    ),
+    (
+        lambda o: 0 <= o.moe_threshold < 1,
+        "--moe-threshold must be at least 0 and less than 1, but is {0.moe_threshold}.",
+    ),
+    (lambda o: 0 < o.moe_top_p <= 1, "--moe-top-p must be over 0 and at most 1, but is {0.moe_top_p}."),
+    (
+        lambda o: 0 <= o.moe_jitter < 1,
+        "--moe-jitter must be at least 0 and less than 1, but is {0.moe_jitter}.",
+    ),
+    (
+        lambda o: o.moe_capacity_factor >= 0,
+        "--moe-capacity-factor must be at least 0 (0: no limit), but is {0.moe_capacity_factor}.",
+    ),
+    (
+        lambda o: o.moe_heads >= 1,
+        "--moe-heads must be at least 1 (1: tokens are not split), but is {0.moe_heads}.",
+    ),
+    (
+        lambda o: o.moe_total_ffn_dim is None or o.moe_total_ffn_dim > 0,
+        "--moe-total-ffn-dim must be greater than 0, but is {0.moe_total_ffn_dim}.",
+    ),
+    (
+        lambda o: not (o.moe_random_second and (o.moe_top_k != 2 or str(o.moe_renormalize) == "never")),
+        "--moe-random-second draws one of two experts by its share of their weights: it needs --moe-top-k 2 "
+        "and --moe-renormalize always or auto.",
+    ),
+    (
+        lambda o: not (str(o.moe_router) == "stable" and o.moe_stable_update is None and o.max_update <= 0),
+        "--moe-router stable freezes its assignment after a tenth of --max-update, which is not given: give "
+        "--moe-stable-update.",
+    ),
+    (
+        lambda o: (
+            str(o.moe_router) != "stable"
+            or o.moe_stable_update is None
+            or o.moe_stable_update >= o.moe_spawn_update
+        ),
+        "--moe-stable-update ({0.moe_stable_update}) is before --moe-spawn-update ({0.moe_spawn_update}), "
+        "when there is nothing to freeze yet: raise it.",
+    ),
+    (
+        lambda o: not (o.moe_mutual_distillation_weight > 0 and router_class(o).one_expert),
+        "--moe-mutual-distillation-weight compares the experts of a token, of which --moe-router "
+        "{0.moe_router} gives only one: choose another router or leave it out.",
+    ),
+    (
+        lambda o: not (o.moe_mutual_distillation_weight > 0 and str(o.moe_router) == "soft"),
+        "--moe-mutual-distillation-weight compares the experts of a token, but those of --moe-router soft "
+        "work on mixtures of tokens: choose another router or leave it out.",
+    ),
+    (
+        lambda o: not (o.moe_hyper_adapter and (o.moe_experts == 1 or router_class(o).needs_whole_sequence)),
+        "--moe-hyper-adapter adds what the experts that a token was not sent to have to say, and with "
+        "--moe-router {0.moe_router} and --moe-experts {0.moe_experts} there are none: leave it out.",
+    ),
+    (
+        lambda o: not (o.moe_hyper_adapter and router_class(o).resizes and o.moe_dynmoe_window > 0),
+        "--moe-hyper-adapter has an embedding of each expert, but with --moe-router {0.moe_router} experts "
+        "come and go: leave it out or set --moe-dynmoe-window 0.",
+    ),
+]
+
+
+def check_options(cfg: Any) -> None:
+    """Refuse options that contradict themselves or each other.
+
+    Args:
+        cfg: anything with the attributes of ``MoEOptions``.
+
+    Raises:
+        ValueError: one sentence that names the settings and the way out.
+    """
+    for name, reason in _UNSUPPORTED.items():
+        if (getattr(cfg, name, None) or 0) > 0:
+            raise ValueError(
+                "{} does not work in a model with MoE layers ({}): leave it out.".format(flag(name), reason)
+            )
+    for holds, message in _RULES:
+        if not holds(cfg):
+            raise ValueError(message.format(cfg))
+    _check_weights(cfg)
+    _check_router_options(cfg)
+
+
+def warn_of_idle_options(cfg: Any) -> None:
+    """Warn of a schedule for another router's gate.
+
+    That is no error, so that rivals stay one flag away: ``--moe-router``.
+
+    Args:
+        cfg: anything with the attributes of ``MoEOptions``.
+    """
+    idle = [
+        flag(option.name)
+        for option in fields(MoEOptions)
+        if option.name in _ANNEAL and str(getattr(cfg, option.name)) != str(option.default)
+    ]
+    if idle and not router_class(cfg).anneals:
+        logger.warning("no effect with --moe-router {}: {}".format(cfg.moe_router, ", ".join(idle)))
+
+
+def _check_weights(cfg: Any) -> None:
+    known = {**router_class(cfg).loss_weights, **dict.fromkeys(LAYER_LOSSES)}
+    for option in fields(MoEOptions):
+        value = getattr(cfg, option.name)
+        if not option.name.endswith("_weight") or not isinstance(value, (int, float)):
+            continue
+        if value < 0:
+            raise ValueError("{} must not be negative, but is {}.".format(flag(option.name), value))
+        name = option.name[len("moe_") : -len("_weight")]
+        if value > 0 and name not in known:
+            raise ValueError(
+                "{} {} has no effect with --moe-router {}, which has no such loss: leave it out or choose "
+                "one of the routers {}.".format(
+                    flag(option.name),
+                    value,
+                    cfg.moe_router,
+                    ", ".join(n for n, router in ROUTERS.items() if name in router.loss_weights),
+                )
+            )
+
+
+def _check_router_options(cfg: Any) -> None:
+    """Refuse a router's option beside another router."""
+    mine = router_options(router_class(cfg))
+    of_routers = {name for router in ROUTERS.values() for name in router_options(router)}
+    for option in fields(MoEOptions):
+        name, value = option.name[len("moe_") :], getattr(cfg, option.name)
+        if name in of_routers and name not in mine and str(value) != str(option.default):
+            raise ValueError(
+                "{} {} has no effect with --moe-router {}: leave it out or choose one of the routers "
+                "{}.".format(
+                    flag(option.name),
+                    value,
+                    cfg.moe_router,
+                    ", ".join(n for n, router in ROUTERS.items() if name in router_options(router)),
+                )
+            )
