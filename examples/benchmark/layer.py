@@ -1,30 +1,15 @@
-#!/usr/bin/env python3
-"""What the MoE layer costs beside a plain dense FFN that is given the same number of active rows.
-
-    python examples/benchmark/layer.py [--threads 2] [--repeats 9] [--quick] [--json FILE]
-
-Forward and backward with weight gradients in float32; the two are run in turn in one process, so that a noisy
-machine hits both alike.  Prints a Markdown table; exits with 1 if a ratio is over --limit times its target.
-"""
+"""What the MoE layer costs beside a plain dense FFN that is given the same number of active rows."""
 
 from __future__ import annotations
 
-import argparse
-import ctypes
-import json
-import platform
-import statistics
-import sys
-import time
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Callable
+from typing import Callable, Iterator
 
 import torch
+from timing import clean_up, interleave, peak_memory, ratios, step
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
+from fairseq_evomoe.evolution.spawn import Spawn
 from fairseq_evomoe.moe import Experts, MoELayer, Routing, RoutingContext
 from fairseq_evomoe.moe.dispatch import dispatch
 from fairseq_evomoe.moe.routers import DenseToSparseRouter
@@ -41,44 +26,46 @@ class Size:
 
 @dataclass
 class Case:
-    """One row of the table: a layer, its floor, and how many times the floor it may cost."""
+    """One row of the table: a layer, its floor, and how many times the floor it may cost.
+
+    A target of ``None`` is a row for information; ``calls`` of the functions' own are one figure.
+    """
 
     name: str
-    target: float
+    target: float | None
     layer: Callable[[], None]
     floor: Callable[[], None]
-
-
-def step(function: Callable, inputs: list, grad: torch.Tensor) -> Callable[[], None]:
-    """A function that runs forward and backward once, with fresh gradients as an optimizer leaves them."""
-
-    def run() -> None:
-        for tensor in inputs:
-            tensor.grad = None
-        function().backward(grad)
-
-    return run
+    calls: int = 1
 
 
 def dense(size: Size, rows: int, hidden: int | None = None) -> Callable[[], None]:
     """The floor: Linear, ReLU, Linear on so many rows."""
-    hidden = hidden or size.hidden
-    ffn = nn.Sequential(nn.Linear(size.dim, hidden), nn.ReLU(), nn.Linear(hidden, size.dim))
+    ffn = ffn_of(size, hidden)
     x = torch.randn(rows, size.dim, requires_grad=True)
     return step(lambda: ffn(x), [x, *ffn.parameters()], torch.randn(rows, size.dim))
+
+
+def ffn_of(size: Size, hidden: int | None = None) -> nn.Sequential:
+    hidden = hidden or size.hidden
+    return nn.Sequential(nn.Linear(size.dim, hidden), nn.ReLU(), nn.Linear(hidden, size.dim))
+
+
+def experts_of(size: Size, widths: list[int]) -> Experts:
+    experts = Experts(size.dim, widths)
+    for parameter in experts.parameters():
+        nn.init.normal_(parameter, std=0.02)
+    return experts
 
 
 def sparse(size: Size, mask: torch.Tensor, widths: list[int] | None = None) -> Callable[[], None]:
     """Dispatch, experts and weighted sum for a T x E mask of active pairs."""
     token, expert = mask.nonzero(as_tuple=True)
-    experts = Experts(size.dim, widths or [size.hidden] * mask.shape[1])
-    for parameter in experts.parameters():
-        nn.init.normal_(parameter, std=0.02)
-    x = torch.randn(size.tokens, size.dim, requires_grad=True)
+    experts = experts_of(size, widths or [size.hidden] * mask.shape[1])
+    x = torch.randn(mask.shape[0], size.dim, requires_grad=True)
     weight = torch.rand(len(token), requires_grad=True)
     routing = Routing(token, expert, weight, *mask.shape)
-    grad = torch.randn(size.tokens, size.dim)
-    return step(lambda: dispatch(x, routing, experts), [x, weight, *experts.parameters()], grad)
+    run = lambda: dispatch(x, routing, experts)  # noqa: E731
+    return step(run, [x, weight, *experts.parameters()], torch.randn(mask.shape[0], size.dim))
 
 
 def top(size: Size, experts: int, k: int) -> torch.Tensor:
@@ -111,7 +98,7 @@ def arithmetic(size: Size, experts: int) -> list[int]:
     return [round(size.hidden * experts * r / sum(ratios) / 8) * 8 for r in ratios]
 
 
-def layer_of(size: Size, experts: int, grown: bool) -> MoELayer:
+def layer_of(size: Size, experts: int, grown: bool = True) -> MoELayer:
     """A whole layer with its Dense-To-Sparse gate."""
     base = Experts(size.dim, [size.hidden])
     base.set_expert(0, nn.Linear(size.dim, size.hidden), nn.Linear(size.hidden, size.dim))
@@ -121,16 +108,27 @@ def layer_of(size: Size, experts: int, grown: bool) -> MoELayer:
         gate.initialize(torch.Generator().manual_seed(0))
         return gate
 
-    layer = MoELayer(base, experts, router, lambda name, tensor: torch.cat([tensor] * experts))
+    layer = MoELayer(base, experts, router, Spawn(experts, method="copy"))
     if grown:
         layer.grow()
     return layer
 
 
+def whole(size: Size, layer: MoELayer, context: RoutingContext) -> Callable[[], None]:
+    """Forward and backward of a whole layer, gate and balance loss included."""
+    x = torch.randn(size.tokens, size.dim, requires_grad=True)
+
+    def run() -> torch.Tensor:
+        y = layer(x, context)
+        # the loss has a gradient of its own; weight 0, as in the authors' scripts, still computes it
+        return y + 0 * layer.routing.losses["balance"] if layer.router is not None else y
+
+    return step(run, [x, *layer.parameters()], torch.randn(size.tokens, size.dim))
+
+
 def decoding(size: Size) -> tuple[Callable[[], None], Callable[[], None]]:
     """One token through a layer of 64 experts in evaluation, gate included, and through a dense FFN."""
-    layer, x = layer_of(size, 64, grown=True).eval(), torch.randn(1, size.dim)
-    ffn = nn.Sequential(nn.Linear(size.dim, size.hidden), nn.ReLU(), nn.Linear(size.hidden, size.dim))
+    layer, ffn, x = layer_of(size, 64).eval(), ffn_of(size), torch.randn(1, size.dim)
 
     def repeat(function: Callable) -> Callable[[], None]:
         @torch.no_grad()
@@ -140,21 +138,13 @@ def decoding(size: Size) -> tuple[Callable[[], None], Callable[[], None]]:
 
         return run
 
-    return repeat(lambda x: layer(x, RoutingContext())), repeat(ffn)
+    return repeat(lambda x: layer(x, RoutingContext(statistics=False))), repeat(ffn)
 
 
-def single(size: Size) -> Callable[[], None]:
-    """The layer before the spawn."""
-    layer = layer_of(size, 8, grown=False).train()
-    x = torch.randn(size.tokens, size.dim, requires_grad=True)
-    run = lambda: layer(x, RoutingContext())  # noqa: E731
-    return step(run, [x, *layer.parameters()], torch.randn(size.tokens, size.dim))
-
-
-def cases(size: Size, quick: bool):
+def cases(size: Size, quick: bool) -> Iterator[Case]:
     """The cases, each built when it is its turn."""
 
-    def case(name: str, target: float, mask: torch.Tensor, widths: list[int] | None = None) -> Case:
+    def case(name: str, target: float | None, mask: torch.Tensor, widths: list[int] | None = None) -> Case:
         rows = int(mask.sum())
         hidden = None
         if widths:
@@ -164,93 +154,49 @@ def cases(size: Size, quick: bool):
 
     yield case("top-1, E = 8, balanced", 1.12, balanced(size, 8))
     yield case("top-1, E = 16, Zipf load", 1.20, zipf(size, 16))
-    yield Case("single expert before the spawn", 1.02, single(size), dense(size, size.tokens))
+    base = whole(size, layer_of(size, 8, grown=False), RoutingContext())
+    yield Case("single expert before the spawn", 1.02, base, dense(size, size.tokens))
     if quick:
         return
     yield case("top-1, E = 64, balanced", 1.50, balanced(size, 64))
+    yield case("top-1, E = 64, random", None, top(size, 64, 1))
     yield case("top-2, E = 32", 1.15, top(size, 32, 2))
     for mean in (1.5, 4.0):
         yield case(f"DTS soft stage, {mean:g} of 8 active", 1.15, soft(size, 8, mean))
+    everything = whole(size, layer_of(size, 8).train(), RoutingContext(temperature=50.0))
+    yield Case("DTS soft stage, 8 of 8 active, with its gate", 1.15, everything, dense(size, 8 * size.tokens))
     yield case("DTS dense stage, 8 of 8", 1.05, soft(size, 8, 8.0))
     yield case("HMoE arithmetic widths, top-2 of 8", 1.20, top(size, 8, 2), arithmetic(size, 8))
-    yield Case("one token, E = 64, evaluation", 2.0, *decoding(size))
-
-
-def peak_memory(function: Callable[[], None]) -> float:
-    """MiB that a call needs at its peak beyond what is in use before it; NaN where Linux is not there."""
-    try:
-        ctypes.CDLL(None).malloc_trim(0)  # what is free counts as free
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-        before = _status("VmRSS")
-        function()
-        return (_status("VmHWM") - before) / 1024
-    except (OSError, AttributeError):
-        return float("nan")
-
-
-def _status(key: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(key)).split()[1])
+    yield Case("one token, E = 64, evaluation, with its gate", 2.0, *decoding(size), calls=50)
+    one = Size(1, size.dim, size.hidden)
+    yield Case("one token, E = 64, forward and backward", None, sparse(one, top(one, 64, 1)), dense(one, 1))
+    large = Size(16384, size.dim, size.hidden)
+    yield Case(
+        "16384 tokens, top-1, E = 64", None, sparse(large, balanced(large, 64)), dense(large, large.tokens)
+    )
 
 
 def measure(case: Case, repeats: int) -> dict:
-    """Medians of both, in turn, and their ratio."""
-    seconds: dict[str, list[float]] = {"layer": [], "floor": []}
-    functions = {"layer": case.layer, "floor": case.floor}
-    for function in functions.values():
-        function()
-    for _ in range(repeats):
-        for name, function in functions.items():
-            start = time.perf_counter()
-            function()
-            seconds[name].append(time.perf_counter() - start)
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
-    pairs = [a / b for a, b in zip(seconds["layer"], seconds["floor"])]
+    """Both in turn: ratios, times and memory."""
+    times = interleave({"layer": case.layer, "floor": case.floor}, repeats)
     return {
         "case": case.name,
         "target": case.target,
-        "ratio": medians["layer"] / medians["floor"],
-        "ratio_of_pairs": statistics.median(pairs),
-        "ratio_of_minima": min(seconds["layer"]) / min(seconds["floor"]),
-        "floor_seconds": medians["floor"],
-        "layer_mib": peak_memory(case.layer),
-        "floor_mib": peak_memory(case.floor),
+        "ratio": ratios(times, "layer", "floor"),
+        "ms": {n: {k: 1000 * t[k] / case.calls for k in ("median", "minimum")} for n, t in times.items()},
+        "mib": {"layer": peak_memory(case.layer), "floor": peak_memory(case.floor)},
+        "times": times,
     }
 
 
-def main() -> int:
-    """Run the cases and print the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--quick", action="store_true", help="three cases, smaller: half a minute")
-    parser.add_argument(
-        "--limit", type=float, default=1.0, help="factor of the target that is still accepted"
-    )
-    parser.add_argument("--json", type=Path, help="also write the figures to a file")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(0)
-    size = Size(tokens=2048, hidden=1024) if args.quick else Size()
-    machine = "torch {}, {} threads, {}, Python {}".format(
-        torch.__version__, args.threads, platform.machine(), platform.python_version()
-    )
-    print(f"T = {size.tokens}, d = {size.dim}, h = {size.hidden}; medians of {args.repeats}; {machine}\n")
-    print("| case | x floor | at most | by minima | floor, ms | peak MiB, layer / floor |")
-    print("|---|--:|--:|--:|--:|--:|")
+def run(quick: bool, repeats: int) -> dict:
+    """All cases, the figures of each printed as they come."""
+    size = Size(tokens=2048, hidden=1024) if quick else Size()
     rows = []
-    for case in cases(size, args.quick):
-        row = measure(case, args.repeats)
+    for case in cases(size, quick):
+        row = measure(case, repeats)
         rows.append(row)
-        figures = "| {case} | {ratio:.2f} | {target:.2f} | {ratio_of_minima:.2f} | {floor_ms:.1f} |"
-        memory = " {layer_mib:.0f} / {floor_mib:.0f} |"
-        print((figures + memory).format(floor_ms=1000 * row["floor_seconds"], **row), flush=True)
-    if args.json:
-        args.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1))
-    return int(any(min(r["ratio"], r["ratio_of_pairs"]) > args.limit * r["target"] for r in rows))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+        print("  {}: {}".format(case.name, {k: round(v, 2) for k, v in row["ratio"].items()}), flush=True)
+        del case
+        clean_up()
+    return {"size": vars(size), "repeats": repeats, "rows": rows}

@@ -1,20 +1,33 @@
-"""Carry tokens to their experts and the experts' outputs back."""
+"""Carry tokens to their experts and the experts' outputs back.
 
-from typing import List
+Every way gives the same result up to rounding; which one is taken depends on device, dtype and experts:
+
+- one token without gradients, as in generation: its experts one after another, nothing to sort;
+- on the CPU, ReLU, GELU or SiLU experts, gated (SwiGLU) or not: a differentiable function, ``fused.py``;
+- experts of one width, where PyTorch has ``grouped_mm`` (2.10 or newer) that takes their sizes: grouped
+  products, and nothing is copied from the device to the host;
+- otherwise: the experts' segments by autograd.
+"""
+
+from typing import List, Optional
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .experts import Experts
 from .fused import ACTIVATIONS, fused_experts
 from .routing import Routing
+
+_ALIGNMENT = 16  # bytes that every row of a grouped product must be a multiple of
 
 
 def dispatch(x_TD: Tensor, routing: Routing, experts: Experts) -> Tensor:
     """Apply to each token the experts that ``routing`` gives it and add up their weighted outputs.
 
     The cost is that of the N active pairs.  Sums are in float32 (float64 for float64 tokens); a token
-    with no pair gets zeros.
+    with no pair gets zeros.  If ``routing`` has slots, they take the tokens' place: the tokens are mixed into
+    them before and the experts' outputs are mixed into those of the tokens after.
 
     Args:
         x_TD: tokens, shape (T, D).
@@ -24,25 +37,99 @@ def dispatch(x_TD: Tensor, routing: Routing, experts: Experts) -> Tensor:
     Returns:
         shape (T, D), dtype of ``x_TD``.
     """
+    slots = routing.slots
+    if slots is None:
+        return _sum_of_outputs(x_TD, routing, experts).to(x_TD.dtype)
+    return slots.spread(_sum_of_outputs(slots.mix(x_TD), routing, experts)).to(x_TD.dtype)
+
+
+def _sum_of_outputs(x_TD: Tensor, routing: Routing, experts: Experts) -> Tensor:
+    if x_TD.shape[0] == 1 and x_TD.device.type == "cpu" and not torch.is_grad_enabled():
+        return _one_token(x_TD, routing, experts)
     expert_N, order_N = torch.sort(routing.expert_N, stable=True)
     token_N, weight_N = routing.token_N[order_N], routing.weight_N[order_N]
-    counts = torch.bincount(expert_N, minlength=routing.experts).tolist()
-    function = _fused if _can_fuse(x_TD, experts) else _by_autograd
-    return function(x_TD, token_N, weight_N, counts, experts).to(x_TD.dtype)
+    if _can_fuse(x_TD, experts):
+        counts = _counts(expert_N, routing.experts)
+        weights = (experts.w1, experts.b1, experts.w2, experts.b2)
+        activation = experts.hidden.activation
+        widths, w3 = experts.widths, experts.w3
+        return fused_experts(x_TD, weight_N, *weights, token_N, counts, widths, activation, w3)
+    if _can_group(x_TD, experts):
+        out_ND = grouped_experts(x_TD[token_N], expert_N, experts)
+    else:
+        out_ND = experts(x_TD[token_N], _counts(expert_N, routing.experts))
+    weighted_ND = out_ND * weight_N.unsqueeze(1)
+    return weighted_ND.new_zeros(x_TD.shape).index_add(0, token_N, weighted_ND)
+
+
+def _counts(expert_N: Tensor, experts: int) -> List[int]:
+    return torch.bincount(expert_N, minlength=experts).tolist()
+
+
+def _one_token(x_TD: Tensor, routing: Routing, experts: Experts) -> Tensor:
+    y_TD = None
+    for expert, weight in zip(routing.expert_N.tolist(), routing.weight_N.tolist()):
+        start = sum(experts.widths[:expert])
+        units = slice(start, start + experts.widths[expert])
+        factor = None if experts.w3 is None else F.linear(x_TD, experts.w3[units])
+        hidden = experts.hidden(F.linear(x_TD, experts.w1[units], experts.b1[units]), factor)
+        out_TD = torch.addmm(experts.b2[expert], hidden, experts.w2[units])
+        # a product with a number, unlike one with a tensor, keeps the dtype; sums are in float32
+        out_TD = (out_TD if out_TD.dtype == torch.float64 else out_TD.float()) * weight
+        y_TD = out_TD if y_TD is None else y_TD + out_TD
+    return torch.zeros_like(x_TD) if y_TD is None else y_TD
 
 
 def _can_fuse(x_TD: Tensor, experts: Experts) -> bool:
+    """Whether ``fused.fused_experts`` computes these experts."""
     hidden = experts.hidden
     return x_TD.device.type == "cpu" and hidden.only_activation and hidden.activation in ACTIVATIONS
 
 
-def _fused(x_TD: Tensor, token_N: Tensor, weight_N: Tensor, counts: List[int], experts: Experts) -> Tensor:
-    weights = (experts.w1, experts.b1, experts.w2, experts.b2)
-    return fused_experts(x_TD, weight_N, *weights, token_N, counts, experts.widths, experts.hidden.activation)
+def _can_group(x_TD: Tensor, experts: Experts) -> bool:
+    """Whether ``grouped_experts`` computes these experts: one width, and rows of whole 16 bytes."""
+    dtype = _autocast_dtype(x_TD) or x_TD.dtype
+    width = experts.widths[0]
+    return (
+        hasattr(F, "grouped_mm")
+        and dtype in (torch.float32, torch.float16, torch.bfloat16)
+        # torch.compile knows them in bfloat16 only, as of PyTorch 2.13
+        and (dtype == torch.bfloat16 or not torch.compiler.is_compiling())
+        and experts.widths.count(width) == len(experts.widths)
+        and width * dtype.itemsize % _ALIGNMENT == 0
+        and experts.dim * dtype.itemsize % _ALIGNMENT == 0
+    )
 
 
-def _by_autograd(
-    x_TD: Tensor, token_N: Tensor, weight_N: Tensor, counts: List[int], experts: Experts
-) -> Tensor:
-    weighted_ND = experts(x_TD[token_N], counts) * weight_N.unsqueeze(1)
-    return weighted_ND.new_zeros(x_TD.shape).index_add(0, token_N, weighted_ND)
+def grouped_experts(x_ND: Tensor, expert_N: Tensor, experts: Experts) -> Tensor:
+    """``Experts.forward`` for experts of one width by grouped products; no size leaves the device.
+
+    Args:
+        x_ND: rows sorted by expert, shape (N, D).
+        expert_N: int64, expert of each row.
+        experts: E experts for which ``_can_group`` holds.
+
+    Returns:
+        shape (N, D), dtype of ``x_ND`` or that of autocast.
+    """
+    dtype = _autocast_dtype(x_ND) or x_ND.dtype
+    count = len(experts.widths)
+    end_E = torch.searchsorted(
+        expert_N, torch.arange(count, device=expert_N.device), right=True, out_int32=True
+    )
+
+    def product(rows: Tensor, weight: Tensor, transposed: bool) -> Tensor:
+        weight = weight.view(count, -1, experts.dim).to(dtype)
+        return F.grouped_mm(rows.to(dtype), weight.transpose(1, 2) if transposed else weight, offs=end_E)
+
+    b1, b2 = (b.view(count, -1).index_select(0, expert_N).to(dtype) for b in (experts.b1, experts.b2))
+    factor = None if experts.w3 is None else product(x_ND, experts.w3, True)
+    hidden = experts.hidden(product(x_ND, experts.w1, True) + b1, factor)
+    return product(hidden, experts.w2, False) + b2
+
+
+def _autocast_dtype(x: Tensor) -> Optional[torch.dtype]:
+    """What autocast would compute products in; ``None`` without it or on a PyTorch that has no grouped_mm."""
+    if not hasattr(F, "grouped_mm") or not torch.is_autocast_enabled(x.device.type):
+        return None
+    return torch.get_autocast_dtype(x.device.type)

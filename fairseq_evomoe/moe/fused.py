@@ -2,10 +2,10 @@
 
 Autograd alone would keep four tensors of N rows that are not needed, copy each weight gradient into its
 place, and touch fresh memory for each intermediate result, which on a CPU costs as much as a product.
-Here every product writes to its place, one expert after another in buffers that stay in the cache.
+Here every product writes to its place, one group of experts after another in buffers that stay in the cache.
 """
 
-from typing import Any, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Dict, Iterator, List, Optional
 
 import torch
 from torch import Tensor
@@ -15,6 +15,10 @@ from torch.nn import functional as F
 from . import memory
 
 aten = torch.ops.aten
+
+ROWS = 1024
+"""Small experts are taken together up to so many rows: each operation on a tensor makes the threads
+meet, which with few rows takes longer than the work."""
 
 
 class _Relu:
@@ -45,7 +49,21 @@ class _Gelu:
         aten.gelu_backward.grad_input(grad, saved, grad_input=grad)
 
 
-ACTIVATIONS: Dict[Any, Any] = {torch.relu: _Relu, F.relu: _Relu, F.gelu: _Gelu}
+class _Silu:
+    """As ``_Gelu``."""
+
+    in_place = False
+
+    @staticmethod
+    def forward(x: Tensor, out: Tensor) -> Tensor:
+        return aten.silu.out(x, out=out)
+
+    @staticmethod
+    def backward(grad: Tensor, saved: Tensor) -> None:
+        aten.silu_backward.grad_input(grad, saved, grad_input=grad)
+
+
+ACTIVATIONS: Dict[Any, Any] = {torch.relu: _Relu, F.relu: _Relu, F.gelu: _Gelu, F.silu: _Silu}
 
 
 def fused_experts(
@@ -59,8 +77,11 @@ def fused_experts(
     counts: List[int],
     widths: List[int],
     activation: Any,
+    w3: Optional[Tensor] = None,
 ) -> Tensor:
     """``y_t = sum over pairs n of t of weight_n * (W2_e f(W1_e x_t + b1_e) + b2_e)``.
+
+    With a third matrix, ``f(W1_e x_t + b1_e)`` is multiplied by ``W3_e x_t``.
 
     Args:
         x_TD: tokens, (T, D).
@@ -73,108 +94,194 @@ def fused_experts(
         counts: pairs of each expert.
         widths: hidden units of each expert.
         activation: a key of ``ACTIVATIONS``.
+        w3: (H, D).
 
     Returns:
         (T, D), float64 if ``x_TD`` is, else float32.
     """
     keep = torch.is_grad_enabled()  # always off inside of the function
     return _FusedExperts.apply(
-        x_TD, weight_N, w1, b1, w2, b2, token_N, counts, widths, ACTIVATIONS[activation], keep
+        x_TD, weight_N, w1, b1, w2, b2, w3, token_N, counts, widths, ACTIVATIONS[activation], keep
     )
-
-
-class _Segment:
-    """The rows of one expert that has any."""
-
-    def __init__(self, expert: int, pairs: slice, units: slice, token: Optional[Tensor]) -> None:
-        self.expert = expert
-        self.pairs = pairs
-        self.units = units
-        self.token = token  # None: every token, in order
-
-    def gather(self, x_TD: Tensor) -> Tensor:
-        return x_TD if self.token is None else x_TD.index_select(0, self.token)
-
-
-def _segments(token_N: Tensor, counts: List[int], widths: List[int], tokens: int) -> Iterator[_Segment]:
-    pair = unit = 0
-    for expert, (count, width) in enumerate(zip(counts, widths)):
-        if count:
-            token = token_N[pair : pair + count]
-            if count == tokens and torch.equal(token, torch.arange(tokens)):
-                token = None
-            yield _Segment(expert, slice(pair, pair + count), slice(unit, unit + width), token)
-        pair += count
-        unit += width
 
 
 class _FusedExperts(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, w1, b1, w2, b2, token, counts, widths, activation, keep):
+    def forward(ctx, x, weight, w1, b1, w2, b2, w3, token, counts, widths, activation, keep):
         sums = torch.float64 if x.dtype == torch.float64 else torch.float32
         y = torch.zeros(x.shape, dtype=sums, device=x.device)
-        saved = memory.empty(sum(n * h for n, h in zip(counts, widths)), like=x) if keep else None
+        size = sum(n * h for n, h in zip(counts, widths))
+        saved = memory.empty(size, like=x) if keep else None
+        saved3 = memory.empty(size, like=x) if keep and w3 is not None else None
         scratch = _Scratch(x)
-        start = 0
-        for s in _segments(token, counts, widths, x.shape[0]):
-            rows, width = s.pairs.stop - s.pairs.start, s.units.stop - s.units.start
-            if keep:
-                pre = saved[start : start + rows * width].view(rows, width)
-                start += rows * width
-            else:
-                pre = scratch.get("pre", rows, width)
-            torch.addmm(b1[s.units], s.gather(x), w1[s.units].t(), out=pre)
-            hidden = pre if activation.in_place else scratch.get("hidden", rows, width)
-            hidden = activation.forward(pre, hidden)
-            out = torch.addmm(b2[s.expert], hidden, w2[s.units], out=scratch.get("out", rows, x.shape[1]))
-            _add_rows(y, s.token, out.to(sums).mul_(weight[s.pairs].unsqueeze(1)))
-        ctx.save_for_backward(x, weight, w1, b1, w2, b2, token, saved)
+        for group in _groups(token, counts, widths, x.shape[0]):
+            rows, width = group.shape
+            pre = saved[group.kept].view(rows, width) if keep else scratch.get("pre", rows, width)
+            own_x = group.gather(x)
+            group.rows_by_expert(b1, own_x, w1, pre)
+            hidden = activation.forward(pre, pre if activation.in_place else scratch.get("act", rows, width))
+            if w3 is not None:
+                factor = saved3[group.kept].view(rows, width) if keep else scratch.get("factor", rows, width)
+                group.rows_by_expert(None, own_x, w3, factor)
+                hidden = torch.mul(hidden, factor, out=scratch.get("hidden", rows, width))
+            out = group.rows_by_unit(b2, hidden, w2, scratch.get("out", rows, x.shape[1]))
+            group.scatter(y, out.to(sums).mul_(weight[group.pairs].unsqueeze(1)))
+        ctx.save_for_backward(x, weight, w1, b1, w2, b2, w3, token, saved, saved3)
         ctx.counts, ctx.widths, ctx.activation = counts, widths, activation
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        x, weight, w1, b1, w2, b2, token, saved = ctx.saved_tensors
-        counts, widths, activation = ctx.counts, ctx.widths, ctx.activation
+        x, weight, w1, b1, w2, b2, w3, token, saved, saved3 = ctx.saved_tensors
+        activation = ctx.activation
         grad = grad.to(x.dtype)
-        grad_x, grad_weight = (
-            torch.zeros(x.shape, dtype=grad.dtype, device=x.device),
-            torch.empty_like(weight),
+        grad_x, grad_weight = torch.zeros_like(x), torch.zeros_like(weight)
+        grad_w1, grad_b1, grad_w2, grad_b2, grad_w3 = (
+            None if p is None else memory.empty(*p.shape, like=p, reuse=True) for p in (w1, b1, w2, b2, w3)
         )
-        grad_w1, grad_b1, grad_w2, grad_b2 = (memory.empty(*p.shape, like=p) for p in (w1, b1, w2, b2))
-        _zero_unused((grad_w1, grad_b1, grad_w2), grad_b2, counts, widths)
         scratch = _Scratch(x)
-        start = 0
-        for s in _segments(token, counts, widths, x.shape[0]):
-            rows, width = s.pairs.stop - s.pairs.start, s.units.stop - s.units.start
-            kept = saved[start : start + rows * width].view(rows, width)
-            start += rows * width
-            hidden = (
-                kept if activation.in_place else activation.forward(kept, scratch.get("hidden", rows, width))
-            )
-            g = s.gather(grad)
+        for group in _groups(token, ctx.counts, ctx.widths, x.shape[0]):
+            rows, width = group.shape
+            kept = saved[group.kept].view(rows, width)
+            act = kept if activation.in_place else activation.forward(kept, scratch.get("act", rows, width))
+            hidden = act
+            if w3 is not None:
+                factor = saved3[group.kept].view(rows, width)
+                hidden = torch.mul(act, factor, out=scratch.get("hidden", rows, width))
+            g = group.gather(grad)
             # d loss / d hidden before the weight, from which the weight's own gradient follows
-            g_hidden = torch.mm(g, w2[s.units].t(), out=scratch.get("g_hidden", rows, width))
-            factor = weight[s.pairs].to(x.dtype).unsqueeze(1)
-            grad_weight[s.pairs] = _row_dots(g_hidden, hidden).add_(g @ b2[s.expert]).to(weight.dtype)
-            g = g * factor
-            torch.mm(hidden.t(), g, out=grad_w2[s.units])
-            torch.sum(g, 0, out=grad_b2[s.expert])
-            g_hidden.mul_(factor)
+            g_hidden = group.rows_by_expert(None, g, w2, scratch.get("g_hidden", rows, width))
+            grad_weight[group.pairs] = _row_dots(g_hidden, hidden).add_(group.dot_own(g, b2)).to(weight.dtype)
+            own_weight = weight[group.pairs].to(x.dtype).unsqueeze(1)
+            g = g * own_weight
+            group.outer(hidden, g, grad_w2)
+            group.sum(g, grad_b2[group.experts])
+            g_hidden.mul_(own_weight)
+            own_x, g_x = group.gather(x), scratch.get("out", *g.shape)
+            if w3 is not None:
+                g_factor = torch.mul(g_hidden, act, out=hidden)
+                group.outer(g_factor, own_x, grad_w3)
+                group.scatter(grad_x, group.rows_by_unit(None, g_factor, w3, g_x))
+                g_hidden.mul_(factor)
             activation.backward(g_hidden, kept)
-            torch.mm(g_hidden.t(), s.gather(x), out=grad_w1[s.units])
-            torch.sum(g_hidden, 0, out=grad_b1[s.units])
-            if s.token is None:
-                grad_x.addmm_(g_hidden, w1[s.units])
+            group.outer(g_hidden, own_x, grad_w1)
+            group.sum(g_hidden, grad_b1[group.units].view(-1, width))
+            group.scatter(grad_x, group.rows_by_unit(None, g_hidden, w1, g_x))
+        grads = grad_x, grad_weight, grad_w1, grad_b1, grad_w2, grad_b2, grad_w3
+        return (*grads, None, None, None, None, None)
+
+
+class _Group:
+    """Consecutive experts of one width, the rows that they have, and the products with their weights.
+
+    Where all have as many rows, the products of a group are one batched product.
+
+    Attributes:
+        counts: rows of each expert.
+        shape: rows and hidden units of an expert.
+        experts, units, pairs: where the group's experts, hidden units and rows are.
+        kept: where its rows of hidden units are in the flat tensor of all that are kept.
+        token: token of each row; ``None``: every token, in order.
+    """
+
+    def __init__(self, counts: List[int], width: int, expert: int, unit: int, pair: int, kept: int) -> None:
+        rows = sum(counts)
+        self.counts = counts
+        self.shape = rows, width
+        self.even = counts.count(counts[0]) == len(counts)
+        self.experts = slice(expert, expert + len(counts))
+        self.units = slice(unit, unit + len(counts) * width)
+        self.pairs = slice(pair, pair + rows)
+        self.kept = slice(kept, kept + rows * width)
+        self.token: Optional[Tensor] = None
+
+    def gather(self, x: Tensor) -> Tensor:
+        """The group's rows of x."""
+        return x if self.token is None else x.index_select(0, self.token)
+
+    def scatter(self, y: Tensor, rows: Tensor) -> None:
+        """Add the group's rows to y."""
+        if self.token is None:
+            y.add_(rows)
+        else:
+            y.index_add_(0, self.token, rows)
+
+    def rows_by_expert(self, bias: Optional[Tensor], x: Tensor, w: Tensor, out: Tensor) -> Tensor:
+        """``x W_e^T + bias_e`` for the rows of each expert; w: (H, D), bias: (H,)."""
+        width = self.shape[1]
+        w = w[self.units].view(len(self.counts), width, -1).transpose(1, 2)
+        return self._product(None if bias is None else bias[self.units].view(-1, width), x, w, out)
+
+    def rows_by_unit(self, bias: Optional[Tensor], x: Tensor, w: Tensor, out: Tensor) -> Tensor:
+        """``x W_e + bias_e`` for the rows of each expert; w: (H, D), bias: (E, D)."""
+        w = w[self.units].view(len(self.counts), self.shape[1], -1)
+        return self._product(None if bias is None else bias[self.experts], x, w, out)
+
+    def _product(self, bias: Optional[Tensor], x: Tensor, w: Tensor, out: Tensor) -> Tensor:
+        if self.even and len(self.counts) > 1:
+            x, y = self._batched(x), self._batched(out)
+            if bias is None:
+                torch.bmm(x, w, out=y)
             else:
-                back = torch.mm(g_hidden, w1[s.units], out=scratch.get("back", rows, x.shape[1]))
-                grad_x.index_add_(0, s.token, back)
-        return grad_x, grad_weight, grad_w1, grad_b1, grad_w2, grad_b2, None, None, None, None, None
+                torch.baddbmm(bias.unsqueeze(1), x, w, out=y)
+            return out
+        for e, (x_, y) in enumerate(zip(x.split(self.counts), out.split(self.counts))):
+            if x_.shape[0] and bias is None:
+                torch.mm(x_, w[e], out=y)
+            elif x_.shape[0]:
+                torch.addmm(bias[e], x_, w[e], out=y)
+        return out
+
+    def outer(self, hidden: Tensor, rows: Tensor, grad_w: Tensor) -> None:
+        """The gradient of each expert's weights, ``hidden^T rows``, into its place in (H, D)."""
+        experts = len(self.counts)
+        grad_w = grad_w[self.units].view(experts, self.shape[1], -1)
+        if self.even and experts > 1:
+            torch.bmm(self._batched(hidden).transpose(1, 2), self._batched(rows), out=grad_w)
+            return
+        for a, b, out in zip(hidden.split(self.counts), rows.split(self.counts), grad_w):
+            if a.shape[0]:
+                torch.mm(a.t(), b, out=out)
+            else:
+                out.zero_()
+
+    def sum(self, rows: Tensor, out: Tensor) -> None:
+        """The sum of each expert's rows; out: (experts, columns)."""
+        if self.even:
+            torch.sum(self._batched(rows), 1, out=out)
+            return
+        for part, total in zip(rows.split(self.counts), out):
+            torch.sum(part, 0, out=total)
+
+    def _batched(self, rows: Tensor) -> Tensor:
+        return rows.view(len(self.counts), self.counts[0], rows.shape[1])
+
+    def dot_own(self, rows: Tensor, b: Tensor) -> Tensor:
+        """The product of each row with its expert's row of b, (E, D)."""
+        if len(self.counts) == 1:
+            return torch.mv(rows, b[self.experts.start])
+        own = torch.arange(len(self.counts)).repeat_interleave(torch.tensor(self.counts)).unsqueeze(1)
+        return torch.mm(rows, b[self.experts].t()).gather(1, own).squeeze(1)
+
+
+def _groups(token_N: Tensor, counts: List[int], widths: List[int], tokens: int) -> Iterator[_Group]:
+    first = unit = pair = kept = 0
+    while first < len(counts):
+        end, rows = first + 1, counts[first]
+        while end < len(counts) and widths[end] == widths[first] and rows + counts[end] <= ROWS:
+            rows += counts[end]
+            end += 1
+        group = _Group(counts[first:end], widths[first], first, unit, pair, kept)
+        everyone = end == first + 1 and rows == tokens
+        if not (everyone and torch.equal(token_N[group.pairs], torch.arange(tokens))):
+            group.token = token_N[group.pairs]
+        yield group
+        first, unit, pair, kept = end, group.units.stop, group.pairs.stop, group.kept.stop
 
 
 class _Scratch:
-    """Buffers that one expert after another uses, so that no fresh memory is touched for each."""
+    """Buffers that one group after another uses, so that no fresh memory is touched for each."""
 
     def __init__(self, like: Tensor) -> None:
         self.like = like
@@ -187,22 +294,5 @@ class _Scratch:
         return buffer[: rows * columns].view(rows, columns)
 
 
-def _add_rows(y: Tensor, token: Optional[Tensor], rows: Tensor) -> None:
-    if token is None:
-        y.add_(rows)
-    else:
-        y.index_add_(0, token, rows)
-
-
 def _row_dots(a: Tensor, b: Tensor) -> Tensor:
     return torch.einsum("nh,nh->n", a, b)
-
-
-def _zero_unused(per_unit: Tuple[Tensor, ...], grad_b2: Tensor, counts: List[int], widths: List[int]) -> None:
-    unit = 0
-    for expert, (count, width) in enumerate(zip(counts, widths)):
-        if not count:
-            grad_b2[expert].zero_()
-            for tensor in per_unit:
-                tensor[unit : unit + width].zero_()
-        unit += width

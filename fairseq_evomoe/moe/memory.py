@@ -1,33 +1,67 @@
 """Large buffers on the CPU."""
 
-import ctypes
-import sys
-from typing import Optional
+import mmap
+import weakref
+from collections import defaultdict
+from typing import DefaultDict, List
 
 import torch
 from torch import Tensor
 
 HUGE = 32 * 2**20
-"""Bytes from which glibc always maps fresh memory for a buffer."""
+"""Bytes from which glibc maps fresh memory for every buffer, and unmaps it when it is freed."""
 
-_PAGE = 4096
-_MADV_HUGEPAGE = 14
-_madvise = None
-if sys.platform.startswith("linux"):
-    _madvise = getattr(ctypes.CDLL(None), "madvise", None)
+_MAPPED = hasattr(mmap, "MAP_PRIVATE")
+_waiting: DefaultDict[int, List[mmap.mmap]] = defaultdict(list)
 
 
-def empty(*shape: int, like: Tensor, dtype: Optional[torch.dtype] = None) -> Tensor:
-    """Uninitialised tensor on the device of ``like`` and, unless given, of its dtype.
+def empty(*shape: int, like: Tensor, reuse: bool = False) -> Tensor:
+    """Uninitialised tensor on the device and of the dtype of ``like``.
 
-    Fresh memory costs a page fault for each 4 KiB when it is first touched; for the gradients of many
-    experts that is more than their products cost.  Linux is asked for pages of 2 MiB instead, which it
-    grants where transparent huge pages are not switched off; elsewhere nothing changes.
+    Fresh memory costs a page fault for each 4 KiB when it is first touched.  Linux is asked for pages of
+    2 MiB for large buffers on the CPU instead, which it grants where transparent huge pages are not switched
+    off.  The gradients of many experts, freed after each update, would still take longer to map than to
+    compute; with ``reuse``, the memory is kept when the tensor is gone, for the next one of the same size, as
+    PyTorch itself does on GPUs.  Memory that waits is given back once another size is needed.
+
+    Args:
+        shape: the lengths.
+        like: says device and dtype.
+        reuse: whether the same size will be needed again and again.
     """
-    tensor = torch.empty(shape, device=like.device, dtype=dtype or like.dtype)
-    size = tensor.numel() * tensor.element_size()
-    if _madvise is not None and size >= HUGE and tensor.device.type == "cpu":
-        start = -(-tensor.data_ptr() // _PAGE) * _PAGE
-        end = (tensor.data_ptr() + size) // _PAGE * _PAGE
-        _madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _MADV_HUGEPAGE)
-    return tensor
+    size = like.element_size()
+    for length in shape:
+        size *= length
+    if size < HUGE or like.device.type != "cpu" or not _MAPPED:
+        return torch.empty(shape, device=like.device, dtype=like.dtype)
+    buffer = _take(size) if reuse else _map(size)
+    # the storage holds the view, so the view goes when the last tensor in the buffer does
+    view = memoryview(buffer)
+    if reuse:
+        weakref.finalize(view, _waiting[size].append, buffer).atexit = False
+    return torch.frombuffer(view, dtype=like.dtype).view(shape)
+
+
+def release() -> None:
+    """Give the memory that waits for its next use back to the system."""
+    for buffers in _waiting.values():
+        buffers.clear()
+
+
+def _take(size: int) -> mmap.mmap:
+    try:
+        return _waiting[size].pop()
+    except IndexError:
+        release()
+        return _map(size)
+
+
+def _map(size: int) -> mmap.mmap:
+    # private, so that a forked process does not write to its parent's gradients
+    buffer = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        try:
+            buffer.madvise(mmap.MADV_HUGEPAGE)
+        except OSError:
+            pass  # a kernel without them
+    return buffer
