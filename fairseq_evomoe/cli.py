@@ -1,0 +1,187 @@
+"""The commands of ``evomoe`` that need more than the standard library; see ``bin/evomoe``."""
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Sequence
+
+import torch
+
+from .evolution.merge import MergeError
+from .evolution.merge_checkpoint import (
+    LayerMerge,
+    merge_checkpoint,
+    model_options,
+    moe_layers_of,
+    parameter_names,
+    plan_checkpoint,
+)
+
+
+def merge(arguments: Optional[Sequence[str]] = None) -> None:
+    """``evomoe merge``: write a checkpoint in which groups of similar experts have become one each."""
+    parser = _parser()
+    args = parser.parse_args(arguments)
+    try:
+        _merge(args)
+    except MergeError as error:
+        parser.exit(2, "evomoe merge: {}\n".format(error))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="evomoe merge", description="Merge similar experts of a checkpoint (arXiv 2407.09590)."
+    )
+    parser.add_argument("checkpoint", help="checkpoint of a model whose experts have spawned")
+    parser.add_argument(
+        "--experts", type=int, required=True, metavar="M", help="number of experts that each layer shall have"
+    )
+    parser.add_argument("--out", metavar="FILE", help="where to write the new checkpoint")
+    parser.add_argument(
+        "--data",
+        metavar="DIR",
+        help="binarised data for the checkpoint's task: experts are grouped by the mean of their weights' "
+        "and their outputs' similarity, and merged in proportion to their load; without it, by their "
+        "weights' alone and equally",
+    )
+    parser.add_argument(
+        "--subset", metavar="NAME", help="the part of the data to use: train, valid (the default), test, ..."
+    )
+    parser.add_argument(
+        "--tokens",
+        type=int,
+        metavar="T",
+        help="number of tokens on which all experts of a layer are compared (4096)",
+    )
+    parser.add_argument(
+        "--align",
+        action="store_true",
+        help="match the hidden units of experts, which may be the same in another order, before they are "
+        "compared and merged (needs scipy; slow for wide experts)",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print the groups and write nothing")
+    return parser
+
+
+def _merge(args: argparse.Namespace) -> None:
+    _check_arguments(args)
+    state = _load(args.checkpoint)
+    layers = moe_layers_of(state)
+    observed = _observe(args) if args.data is not None else None
+    plans = plan_checkpoint(layers, model_options(state), args.experts, observed, args.align)
+    print(table(plans))
+    if args.dry_run:
+        return
+    before = _parameters(state["model"])
+    had_optimizer = state.get("last_optimizer_state") is not None
+    kept = merge_checkpoint(state, plans)
+    try:
+        torch.save(state, args.out)
+    except (OSError, RuntimeError) as error:
+        raise MergeError("The checkpoint cannot be written to {}: {}.".format(args.out, error)) from error
+    most = max(len(layer.widths) for layer in layers)
+    print(
+        "MoE layers {}, experts {} -> {}, parameters {:,} -> {:,}: {}".format(
+            len(layers), most, args.experts, before, _parameters(state["model"]), args.out
+        )
+    )
+    print("to train on, give " + " ".join(_options(state)))
+    if had_optimizer and not kept:
+        print(
+            "the optimizer's state could not be matched with the parameters and was left out: train on with "
+            "--finetune-from-model, or with --restore-file and --reset-optimizer --reset-lr-scheduler"
+        )
+
+
+def _check_arguments(args: argparse.Namespace) -> None:
+    if args.experts < 1:
+        raise MergeError("--experts must be at least 1, but is {}.".format(args.experts))
+    for flag, value in (("--subset", args.subset), ("--tokens", args.tokens)):
+        if value is not None and args.data is None:
+            raise MergeError("{} has no effect without --data: give --data or leave it out.".format(flag))
+    if args.tokens is not None and args.tokens < 1:
+        raise MergeError("--tokens must be at least 1, but is {}.".format(args.tokens))
+    if not Path(args.checkpoint).is_file():
+        raise MergeError("There is no checkpoint {}.".format(args.checkpoint))
+    if args.dry_run:
+        return
+    if args.out is None:
+        raise MergeError("Give --out, the file to write, or --dry-run to write nothing.")
+    if not Path(args.out).resolve().parent.is_dir():
+        raise MergeError("The folder of --out {} does not exist: create it.".format(args.out))
+    if Path(args.out).resolve() == Path(args.checkpoint).resolve():
+        raise MergeError("--out is the checkpoint itself, which would be lost: give another name.")
+
+
+def _load(path: str) -> Dict[str, Any]:
+    try:
+        state = torch.load(path, map_location="cpu")
+    except Exception as error:  # whatever unpickling other bytes leads to
+        raise MergeError("{} is not a checkpoint that can be read.".format(path)) from error
+    if not isinstance(state, dict):
+        raise MergeError("{} is no checkpoint of fairseq's.".format(path))
+    return state
+
+
+def _observe(args: argparse.Namespace) -> Dict[str, Any]:
+    from .evolution.observe import observe
+
+    for folder in args.data.split(os.pathsep):  # fairseq takes several
+        if not Path(folder).is_dir():
+            raise MergeError("--data {} is not a folder.".format(folder))
+    try:
+        observed = observe(args.checkpoint, args.data, args.subset or "valid", args.tokens or 4096)
+    except (OSError, RuntimeError, ValueError) as error:  # a missing file, another dictionary
+        text = " ".join(str(error).split()).rstrip(".")
+        raise MergeError("The model cannot be run on --data {}: {}.".format(args.data, text)) from error
+    tokens = [seen.tokens for seen in observed.values()]
+    if min(tokens) == 0:
+        raise MergeError("--data {} gave a layer no tokens: choose another --subset.".format(args.data))
+    print("outputs of all experts compared on {:,} tokens of each layer".format(min(tokens)))
+    return observed
+
+
+def table(plans: List[LayerMerge]) -> str:
+    """The groups of each layer, with the least similarity in a group and the greatest between two groups."""
+    rows = [("layer", "experts", "least within", "most between", "groups")]
+    for plan in plans:
+        found = len(plan.layer.widths)
+        if plan.merge is None:
+            rows.append((plan.layer.name, "{} as before".format(found), "", "", ""))
+            continue
+        groups = plan.merge.groups
+        number = {e: m for m, group in enumerate(groups) for e in group}
+        pairs = [(i, j) for i in range(found) for j in range(i)]
+        within = [plan.similarity_EE[i, j].item() for i, j in pairs if number[i] == number[j]]
+        between = [plan.similarity_EE[i, j].item() for i, j in pairs if number[i] != number[j]]
+        rows.append(
+            (
+                plan.layer.name,
+                "{} -> {}".format(found, len(groups)),
+                "{:.3f}".format(min(within)),
+                "{:.3f}".format(max(between)) if between else "",
+                " | ".join(" ".join(map(str, group)) for group in groups),
+            )
+        )
+    lengths = [max(map(len, column)) for column in zip(*rows)]
+    lines = ["  ".join(cell.ljust(length) for cell, length in zip(row, lengths)).rstrip() for row in rows]
+    return "\n".join(lines)
+
+
+def _parameters(model: Dict[str, torch.Tensor]) -> int:
+    return sum(model[name].numel() for name in parameter_names(model))
+
+
+def _options(state: Dict[str, Any]) -> List[str]:
+    """The options that the merged model needs besides those that it was trained with."""
+    options = model_options(state)
+    options = vars(options) if isinstance(options, argparse.Namespace) else options
+    flags = ["--moe-experts", str(options["moe_experts"])]
+    for name in ("moe_expert_sizes", "moe_total_ffn_dim"):
+        if options.get(name) not in (None, "uniform"):
+            flags += ["--" + name.replace("_", "-"), str(options[name])]
+    return flags
+
+
+if __name__ == "__main__":
+    merge()

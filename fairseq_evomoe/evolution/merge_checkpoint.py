@@ -1,0 +1,387 @@
+"""Merge the experts of a fairseq checkpoint: model, configuration, optimizer and EMA; see ``merge.py``."""
+
+from argparse import Namespace
+from dataclasses import dataclass
+from typing import Any, Dict, List, Optional
+
+import torch
+from torch import Tensor
+
+from ..moe.sizes import expert_widths, size_ratios
+from .merge import Merge, MergeError, plan_merge, weight_similarity
+from .optimizer_state import ParameterState
+
+_END = ".moe.experts.b2"
+
+# in a checkpoint under a name of their own, but no parameters
+_BUFFERS = "_float_tensor version table_V origin_E used_E rejected_D rejected updates magnitude_H".split()
+
+# Routers whose weight for a single expert is not 1, so that a layer cannot do without them.
+_NEED_TWO = ("base", "stable", "soft")
+
+
+@dataclass
+class Layer:
+    """An MoE layer of a checkpoint.
+
+    Attributes:
+        name: of fairseq's layer, such as ``decoder.layers.1``.
+        tensors: its tensors under the names that they have in ``MoELayer``.
+        widths: hidden units of each expert.
+    """
+
+    name: str
+    tensors: Dict[str, Tensor]
+    widths: List[int]
+
+    @property
+    def expert_tensors(self) -> Dict[str, Tensor]:
+        """``w1``, ``b1``, ``w2``, ``b2`` and perhaps ``w3``."""
+        return {
+            key[8:]: x
+            for key, x in self.tensors.items()
+            if key.startswith("experts.") and key.count(".") == 1
+        }
+
+
+@dataclass
+class Observed:
+    """What a layer's experts did with some data.
+
+    Attributes:
+        tokens: how many tokens the layer got.
+        load_E: how many of them each expert got.
+        similarity_EE: of their outputs on all the tokens; see ``merge.output_products``.
+    """
+
+    tokens: int
+    load_E: Tensor
+    similarity_EE: Tensor
+
+
+@dataclass
+class LayerMerge:
+    """What is done to a layer.
+
+    Attributes:
+        layer: the layer.
+        similarity_EE: of its experts.
+        merge: what becomes of them; ``None``: they stay as they are.
+    """
+
+    layer: Layer
+    similarity_EE: Tensor
+    merge: Optional[Merge] = None
+
+
+def moe_layers_of(state: Dict[str, Any]) -> List[Layer]:
+    """The MoE layers of a checkpoint.
+
+    Raises:
+        MergeError: it is no checkpoint of a model with MoE layers, or its experts have not spawned yet.
+    """
+    model, options = state.get("model"), model_options(state)
+    names = [key[: -len(_END)] for key in model or {} if key.endswith(_END)]
+    if not names or options is None:
+        raise MergeError("The file is no checkpoint of an EvoMoE model: it has no MoE layers.")
+    layers = []
+    for name in names:
+        prefix = name + ".moe."
+        tensors = {key[len(prefix) :]: x for key, x in model.items() if key.startswith(prefix)}
+        experts, units = tensors["experts.b2"].shape[0], tensors["experts.w1"].shape[0]
+        if experts == 1 and not any(key.startswith("router.") for key in tensors):
+            raise MergeError(
+                "The checkpoint has one expert in {}, as before the spawn, so that there is nothing to "
+                "merge: give one from after --moe-spawn-update.".format(name)
+            )
+        layers.append(Layer(name, tensors, _widths(options, experts, units)))
+    return layers
+
+
+def _widths(options: Any, experts: int, units: int) -> List[int]:
+    sizes = str(_get(options, "moe_expert_sizes", "uniform"))
+    if sizes == "uniform":
+        return [units // experts] * experts
+    try:
+        return expert_widths(size_ratios(sizes, experts), units)
+    except ValueError as error:  # --moe-router dynmoe has changed their number
+        raise MergeError(
+            "The checkpoint's --moe-expert-sizes {} do not tell the widths of its {} experts: only those of "
+            "equal widths can be merged after their number has changed.".format(sizes, experts)
+        ) from error
+
+
+def model_options(state: Dict[str, Any]) -> Any:
+    """The model's options in a checkpoint, a dictionary or, in old ones, a namespace; ``None`` without."""
+    if state.get("args") is not None:
+        return state["args"]
+    return (state.get("cfg") or {}).get("model")
+
+
+def _get(options: Any, name: str, default: Any) -> Any:
+    values = vars(options) if isinstance(options, Namespace) else options
+    return values.get(name, default)
+
+
+def plan_checkpoint(
+    layers: List[Layer],
+    options: Any,
+    experts: int,
+    observed: Optional[Dict[str, Observed]] = None,
+    align: bool = False,
+) -> List[LayerMerge]:
+    """Group the experts of each layer.
+
+    Their similarity is that of their weights or, with data, the mean of that and the one of their outputs.
+
+    Args:
+        layers: those of a checkpoint.
+        options: the model's options in it.
+        experts: M.
+        observed: what the layers did with data, by their names.
+        align: see ``merge.plan_merge``.
+
+    Raises:
+        MergeError: a model whose experts cannot be merged, or not into so few.
+    """
+    _check(layers, options, experts, align)
+    plans = []
+    for layer in layers:
+        similarity_EE = weight_similarity(layer.expert_tensors, layer.widths, align)
+        load_E = None
+        if observed is not None:
+            seen = observed[layer.name]
+            similarity_EE, load_E = (similarity_EE + seen.similarity_EE) / 2, seen.load_E
+        plan = LayerMerge(layer, similarity_EE)
+        if len(layer.widths) > experts:
+            plan.merge = plan_merge(layer.expert_tensors, layer.widths, similarity_EE, experts, load_E, align)
+            for key, tensor in layer.tensors.items():
+                plan.merge.tensor(key, tensor)  # to find out before anything is changed
+        plans.append(plan)
+    return plans
+
+
+def _check(layers: List[Layer], options: Any, experts: int, align: bool) -> None:
+    most = max(len(layer.widths) for layer in layers)
+    if not 1 <= experts < most:
+        raise MergeError(
+            "--experts must be at least 1 and less than the checkpoint's {} experts, but is {}.".format(
+                most, experts
+            )
+        )
+    router = str(_get(options, "moe_router", "dts"))
+    if router in ("topk", "laplace", "recurrent") and experts < _get(options, "moe_top_k", 1):
+        raise MergeError(
+            "The checkpoint's --moe-top-k sends each token to {} experts: --experts must be at least as "
+            "many, but is {}.".format(_get(options, "moe_top_k", 1), experts)
+        )
+    for name, found in (
+        ("--moe-router " + router, router in _NEED_TWO),
+        ("--moe-shared-expert", _get(options, "moe_shared_expert", False)),
+        ("--moe-hyper-adapter", _get(options, "moe_hyper_adapter", False)),
+    ):
+        if found and experts == 1:
+            raise MergeError(
+                "A model with {} is another one with a single expert: --experts must be at least 2.".format(
+                    name
+                )
+            )
+    for layer in layers if experts == 1 else []:
+        side = "decoder" if "decoder" in layer.name.split(".") else "encoder"
+        width = _get(options, side + "_ffn_embed_dim", layer.widths[0])
+        if len(set(layer.widths)) == 1 and layer.widths[0] != width:
+            raise MergeError(
+                "A single expert must be as wide as the model's other layers, but those of {} have {} hidden "
+                "units: --experts must be at least 2.".format(layer.name, layer.widths[0])
+            )
+    if align and any("experts.hidden.norm.weight" in layer.tensors for layer in layers):
+        raise MergeError(
+            "--align would reorder hidden units, but with --scale-fc each has a factor that all experts "
+            "share: leave it out."
+        )
+
+
+def merge_checkpoint(state: Dict[str, Any], plans: List[LayerMerge]) -> bool:
+    """Merge a checkpoint's experts, in place: model, EMA, optimizer and configuration.
+
+    The best validation loss so far, which is another model's, is forgotten.
+
+    Returns:
+        whether the optimizer's state is still there.  It is left out if it cannot be told which of its parts
+        belongs to which parameter.
+
+    Raises:
+        MergeError: widths that no options describe.
+    """
+    experts = max(len(plan.merge.groups) for plan in plans if plan.merge is not None)
+    changed = new_options(model_options(state), plans, experts)
+    optimizer = state.get("last_optimizer_state")
+    kept = optimizer is None or merge_optimizer(optimizer, state["model"], plans)
+    if not kept:
+        del state["last_optimizer_state"]
+    extra = state.get("extra_state") or {}
+    extra.pop("best", None)
+    for tensors in (state["model"], extra.get("ema"), extra.get("ema_fp32_params")):
+        if tensors is not None:
+            _merge_tensors(tensors, plans)
+    for options in (state.get("args"), (state.get("cfg") or {}).get("model")):
+        if options is not None:
+            (vars(options) if isinstance(options, Namespace) else options).update(changed)
+    return kept and optimizer is not None
+
+
+def _merge_tensors(tensors: Dict[str, Tensor], plans: List[LayerMerge]) -> None:
+    for name, plan in _merged_names(tensors, plans).items():
+        new = _new_tensor(name, tensors[name], plan)
+        if new is None:
+            del tensors[name]
+        else:
+            tensors[name] = new
+
+
+def _merged_names(names: Any, plans: List[LayerMerge]) -> Dict[str, LayerMerge]:
+    """The names of tensors that belong to merged layers, and what is done to them."""
+    found = {}
+    for plan in plans:
+        prefix = plan.layer.name + ".moe."
+        if plan.merge is not None:
+            found.update({name: plan for name in names if name.startswith(prefix)})
+        else:
+            origin = prefix + "router.origin_E"
+            found.update({name: plan for name in names if name == origin})
+    return found
+
+
+def _new_tensor(name: str, old: Tensor, plan: LayerMerge) -> Optional[Tensor]:
+    """A tensor of a merged layer; ``None``: it is needed no more."""
+    key = name[len(plan.layer.name + ".moe.") :]
+    if plan.merge is None:  # dynmoe's numbers of the first experts, of which there are fewer now
+        return torch.arange(len(old)).to(old)
+    if len(plan.merge.groups) == 1 and key.startswith("router."):
+        return None
+    return plan.merge.tensor(key, old)
+
+
+def merge_optimizer(optimizer: Dict[str, Any], model: Dict[str, Tensor], plans: List[LayerMerge]) -> bool:
+    """Merge an optimizer's statistics as the weights are merged, in place.
+
+    Args:
+        optimizer: what its ``state_dict`` gave.
+        model: the model's tensors before they are merged.
+        plans: what is done to them.
+
+    Returns:
+        whether it was possible; if not, nothing is changed.
+    """
+    groups, state = optimizer.get("param_groups", []), optimizer.get("state", {})
+    names = parameter_names(model)
+    if len(groups) != 1:
+        return False
+    flat = len(groups[0]["params"]) == 1 and len(names) > 1
+    states = _unflatten(state, model, names) if flat else [state.get(i, {}) for i in groups[0]["params"]]
+    if not _fit(states, model, names):
+        return False
+    merged = []
+    changed = _merged_names(names, plans)
+    for name, statistics in zip(names, states):
+        if name not in changed:
+            merged.append(statistics)
+        elif _new_tensor(name, model[name], changed[name]) is not None:
+
+            def change(x: Tensor, name: str = name) -> Tensor:
+                return _new_tensor(name, x, changed[name])
+
+            merged.append(ParameterState(statistics).become(change, change).statistics)
+    if flat:
+        merged = [_flatten(merged)]
+    groups[0]["params"] = list(range(len(merged)))
+    optimizer["state"] = {i: statistics for i, statistics in enumerate(merged) if statistics}
+    return True
+
+
+def _fit(states: List[Dict[str, Any]], model: Dict[str, Tensor], names: List[str]) -> bool:
+    """Whether there are statistics for each parameter, with rows for its rows."""
+    if len(states) != len(names):
+        return False
+    for statistics, name in zip(states, names):
+        shape = model[name].shape
+        tensors = [
+            x for key, x in statistics.items() if torch.is_tensor(x) and x.dim() and key != "exp_avg_sq_col"
+        ]
+        if any(x.shape not in (shape, shape[:-1]) for x in tensors):
+            return False
+    return True
+
+
+def _unflatten(state: Dict[int, Any], model: Dict[str, Tensor], names: List[str]) -> List[Dict[str, Any]]:
+    """Statistics of each parameter out of those of one flat tensor (``--fp16``); none if they do not fit."""
+    sizes = [model[name].numel() for name in names]
+    result: List[Dict[str, Any]] = [{} for _ in names]
+    for key, value in state.get(0, {}).items():
+        by_element = torch.is_tensor(value) and value.dim() > 0
+        if by_element and value.numel() != sum(sizes):
+            return []
+        parts = value.split(sizes) if by_element else [value] * len(names)
+        for statistics, name, part in zip(result, names, parts):
+            statistics[key] = part.view(model[name].shape) if by_element else part
+    return result
+
+
+def _flatten(states: List[Dict[str, Any]]) -> Dict[str, Any]:
+    first = states[0]
+    return {
+        key: torch.cat([s[key].reshape(-1) for s in states]) if torch.is_tensor(x) and x.dim() else x
+        for key, x in first.items()
+    }
+
+
+def parameter_names(model: Dict[str, Tensor]) -> List[str]:
+    """Names of a model's parameters in the order in which an optimizer numbers them, shared ones once.
+
+    Shared parameters are told by their values, since a checkpoint from a GPU has a copy for each name.
+    """
+    names: List[str] = []
+    for name, tensor in model.items():
+        if name.rsplit(".", 1)[-1] not in _BUFFERS and not any(
+            _same(tensor, model[other]) for other in names
+        ):
+            names.append(name)
+    return names
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    if a.data_ptr() == b.data_ptr():
+        return True
+    constant = a.numel() == 0 or bool(a.flatten()[0] == a.flatten()[-1])  # such as biases that are all 0
+    return not constant and torch.equal(a, b)
+
+
+def new_options(options: Any, plans: List[LayerMerge], experts: int) -> Dict[str, Any]:
+    """The options that describe the merged model, where they are others than before.
+
+    Raises:
+        MergeError: experts whose widths in one layer are not those in another, so that no options do.
+    """
+    changed: Dict[str, Any] = {"moe_experts": experts}
+    sizes = str(_get(options, "moe_expert_sizes", "uniform"))
+    split = str(_get(options, "moe_spawn_method", "")) == "split"
+    if split:  # which would divide the base's hidden units among fewer
+        changed.update(moe_spawn_method="slice", moe_spawn_strength=None)
+    if sizes == "uniform" and not split and _get(options, "moe_total_ffn_dim", None) is None:
+        return changed
+    widths = {tuple(plan.merge.widths) for plan in plans if plan.merge is not None}
+    if len(widths) > 1:
+        raise MergeError(
+            "The experts' widths would be {} in different layers, which --moe-expert-sizes and "
+            "--moe-total-ffn-dim, that hold for all, cannot describe: train with the same widths in all "
+            "layers.".format(" and ".join(map(str, sorted(map(list, widths)))))
+        )
+    of_each = widths.pop()
+    changed["moe_total_ffn_dim"] = sum(of_each)
+    if len(set(of_each)) > 1:
+        changed["moe_expert_sizes"] = ",".join(map(str, of_each))
+    elif sizes != "uniform":
+        changed["moe_expert_sizes"] = "uniform"
+    return changed
