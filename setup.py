@@ -26,11 +26,13 @@ setup(
         "hydra-core>=1.0.7,<1.4",
         "numpy",
         "sacrebleu",
+        "scipy",
         "sentencepiece",
     ],
     extras_require={
+        "benchmark": ["fairscale", "matplotlib", "mixture-of-experts", "st-moe-pytorch", "transformers"],
         "examples": ["matplotlib", "tqdm"],
-        "test": ["hypothesis", "matplotlib", "pytest", "ruff", "scipy", "tqdm"],
+        "test": ["hypothesis", "matplotlib", "pytest", "pytest-xdist", "ruff", "tqdm"],
     },
     classifiers=[
         "Development Status :: 3 - Alpha",
