@@ -94,9 +94,7 @@ class Experts(nn.Module):
             self.register_parameter(name, new)
 
     @torch.no_grad()
-    def set_expert(
-        self, index: int, fc1: nn.Linear, fc2: nn.Linear, fc3: Optional[nn.Linear] = None
-    ) -> None:
+    def set_expert(self, index: int, fc1: nn.Linear, fc2: nn.Linear, fc3: Optional[nn.Linear] = None) -> None:
         """Copy a dense FFN, given as its linear layers, into expert ``index``."""
         start = sum(self.widths[:index])
         rows = slice(start, start + self.widths[index])
