@@ -154,15 +154,21 @@ def test_a_run_resumes_bit_equal(options, stops, lm_data, tmp_path, never_used):
 def test_a_run_says_what_it_changes_and_its_checkpoints_can_be_evaluated(lm_data, tmp_path, never_used):
     result = call("fairseq-train", lm_data, save_dir=tmp_path, save_interval_updates=3, **DYNMOE)
     lines = result.lines("changed experts before update")
-    found = [
-        re.search(r"update (\d+): decoder.layers.1: (\d) -> (\d) experts \((.*)\)$", line) for line in lines
-    ]
+    pattern = (
+        r"update (\d+): decoder.layers.1: (\d) -> (\d) experts \((.*)\); ([\d,]+) -> ([\d,]+) parameters$"
+    )
+    found = [re.search(pattern, line) for line in lines]
     assert found[0].group(1, 2, 3) == ("3", "4", "4")
     assert re.match(r"removed \[1\], added a copy of \d", found[0].group(4))
     sizes = [int(match.group(3)) for match in found]
     assert [4] + sizes[:-1] == [int(match.group(2)) for match in found] and len(set(sizes)) > 1
     path = tmp_path / "checkpoint_last.pt"
     assert parameters(path)["decoder.layers.1.moe.experts.b2"].shape[0] == sizes[-1]
+    # an expert, its row of the gate and its threshold
+    expert = 2 * 32 * 48 + 48 + 32 + 32 + 1
+    for match, size in zip(found, sizes):
+        before, after = (int(match.group(i).replace(",", "")) for i in (5, 6))
+        assert after - before == (size - int(match.group(2))) * expert
     # spawn_update 8 makes a model with one expert, which the checkpoint's experts replace
     ppl = [perplexity(lm_data, path, model_overrides=repr({"moe_spawn_update": update})) for update in (0, 8)]
     assert ppl[0] == ppl[1] < perplexity(lm_data, tmp_path / "checkpoint_1_3.pt")
