@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from router_checks import dense, softmax
 
 from fairseq_evomoe.moe import RoutingContext
 from fairseq_evomoe.moe.losses import balance_loss, entropy
@@ -17,22 +18,6 @@ def make(dim, experts, **options):
     router = DenseToSparseRouter(dim, experts, **options)
     router.initialize(torch.Generator().manual_seed(0))
     return router.double()
-
-
-def dense(routing):
-    """The routing as T x E weights and mask."""
-    weight = torch.zeros(routing.tokens, routing.experts, dtype=torch.float64)
-    mask = torch.zeros(routing.tokens, routing.experts, dtype=torch.bool)
-    for t, e, w in zip(routing.token_N, routing.expert_N, routing.weight_N):
-        assert not mask[t, e], "a pair twice"
-        weight[t, e], mask[t, e] = w, True
-    return weight, mask
-
-
-def softmax(row):
-    top = max(row)
-    exps = [math.exp(v - top) for v in row]
-    return [v / sum(exps) for v in exps]
 
 
 def reference(x, w, noise, tau, c, stage, gate):
