@@ -11,7 +11,7 @@ from router_checks import dense, softmax
 from fairseq_evomoe.moe import RoutingContext
 from fairseq_evomoe.moe.losses import balance_loss, entropy
 from fairseq_evomoe.moe.routers import dts
-from fairseq_evomoe.moe.routers.dts import DenseToSparseRouter, gumbel_like
+from fairseq_evomoe.moe.routers.dts import DenseToSparseRouter, gumbel
 
 
 def make(dim, experts, **options):
@@ -42,8 +42,8 @@ def reference(x, w, noise, tau, c, stage, gate):
 def test_training_matches_the_formulas(monkeypatch, gate, stage, tau):
     torch.manual_seed(1)
     x = torch.randn(40, 6, dtype=torch.float64)
-    noise = gumbel_like(torch.empty(40, 5, dtype=torch.float64))
-    monkeypatch.setattr(dts, "gumbel_like", lambda like: noise)
+    noise = gumbel(torch.empty(40, 5, dtype=torch.float64), RoutingContext())
+    monkeypatch.setattr(dts, "gumbel", lambda like, context: noise)
     router = make(6, 5, threshold=0.03, gate_weight=gate).train()
     routing = router(x, RoutingContext(temperature=tau, hard=stage == "hard"))
     expected = reference(x, router.weight, noise, tau, 0.03, stage, gate)
@@ -116,8 +116,8 @@ def test_gate_is_computed_in_float32():
 @pytest.mark.parametrize("gate", ["softmax", "gumbel"])
 def test_gradients(monkeypatch, gate):
     torch.manual_seed(4)
-    noise = gumbel_like(torch.empty(7, 3, dtype=torch.float64))
-    monkeypatch.setattr(dts, "gumbel_like", lambda like: noise)
+    noise = gumbel(torch.empty(7, 3, dtype=torch.float64), RoutingContext())
+    monkeypatch.setattr(dts, "gumbel", lambda like, context: noise)
     router = make(4, 3, gate_weight=gate).train()
 
     def run(x, w):

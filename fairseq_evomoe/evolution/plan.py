@@ -51,6 +51,13 @@ class Plan:
         """Hidden units of each new expert."""
         return [len(origin.unit_K) + origin.new_units for origin in self.origins]
 
+    def only(self, experts: Sequence[int]) -> "Plan":
+        """The plan of some of the new experts, for a rank that has no others."""
+        change = None
+        if self.change is not None:
+            change = lambda e, name, rows: self.change(experts[e], name, rows)  # noqa: E731
+        return Plan([self.origins[e] for e in experts], change)
+
     def weights(self, name: str, old: Tensor) -> Tensor:
         """A tensor of weights of the new experts.
 
@@ -64,14 +71,13 @@ class Plan:
         parts = [_take(origin, name, old) for origin in self.origins]
         if self.change is not None:
             parts = [self.change(e, name, part) for e, part in enumerate(parts)]
-        return torch.cat(parts)
+        return torch.cat(parts) if parts else old[:0]
 
     def statistics(self, name: str, old: Tensor) -> Tensor:
         """The optimizer's statistics of the new experts; ``old`` has a row for each row of the weights."""
         parts = [_take(origin, name, old) for origin in self.origins]
-        return torch.cat(
-            [part if o.inherits else torch.zeros_like(part) for o, part in zip(self.origins, parts)]
-        )
+        parts = [part if o.inherits else torch.zeros_like(part) for o, part in zip(self.origins, parts)]
+        return torch.cat(parts) if parts else old[:0]
 
     def per_expert(self, old: Tensor, new: Optional[Tensor] = None) -> Tensor:
         """A tensor with one row for each expert, such as the router's.

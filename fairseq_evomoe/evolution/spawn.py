@@ -5,7 +5,6 @@ paper, ``reinit`` is Drop-Upcycling (arXiv 2502.19261), ``split`` is EMoE (arXiv
 is ours; the default strengths are ours but for ``reinit``.
 """
 
-import hashlib
 from dataclasses import dataclass
 from enum import Enum
 from typing import Dict, List, Optional, Sequence
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..moe.noise import seed_of
 from .kmeans import balanced_kmeans
 from .plan import Origin, Plan
 
@@ -152,9 +152,7 @@ class Spawn:
 
     def generator(self, *key) -> torch.Generator:
         """A generator of its own for each key."""
-        text = repr((self.seed, self.layer) + key).encode()
-        number = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big")
-        return torch.Generator().manual_seed(number >> 1)
+        return torch.Generator().manual_seed(seed_of(self.seed, self.layer, *key))
 
     def _diversify(self, expert: int, name: str, base: Tensor) -> Tensor:
         strength = self.used_strength

@@ -13,6 +13,7 @@ from typing import Any, Callable, Dict, Iterator, List, Sequence, Tuple
 import torch
 from fairseq.modules import gelu
 from fairseq.modules.checkpoint_activations import unwrap_checkpoint
+from fairseq.modules.layer_drop import LayerDropModuleList
 from fairseq.modules.transformer_layer import (
     TransformerDecoderLayerBase,
     TransformerEncoderLayerBase,
@@ -26,6 +27,7 @@ from ..moe import Experts, Hidden, MoELayer, RoutingContext
 from ..moe.multi_head import MultiHead
 from . import make
 from .feed_forward import MoEDecoderLayer, MoEEncoderLayer, StackInput
+from .layer_drop import MoELayerDrop
 from .options import flag
 
 logger = logging.getLogger(__name__)
@@ -108,6 +110,8 @@ class _StackBuilder:
         self.shared: Dict[str, nn.Module] = {}
         self.vocabulary = make.make_vocabulary(stack.dictionary, stack.embed_tokens)
         stack.embed_tokens.register_forward_hook(self.input)
+        if type(stack.layers) is LayerDropModuleList:
+            stack.layers.__class__ = MoELayerDrop
 
     def add_experts(self, layer: nn.Module, number: int) -> None:
         """Replace a layer's feed-forward network.
@@ -148,7 +152,7 @@ class _StackBuilder:
         if cfg.moe_hyper_adapter:
             make_hyper_adapter = partial(make.make_hyper_adapter, cfg, experts.dim, spawn, self.shared)
         losses = [name for name in make.LAYER_LOSSES if getattr(cfg, "moe_{}_weight".format(name)) > 0]
-        return MoELayer(
+        moe = MoELayer(
             experts,
             cfg.moe_experts,
             partial(make.make_router, cfg, experts.dim, spawn, self.vocabulary, self.shared),
@@ -158,6 +162,8 @@ class _StackBuilder:
             make_hyper_adapter=make_hyper_adapter,
             losses=losses,
         )
+        moe.wire = make.make_wire(cfg, spawn)
+        return moe
 
     def _try_out(self, layer: nn.Module) -> None:
         """Find now what would else go wrong when the experts spawn, long into the run."""

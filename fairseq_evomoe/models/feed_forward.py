@@ -36,7 +36,7 @@ class StackInput:
 
     def __init__(self) -> None:
         self.tokens: Optional[Tensor] = None
-        self.memory: Dict[str, Tensor] = {}
+        self.memory: Dict[str, Any] = {}
 
     def __call__(self, embeddings: nn.Module, inputs: Sequence[Tensor], output: Tensor) -> None:
         """A forward hook."""
@@ -53,8 +53,9 @@ class _Pass:
 
     padding_mask: Optional[Tensor] = None
     tokens: Optional[Tensor] = None
-    memory: Dict[str, Tensor] = field(default_factory=dict)
+    memory: Dict[str, Any] = field(default_factory=dict)
     generating: bool = False
+    first_row: int = 0
 
 
 class MoEFeedForward:
@@ -64,6 +65,8 @@ class MoEFeedForward:
         moe: the MoE layer.
         schedule: phase and temperature at each update.
         num_updates: the update that fairseq last told; ``None`` before the first.
+        rows_routed: how many rows all ranks have routed in this layer in the update that is being made.
+        idle: whether the batch is a stand-in (fairseq's dummy batch), which is not to be routed.
         loss_weights: weight of each of the auxiliary losses.
         stack: what the layers of the stack share.
         ffn_dim: hidden units of the base expert.
@@ -76,6 +79,8 @@ class MoEFeedForward:
     schedule: Schedule
     loss_weights: Dict[str, float]
     num_updates: Optional[int] = None
+    rows_routed = 0
+    idle = False
     checkpoint_activations = False
     offload_activations = False
     stack: StackInput
@@ -84,32 +89,44 @@ class MoEFeedForward:
     _pass = _Pass()
 
     def set_num_updates(self, num_updates: int) -> None:
-        """fairseq calls this before each update and when it loads a checkpoint."""
+        """fairseq calls this before each batch and when it loads a checkpoint."""
+        if num_updates != self.num_updates:
+            self.begin_update()
         self.num_updates = num_updates
+
+    def begin_update(self) -> None:
+        """Whoever drives the training calls this before the first batch of an update."""
+        self.rows_routed = 0
 
     @property
     def context(self) -> RoutingContext:
         """What the router is told at this update."""
         phase = self.schedule.phase(self.num_updates, self.moe.grown)
         return RoutingContext(
-            temperature=self.schedule.temperature(self.num_updates), hard=phase == phase.HARD
+            temperature=self.schedule.temperature(self.num_updates),
+            hard=phase == phase.HARD,
+            losses=["balance"] + [name for name, weight in self.loss_weights.items() if weight > 0],
         )
 
     def fc1(self, x: Tensor) -> Tensor:
         """The whole feed-forward network; x: (seq, batch, dim)."""
-        batch = self._pass
+        batch, moe = self._pass, self.moe
         context = self.context
         context.memory, context.statistics = batch.memory, not batch.generating
+        # One sentence after another, without padding: an order that does not depend on what else is in the
+        # batch, so that tokens have the same places, and noise, on any number of ranks.
+        x = x.transpose(0, 1)
         tokens = batch.tokens
-        if tokens is not None and tokens.shape != (x.shape[1], x.shape[0]):
+        if tokens is not None and tokens.shape != x.shape[:2]:
             tokens = None  # fairseq was given other embeddings than those of tokens
-        return self.moe(
-            x,
-            context,
-            None if batch.padding_mask is None else batch.padding_mask.t(),
-            tokens=None if tokens is None else tokens.t(),
-            sequences=torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1),
-        )
+        padding_mask = batch.padding_mask
+        if self.training:
+            context.noise_key = ("gate", moe.spawn.seed, self.num_updates, moe.spawn.layer)
+            context.first_row = batch.first_row
+            if self.idle:
+                padding_mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+        sequences = torch.arange(x.shape[0], device=x.device).unsqueeze(1).expand(x.shape[:2])
+        return moe(x, context, padding_mask, tokens, sequences).transpose(0, 1)
 
     def run(
         self,
@@ -126,15 +143,17 @@ class MoEFeedForward:
             layer: fairseq's ``forward`` as a function of x.
             generating: whether x is the next step of what is being generated.
         """
-        tokens, memory = self.stack.tokens, dict(self.stack.memory)
+        tokens, memory, first_row = self.stack.tokens, dict(self.stack.memory), self.rows_routed
 
         def forward(x: Tensor):
             # a copy, so that a second pass for the sake of the gradients finds what the first one found
-            self._pass = _Pass(padding_mask, tokens, dict(memory), generating)
+            self._pass = _Pass(padding_mask, tokens, dict(memory), generating, first_row)
             try:
                 return layer(x)
             finally:
                 self.stack.memory = self._pass.memory
+                if self.training:
+                    self.rows_routed = first_row + self.stack.memory.get("rows_of_ranks", (0, 0, 0))[2]
                 self._pass = _Pass()
 
         if not (self.checkpoint_activations and torch.is_grad_enabled()):
@@ -175,7 +194,10 @@ class MoEFeedForward:
         w1, b2 = (state_dict.get("{}experts.{}".format(prefix, key)) for key in ("w1", "b2"))
         if w1 is None or b2 is None:
             return  # fairseq names the missing keys
-        found, units = b2.shape[0], w1.shape[0]
+        if moe.is_share(state_dict, prefix):
+            return  # the layer's own state
+        widths = state_dict.get(prefix + MoELayer.WIDTHS_OF_SHARE)
+        found, units = (b2.shape[0], w1.shape[0]) if widths is None else (len(widths), int(widths.sum()))
         if found not in (1, moe.num_experts) and not moe.resizes:
             raise CheckpointMismatch(
                 "The checkpoint has {0} experts in {1}, but --moe-experts is {2}: give --moe-experts "

@@ -10,7 +10,9 @@ from torch.nn import functional as F
 from ..evolution.schedule import Schedule, TemperatureSchedule
 from ..evolution.spawn import Spawn, SpawnMethod
 from ..moe import ROUTERS, Router, Vocabulary
+from ..moe.exchange import Wire
 from ..moe.hyper_adapter import HyperAdapter
+from ..moe.lsh import LSH
 from ..moe.sizes import expert_widths, size_ratios
 
 _GATED = {"swiglu": F.silu, "geglu": F.gelu, "reglu": F.relu}
@@ -131,6 +133,15 @@ def router_option(cfg: Any, name: str) -> Any:
     if name == "renormalize":
         return {"auto": None, "always": True, "never": False}[str(value)]
     return value
+
+
+def make_wire(cfg: Any, spawn: Spawn) -> Wire:
+    """How tokens travel to experts on other ranks."""
+    dtypes = {"model": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    lsh = None
+    if str(cfg.moe_a2a_compress) == "lsh":
+        lsh = LSH(cfg.moe_lsh_hashes, cfg.moe_lsh_dim, (spawn.seed, spawn.layer))
+    return Wire(dtypes[str(cfg.moe_a2a_dtype)], lsh)
 
 
 def make_hyper_adapter(cfg: Any, dim: int, spawn: Spawn, shared: Dict[str, nn.Module]) -> HyperAdapter:

@@ -45,6 +45,22 @@ class ExpertActivation(str, Enum):
     reglu = "reglu"
 
 
+class WireType(str, Enum):
+    """The precision in which tokens travel."""
+
+    model = "model"
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
+class Compression(str, Enum):
+    """What is sent instead of tokens."""
+
+    none = "none"
+    lsh = "lsh"
+
+
 @dataclass
 class MoEOptions(FairseqDataclass):
     """Options of every EvoMoE model; see README.md for the table made from them."""
@@ -220,6 +236,33 @@ class MoEOptions(FairseqDataclass):
     moe_heads: int = option(1, "Split each token into this many sub-tokens, each routed for itself (MH-MoE).")
     moe_hyper_adapter: bool = option(
         False, "Add an adapter generated from the experts that a token was not sent to (HyperMoE)."
+    )
+
+    # many ranks
+    moe_expert_parallel: int = option(
+        1,
+        "Number of ranks that share the experts of a layer, each holding its part of them and sending tokens "
+        "to the others; a divisor of the number of ranks; 1: every rank holds all experts.",
+    )
+    moe_a2a_dtype: _choices(WireType) = option(
+        "model", "Precision in which tokens and gradients travel between ranks; model is their own."
+    )
+    moe_a2a_compress: _choices(Compression) = option(
+        "none",
+        "Send means of similar tokens instead of tokens while training: lsh finds them by cross-polytope "
+        "hashing (LSH-MoE).",
+    )
+    moe_lsh_hashes: int = option(
+        6, "Hashes that tokens must share to be similar, with moe-a2a-compress lsh; fewer compress more."
+    )
+    moe_lsh_dim: int = option(
+        0,
+        "Dimensions of each hash, with moe-a2a-compress lsh; fewer compress more; 0: the width of a token.",
+    )
+    moe_sharded_checkpoint: bool = option(
+        False,
+        "Write a checkpoint as one file for each of the ranks that share the experts; needs "
+        "moe-expert-parallel.",
     )
 
     # not options of their own: the seed of the spawn, and what other defaults are counted from

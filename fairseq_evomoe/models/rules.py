@@ -127,6 +127,38 @@ _RULES = [
         "--moe-router {0.moe_router} and --moe-experts {0.moe_experts} there are none: leave it out.",
     ),
     (
+        lambda o: 1 <= o.moe_expert_parallel <= max(o.moe_experts, 1),
+        "--moe-expert-parallel must be from 1 to the --moe-experts ({0.moe_experts}), so that every rank has "
+        "an expert, but is {0.moe_expert_parallel}.",
+    ),
+    (
+        lambda o: not (o.moe_mutual_distillation_weight > 0 and o.moe_expert_parallel > 1),
+        "--moe-mutual-distillation-weight compares all outputs of a token, which with --moe-expert-parallel "
+        "{0.moe_expert_parallel} are added up where they are computed: leave one of them out.",
+    ),
+    (
+        lambda o: (
+            o.moe_expert_parallel > 1 or (str(o.moe_a2a_dtype), str(o.moe_a2a_compress)) == ("model", "none")
+        ),
+        "--moe-a2a-dtype and --moe-a2a-compress are about tokens that travel between ranks, which none does "
+        "with --moe-expert-parallel 1: leave them out or raise it.",
+    ),
+    (
+        lambda o: o.moe_expert_parallel > 1 or not o.moe_sharded_checkpoint,
+        "--moe-sharded-checkpoint writes a file for each of the ranks that share the experts, and with "
+        "--moe-expert-parallel 1 they are not shared: leave it out or raise that.",
+    ),
+    (
+        lambda o: o.moe_lsh_hashes >= 1 and o.moe_lsh_dim >= 0,
+        "--moe-lsh-hashes must be at least 1 and --moe-lsh-dim at least 0, but are {0.moe_lsh_hashes} and "
+        "{0.moe_lsh_dim}.",
+    ),
+    (
+        lambda o: str(o.moe_a2a_compress) == "lsh" or (o.moe_lsh_hashes, o.moe_lsh_dim) == (6, 0),
+        "--moe-lsh-hashes and --moe-lsh-dim have no effect without --moe-a2a-compress lsh: give it or leave "
+        "them out.",
+    ),
+    (
         lambda o: not (o.moe_hyper_adapter and router_class(o).resizes and o.moe_dynmoe_window > 0),
         "--moe-hyper-adapter has an embedding of each expert, but with --moe-router {0.moe_router} experts "
         "come and go: leave it out or set --moe-dynmoe-window 0.",

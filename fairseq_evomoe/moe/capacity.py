@@ -1,10 +1,9 @@
 """A limit to the tokens that an expert takes."""
 
-import math
-
 import torch
 from torch import Tensor
 
+from .ranks import ALONE, Ranks
 from .routing import Routing
 
 
@@ -15,21 +14,35 @@ def keep_pairs(routing: Routing, keep_N: Tensor) -> None:
     routing.weight_N = routing.weight_N[keep_N]
 
 
-def limit_load(routing: Routing, factor: float, top_k: int = 1) -> None:
+def limit_load(routing: Routing, factor: float, top_k: int = 1, ranks: Ranks = ALONE) -> None:
     """Leave out, in place, the pairs for which their expert has no room (Switch, arXiv 2101.03961).
 
-    An expert takes at most ``ceil(factor * k * T / E)`` pairs, in the order in which they are listed.
+    An expert takes at most ``ceil(factor * k * T / E)`` pairs of all ranks: those with the best expert of
+    their token first, then those with the second one, ..., each in the order of the ranks and their tokens.
     ``routing.dropped`` tells how many were left out.
 
     Args:
-        routing: all pairs.
+        routing: all pairs, those with the best expert of each token first, then those with the second, ...
         factor: the capacity factor; 0: no limit.
         top_k: k, how many experts a token may have.
+        ranks: those whose tokens compete for room.
     """
-    if factor <= 0 or routing.expert_N.numel() == 0:
+    if factor <= 0 or (routing.expert_N.numel() == 0 and ranks.size == 1):
         return
-    capacity = math.ceil(factor * top_k * routing.tokens / routing.experts)
-    keep_N = place(routing.expert_N, routing.experts) < capacity
+    experts = routing.experts
+    choice_N = place(routing.token_N, max(routing.tokens, 1))
+    place_N = place(choice_N * experts + routing.expert_N, top_k * experts)
+
+    # what comes before this rank's pairs of each choice and expert
+    count_KE = torch.bincount(choice_N * experts + routing.expert_N, minlength=top_k * experts)
+    tokens = torch.tensor([routing.tokens], device=count_KE.device)
+    count_WK = ranks.gather_counts(torch.cat([count_KE, tokens]))
+    count_WKE = count_WK[:, :-1].view(-1, top_k, experts)
+    count_KE = count_WKE.sum(0)
+    before_KE = count_KE.cumsum(0) - count_KE + count_WKE[: ranks.rank].sum(0)
+
+    capacity = torch.ceil(factor * top_k * count_WK[:, -1].sum().double() / experts)
+    keep_N = place_N + before_KE[choice_N, routing.expert_N] < capacity
     routing.dropped = (~keep_N).sum()
     keep_pairs(routing, keep_N)
 

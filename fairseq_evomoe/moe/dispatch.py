@@ -38,39 +38,66 @@ def dispatch(x_TD: Tensor, routing: Routing, experts: Experts) -> Tensor:
         shape (T, D), dtype of ``x_TD``.
     """
     slots = routing.slots
+    pairs = routing.token_N, routing.expert_N, routing.weight_N
     if slots is None:
-        return _sum_of_outputs(x_TD, routing, experts).to(x_TD.dtype)
-    return slots.spread(_sum_of_outputs(slots.mix(x_TD), routing, experts)).to(x_TD.dtype)
+        return sum_of_outputs(x_TD, *pairs, experts).to(x_TD.dtype)
+    return slots.spread(sum_of_outputs(slots.mix(x_TD), *pairs, experts)).to(x_TD.dtype)
 
 
-def _sum_of_outputs(x_TD: Tensor, routing: Routing, experts: Experts) -> Tensor:
+def sum_of_outputs(
+    x_TD: Tensor, token_N: Tensor, expert_N: Tensor, weight_N: Tensor, experts: Experts
+) -> Tensor:
+    """``y_t = sum over pairs n of t of weight_n * E_expert_n(x_t)``.
+
+    Args:
+        x_TD: tokens, shape (T, D).
+        token_N: int64, token of each pair.
+        expert_N: int64, expert of each pair, a number among those that are here.
+        weight_N: float32, factor of its output.
+        experts: the experts.
+
+    Returns:
+        shape (T, D), float32 (float64 for float64 tokens).
+    """
     if x_TD.shape[0] == 1 and x_TD.device.type == "cpu" and not torch.is_grad_enabled():
-        return _one_token(x_TD, routing, experts)
-    expert_N, order_N = torch.sort(routing.expert_N, stable=True)
-    token_N, weight_N = routing.token_N[order_N], routing.weight_N[order_N]
+        return _one_token(x_TD, expert_N, weight_N, experts)
+    expert_N, order_N = torch.sort(expert_N, stable=True)
+    token_N, weight_N = token_N[order_N], weight_N[order_N]
     if _can_fuse(x_TD, experts):
-        counts = _counts(expert_N, routing.experts)
+        counts = _counts(expert_N, experts)
         weights = (experts.w1, experts.b1, experts.w2, experts.b2)
         activation = experts.hidden.activation
-        widths, w3 = experts.widths, experts.w3
+        widths, w3 = experts.own_widths, experts.w3
         return fused_experts(x_TD, weight_N, *weights, token_N, counts, widths, activation, w3)
-    if _can_group(x_TD, experts):
-        out_ND = grouped_experts(x_TD[token_N], expert_N, experts)
-    else:
-        out_ND = experts(x_TD[token_N], _counts(expert_N, routing.experts))
-    weighted_ND = out_ND * weight_N.unsqueeze(1)
+    weighted_ND = outputs(x_TD[token_N], expert_N, experts) * weight_N.unsqueeze(1)
     return weighted_ND.new_zeros(x_TD.shape).index_add(0, token_N, weighted_ND)
 
 
-def _counts(expert_N: Tensor, experts: int) -> List[int]:
-    return torch.bincount(expert_N, minlength=experts).tolist()
+def outputs(x_ND: Tensor, expert_N: Tensor, experts: Experts) -> Tensor:
+    """The output of its expert for each row.
+
+    Args:
+        x_ND: rows sorted by expert, shape (N, D).
+        expert_N: int64, expert of each row, a number among those that are here.
+        experts: the experts.
+
+    Returns:
+        shape (N, D), dtype of ``x_ND`` or that of autocast.
+    """
+    if _can_group(x_ND, experts):
+        return grouped_experts(x_ND, expert_N, experts)
+    return experts(x_ND, _counts(expert_N, experts))
 
 
-def _one_token(x_TD: Tensor, routing: Routing, experts: Experts) -> Tensor:
+def _counts(expert_N: Tensor, experts: Experts) -> List[int]:
+    return torch.bincount(expert_N, minlength=len(experts.own)).tolist()
+
+
+def _one_token(x_TD: Tensor, expert_N: Tensor, weight_N: Tensor, experts: Experts) -> Tensor:
     y_TD = None
-    for expert, weight in zip(routing.expert_N.tolist(), routing.weight_N.tolist()):
-        start = sum(experts.widths[:expert])
-        units = slice(start, start + experts.widths[expert])
+    for expert, weight in zip(expert_N.tolist(), weight_N.tolist()):
+        start = sum(experts.own_widths[:expert])
+        units = slice(start, start + experts.own_widths[expert])
         factor = None if experts.w3 is None else F.linear(x_TD, experts.w3[units])
         hidden = experts.hidden(F.linear(x_TD, experts.w1[units], experts.b1[units]), factor)
         out_TD = torch.addmm(experts.b2[expert], hidden, experts.w2[units])
@@ -89,13 +116,15 @@ def _can_fuse(x_TD: Tensor, experts: Experts) -> bool:
 def _can_group(x_TD: Tensor, experts: Experts) -> bool:
     """Whether ``grouped_experts`` computes these experts: one width, and rows of whole 16 bytes."""
     dtype = _autocast_dtype(x_TD) or x_TD.dtype
-    width = experts.widths[0]
+    if not experts.own:  # the others' experts were chosen
+        return False
+    width = experts.own_widths[0]
     return (
         hasattr(F, "grouped_mm")
         and dtype in (torch.float32, torch.float16, torch.bfloat16)
         # torch.compile knows them in bfloat16 only, as of PyTorch 2.13
         and (dtype == torch.bfloat16 or not torch.compiler.is_compiling())
-        and experts.widths.count(width) == len(experts.widths)
+        and experts.own_widths.count(width) == len(experts.own)
         and width * dtype.itemsize % _ALIGNMENT == 0
         and experts.dim * dtype.itemsize % _ALIGNMENT == 0
     )
@@ -113,7 +142,7 @@ def grouped_experts(x_ND: Tensor, expert_N: Tensor, experts: Experts) -> Tensor:
         shape (N, D), dtype of ``x_ND`` or that of autocast.
     """
     dtype = _autocast_dtype(x_ND) or x_ND.dtype
-    count = len(experts.widths)
+    count = len(experts.own)
     end_E = torch.searchsorted(
         expert_N, torch.arange(count, device=expert_N.device), right=True, out_int32=True
     )

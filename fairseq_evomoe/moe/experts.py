@@ -50,8 +50,14 @@ class Experts(nn.Module):
     ``e`` of ``b2``, so experts of any widths lie in four tensors and one expert is a dense FFN:
     ``w1 = fc1.weight``, ``b1 = fc1.bias``, ``w2 = fc2.weight.T``, ``b2 = fc2.bias``.
 
+    With expert parallelism a rank has the rows of some experts only, and everything that computes takes them
+    for all there are, numbered from 0.
+
     Attributes:
-        widths: hidden units of each expert; H is their sum.
+        widths: hidden units of each expert, on whatever rank it is.
+        own: numbers of the experts that are here, ascending; all without expert parallelism.
+        own_widths: hidden units of those; H is their sum.
+        split: whether the experts are shared out among ranks.
         w1: (H, D).  b1: (H,).  w2: (H, D).  b2: (E, D).  w3: (H, D), or ``None`` if not gated.
 
     Args:
@@ -71,15 +77,23 @@ class Experts(nn.Module):
         self.widths: List[int] = []
         self.resize(widths)
 
-    def resize(self, widths: Sequence[int]) -> None:
-        """Make room for experts of these widths.  The contents are undefined until they are filled."""
+    def resize(self, widths: Sequence[int], own: Optional[Sequence[int]] = None) -> None:
+        """Make room for experts of these widths.  The contents are undefined until they are filled.
+
+        Args:
+            widths: hidden units of each expert.
+            own: numbers of those that shall be here, ascending, if they are shared out among ranks.
+        """
         self.widths = list(widths)
-        total = sum(self.widths)
+        self.split = own is not None
+        self.own = list(range(len(widths)) if own is None else own)
+        self.own_widths = [self.widths[e] for e in self.own]
+        total = sum(self.own_widths)
         shapes = {
             "w1": (total, self.dim),
             "b1": (total,),
             "w2": (total, self.dim),
-            "b2": (len(self.widths), self.dim),
+            "b2": (len(self.own), self.dim),
         }
         if self.gated:
             shapes["w3"] = (total, self.dim)
@@ -91,13 +105,16 @@ class Experts(nn.Module):
             if old is not None:
                 new.requires_grad_(old.requires_grad)
                 new.__dict__.update(old.__dict__)  # param_group, optim_overrides, ...
+                new.__dict__.pop("expert", None)
+            if self.split:
+                new.expert = True  # tells fairseq that other ranks have other values
             self.register_parameter(name, new)
 
     @torch.no_grad()
     def set_expert(self, index: int, fc1: nn.Linear, fc2: nn.Linear, fc3: Optional[nn.Linear] = None) -> None:
         """Copy a dense FFN, given as its linear layers, into expert ``index``."""
-        start = sum(self.widths[:index])
-        rows = slice(start, start + self.widths[index])
+        start = sum(self.own_widths[:index])
+        rows = slice(start, start + self.own_widths[index])
         self.w1[rows] = fc1.weight
         self.b1[rows] = fc1.bias
         self.w2[rows] = fc2.weight.t()
@@ -106,7 +123,7 @@ class Experts(nn.Module):
             self.w3[rows] = fc3.weight
 
     def parameters_of_each(self) -> List[int]:
-        """Number of parameters of each expert."""
+        """Number of parameters of each expert, on whatever rank it is."""
         matrices = 3 if self.gated else 2
         return [width * (matrices * self.dim + 1) + self.dim for width in self.widths]
 
@@ -120,17 +137,17 @@ class Experts(nn.Module):
         Returns:
             shape (N, D).
         """
-        if len(self.widths) == 1:
+        if len(self.own) == 1:
             return self._expert(x_ND, self.w1, self.b1, self.w2, self.b2[0], self.w3)
         parts = zip(
             x_ND.split(list(counts)),
-            self.w1.split(self.widths),
-            self.b1.split(self.widths),
-            self.w2.split(self.widths),
+            self.w1.split(self.own_widths),
+            self.b1.split(self.own_widths),
+            self.w2.split(self.own_widths),
             self.b2.unbind(0),
-            self.w3.split(self.widths) if self.gated else [None] * len(self.widths),
+            self.w3.split(self.own_widths) if self.gated else [None] * len(self.own),
         )
-        return torch.cat([self._expert(*part) for part in parts])
+        return torch.cat([x_ND[:0]] + [self._expert(*part) for part in parts])
 
     def _expert(
         self, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, w3: Optional[Tensor]
@@ -140,4 +157,4 @@ class Experts(nn.Module):
 
     def extra_repr(self) -> str:
         """Sizes, for ``print(model)``."""
-        return "dim={}, widths={}".format(self.dim, self.widths)
+        return "dim={}, widths={}".format(self.dim, self.widths) + (", own={}".format(self.own) * self.split)

@@ -8,11 +8,14 @@ from torch import Tensor, nn
 
 from .collect import Activity
 from .dispatch import dispatch
+from .exchange import Wire, depart
 from .experts import Experts
 from .hyper_adapter import HyperAdapter
 from .losses import penalty_loss
 from .multi_head import MultiHead
 from .mutual_distillation import dispatch_and_compare
+from .placement import join_experts, place_experts, rows_of_each, take_experts
+from .ranks import ALONE, Ranks
 from .routers import Router
 from .routing import Routing, RoutingContext
 
@@ -36,6 +39,8 @@ class MoELayer(nn.Module):
         activity: measures the base expert's hidden units for the spawn, if that asks for it; ``None``
             once the layer is grown.
         hyper_adapter: HyperMoE's adapter; ``None`` without ``make_hyper_adapter`` and before the growth.
+        ranks: the processes that train the model together; see ``join``.
+        wire: how tokens travel among those of them that share the experts.
         routing: how the last batch was routed; ``None`` before the first and after ``forget``.
         first_widths: hidden units of the experts when there was one, and once the layer is grown, of those
             that it grew; routers that resize count from them.
@@ -52,6 +57,9 @@ class MoELayer(nn.Module):
         losses: which of the losses that are the layer's, not the router's, to compute: ``penalty`` (HMoE),
             ``mutual_distillation`` (MoDE).
     """
+
+    WIDTHS_OF_SHARE = "experts.widths"
+    """Key of the widths of all experts in a state that has only those of one rank."""
 
     def __init__(
         self,
@@ -79,6 +87,8 @@ class MoELayer(nn.Module):
         self.shared_expert = shared_expert
         self.make_hyper_adapter = make_hyper_adapter
         self.losses = frozenset(losses)
+        self.ranks: Ranks = ALONE
+        self.wire = Wire()
         self.routing: Optional[Routing] = None
         self.first_widths = list(experts.widths)
         self.spawned_on_load = False
@@ -92,6 +102,56 @@ class MoELayer(nn.Module):
     def grown(self) -> bool:
         """Whether the layer has all its experts."""
         return self.router is not None or self.num_experts == 1
+
+    @property
+    def split(self) -> bool:
+        """Whether the experts are shared out among ranks; a single one never is."""
+        return self.experts.split
+
+    @torch.no_grad()
+    def join(self, ranks: Ranks) -> None:
+        """Let ranks train the layer together; experts that there are already are shared out among them.
+
+        All of the ranks must call this.
+        """
+        whole = self.whole_experts()
+        self.ranks = ranks
+        if self.router is not None:
+            self._make_room(self.experts.widths)
+            for name, tensor in whole.items():
+                getattr(self.experts, name).copy_(self.share(name, tensor))
+
+    def _make_room(self, widths: Sequence[int]) -> None:
+        parallel = self.ranks.parallel
+        own = place_experts(widths, parallel)[self.ranks.place] if parallel > 1 else None
+        self.experts.resize(widths, own)
+
+    def share(self, name: str, whole: Tensor) -> Tensor:
+        """The rows that this rank has of a tensor of all experts, such as one of a checkpoint."""
+        return take_experts(name, whole, self.experts.widths, self.experts.own) if self.split else whole
+
+    def whole(self, name: str, own: Tensor, to: Optional[int] = None) -> Optional[Tensor]:
+        """A tensor of all experts, from the rows that each rank has; the ranks must all call this.
+
+        Args:
+            name: ``w1``, ``b1``, ``w2``, ``b2`` or ``w3``.
+            own: this rank's rows of it, or of what has a row for each of its rows.
+            to: place of the only rank that shall get it; ``None``: all.
+
+        Returns:
+            the tensor, or ``None`` where it is not wanted.
+        """
+        if not self.split:
+            return own
+        widths = self.experts.widths
+        experts_of = place_experts(widths, self.ranks.parallel)
+        sizes = [sum(rows_of_each(name, [widths[e] for e in experts])) for experts in experts_of]
+        parts = self.ranks.gather_experts(own, sizes, to)
+        return join_experts(name, parts, widths, experts_of) if parts else None
+
+    def whole_experts(self) -> Dict[str, Tensor]:
+        """The tensors of all experts by name; the ranks that share them must all call this."""
+        return {name: self.whole(name, tensor) for name, tensor in self._expert_tensors().items()}
 
     def plan_growth(self) -> "Plan":
         """What would become of the base expert and its copies if the layer grew now."""
@@ -128,10 +188,12 @@ class MoELayer(nn.Module):
     def become(self, plan: "Plan") -> None:
         """Make the experts others.  Their parameters are new objects afterwards.
 
+        The ranks that share the experts must all call this.
+
         Raises:
             ValueError: experts of other widths, with a normalisation of hidden units that they share.
         """
-        old = self._expert_tensors()
+        old = self.whole_experts()
         if self.experts.hidden.norm is not None and set(plan.widths) != set(self.experts.widths):
             raise ValueError(
                 "--scale-fc normalises the hidden units of an expert, so that their number must stay {}: "
@@ -139,10 +201,11 @@ class MoELayer(nn.Module):
                     self.experts.widths[0]
                 )
             )
-        self.experts.resize(plan.widths)
+        self._make_room(plan.widths)
+        plan = plan.only(self.experts.own)
         for name, tensor in old.items():
             getattr(self.experts, name).copy_(plan.weights(name, tensor))
-        self.num_experts = len(plan.widths)
+        self.num_experts = len(self.experts.widths)
 
     def _expert_tensors(self) -> Dict[str, Tensor]:
         return {name: p.detach() for name, p in self.experts.named_parameters(recurse=False)}
@@ -188,14 +251,16 @@ class MoELayer(nn.Module):
         Returns:
             shape and dtype of ``x``.
         """
-        x_TD = x.reshape(-1, x.shape[-1])
         keep_T = None if padding_mask is None else (~padding_mask.reshape(-1)).nonzero().squeeze(1)
-        count = x_TD.shape[0] if keep_T is None else keep_T.shape[0]
+        count = x[..., 0].numel() if keep_T is None else keep_T.shape[0]
+        # in evaluation ranks may have different numbers of batches
+        context = replace(context, ranks=self.ranks if self.training else ALONE)
         if self.router is None:
             if self.activity is not None and self.training:
-                self._watch(x_TD, keep_T)
-            return self._single_expert(x_TD, count).view_as(x)
+                self._watch(x.reshape(-1, x.shape[-1]), keep_T, context)
+            return self._single_expert(x, count)
 
+        x_TD = x.reshape(-1, x.shape[-1])
         token_TD = _select(x_TD, keep_T)
         if tokens is not None or sequences is not None:
             context = replace(
@@ -208,17 +273,24 @@ class MoELayer(nn.Module):
             y_TD = torch.zeros_like(x_TD).index_copy(0, keep_T, y_TD)
         return y_TD.view_as(x)
 
-    def _single_expert(self, x_TD: Tensor, tokens: int) -> Tensor:
+    def _single_expert(self, x: Tensor, tokens: int) -> Tensor:
+        # one expert needs no order of the rows, so transposed tokens are not copied into theirs
+        turned = x.dim() > 2 and not x.is_contiguous() and x.transpose(0, 1).is_contiguous()
+        x = x.transpose(0, 1) if turned else x
+        x_TD = x.reshape(-1, x.shape[-1])
         row_RD = x_TD if self.heads is None else self.heads.split(x_TD)
         rows = tokens if self.heads is None else tokens * self.heads.heads
         self.routing = _to_single_expert(x_TD, rows)
         y_RD = self.experts(row_RD, [row_RD.shape[0]])
-        return y_RD if self.heads is None else self.heads.join(y_RD, x_TD.shape[0])
+        y = (y_RD if self.heads is None else self.heads.join(y_RD, x_TD.shape[0])).view(x.shape)
+        return y.transpose(0, 1) if turned else y
 
-    def _watch(self, x_TD: Tensor, keep_T: Optional[Tensor]) -> None:
-        """Measure how active the base expert's hidden units are, on some of the tokens."""
-        stride = self.activity.STRIDE
-        sample_TD = x_TD[::stride] if keep_T is None else x_TD[keep_T[::stride]]
+    def _watch(self, x_TD: Tensor, keep_T: Optional[Tensor], context: RoutingContext) -> None:
+        """Measure how active the base expert's hidden units are, on some of the tokens of all ranks."""
+        rows = x_TD.shape[0] if keep_T is None else keep_T.shape[0]
+        before = context.first_row + context.rows_of_ranks(rows, x_TD.device)[0]
+        sample = slice(-before % self.activity.STRIDE, None, self.activity.STRIDE)
+        sample_TD = x_TD[sample] if keep_T is None else x_TD[keep_T[sample]]
         self.activity.watch(self.experts, sample_TD if self.heads is None else self.heads.split(sample_TD))
 
     def _all_experts(self, x_TD: Tensor, context: RoutingContext) -> Tensor:
@@ -235,15 +307,32 @@ class MoELayer(nn.Module):
     def _route(self, x_TD: Tensor, context: RoutingContext) -> Tensor:
         routing = self.routing = self.router(x_TD, context)
         if "penalty" in self.losses:
-            routing.losses["penalty"] = penalty_loss(routing, torch.tensor(self.experts.widths))
+            widths = torch.tensor(self.experts.widths)
+            routing.losses["penalty"] = penalty_loss(routing, widths, context.ranks)
+        if self.split:
+            wire = self.wire if self.training else replace(self.wire, lsh=None)
+            journey = depart(x_TD, routing, self.experts, self.ranks, wire)
+            routing.sent_bytes = journey.sent_bytes
+            beside_TD = self._beside(x_TD, routing)  # while tokens travel
+            y_TD = journey.arrive()
+            return y_TD if beside_TD is None else y_TD + beside_TD
         if "mutual_distillation" in self.losses:
-            y_TD, routing.losses["mutual_distillation"] = dispatch_and_compare(x_TD, routing, self.experts)
+            y_TD, routing.losses["mutual_distillation"] = dispatch_and_compare(
+                x_TD, routing, self.experts, context.ranks
+            )
         else:
             y_TD = dispatch(x_TD, routing, self.experts)
+        beside_TD = self._beside(x_TD, routing)
+        return y_TD if beside_TD is None else y_TD + beside_TD
+
+    def _beside(self, x_TD: Tensor, routing: Routing) -> Optional[Tensor]:
+        """What the modules beside the experts add to their output."""
+        y_TD = None
         if self.shared is not None:
-            y_TD = y_TD + self.shared(x_TD, [x_TD.shape[0]])
+            y_TD = self.shared(x_TD, [x_TD.shape[0]])
         if self.hyper_adapter is not None:
-            y_TD = y_TD + self.hyper_adapter(x_TD, routing)
+            adapter_TD = self.hyper_adapter(x_TD, routing)
+            y_TD = adapter_TD if y_TD is None else y_TD + adapter_TD
         return y_TD
 
     def __getstate__(self):
@@ -254,11 +343,27 @@ class MoELayer(nn.Module):
         b2 = state_dict.get(prefix + "experts.b2")
         if b2 is not None:
             if any(key.startswith(prefix + "router.") for key in state_dict) or b2.shape[0] > 1:
-                self._fit_experts(b2.shape[0], state_dict, prefix)
+                widths = state_dict.pop(prefix + self.WIDTHS_OF_SHARE, None)
+                if widths is not None:
+                    self._fit_experts(len(widths), state_dict, prefix)
+                elif not self.is_share(state_dict, prefix):
+                    self._fit_experts(b2.shape[0], state_dict, prefix)
+                    for name in self._expert_tensors():
+                        key = prefix + "experts." + name
+                        state_dict[key] = self.share(name, state_dict[key])
             elif self.grown and self.num_experts > 1:
                 self._spawn_state(state_dict, prefix)
             self._fit_activity(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def is_share(self, state_dict: Dict[str, Tensor], prefix: str) -> bool:
+        """Whether a state has this rank's experts only, as ``state_dict()`` gives them."""
+        b2 = state_dict.get(prefix + "experts.b2")
+        if not self.split or b2 is None or not any(key.startswith(prefix + "router.") for key in state_dict):
+            return False
+        origin_E = state_dict.get(prefix + "router.origin_E")
+        all_experts = self.num_experts if origin_E is None else len(origin_E)
+        return b2.shape[0] == len(self.experts.own) != all_experts
 
     def _fit_experts(self, found: int, state_dict: Dict[str, Tensor], prefix: str) -> None:
         """Make the layer one that the state of a grown layer fits into."""
@@ -268,7 +373,7 @@ class MoELayer(nn.Module):
             origin_E = state_dict[prefix + "router.origin_E"].round().long().tolist()
             widths = [self.first_widths[origin] for origin in origin_E]
             if widths != self.experts.widths:
-                self.experts.resize(widths)
+                self._make_room(widths)
                 self.router.make_room(len(widths))
                 self.num_experts = len(widths)
         if found != self.num_experts:
@@ -283,8 +388,9 @@ class MoELayer(nn.Module):
         self.spawned_on_load = True
         base = {name: state_dict[prefix + "experts." + name] for name in self._expert_tensors()}
         plan = self.spawn.plan(base, state_dict.get(prefix + "activity.magnitude_H"))
+        own = plan.only(self.experts.own)
         for name, tensor in base.items():
-            state_dict[prefix + "experts." + name] = plan.weights(name, tensor)
+            state_dict[prefix + "experts." + name] = own.weights(name, tensor)
         plan.fill_gate(self.router)
         for key, tensor in self.state_dict().items():
             module, _, name = key.partition(".")

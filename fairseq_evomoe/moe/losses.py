@@ -1,12 +1,16 @@
-"""Auxiliary losses of routers: pure functions of float32 tensors.  Suffixes: see ``routing.py``."""
+"""Auxiliary losses of routers: pure functions of float32 tensors.  Suffixes: see ``routing.py``.
+
+On several ranks each is the loss of all their tokens as one batch, the same number on every rank.
+"""
 
 import torch
 from torch import Tensor
 
+from .ranks import ALONE, Ranks
 from .routing import Routing
 
 
-def balance_loss(routing: Routing) -> Tensor:
+def balance_loss(routing: Routing, ranks: Ranks = ALONE) -> Tensor:
     """Load-balance loss: ``E^2 * mean_e(mean_t(gate_te) * mean_t(mask_te))``.
 
     ``gate`` is the weight with which an expert's output is used and ``mask`` whether it is used at
@@ -14,32 +18,35 @@ def balance_loss(routing: Routing) -> Tensor:
     probabilities of experts that are not chosen).  It is 1 for a balanced, confident top-1 routing and E
     for a uniform dense one.
 
+    Args:
+        routing: the active pairs.
+        ranks: those over whose tokens the means are taken.
+
     Returns:
         float32 scalar; the gradient flows through the weights.
     """
-    # the sum over experts of gate times load, taken over the pairs
-    load_N = routing.load_E().to(routing.weight_N.dtype)[routing.expert_N]
-    return (routing.weight_N * load_N).sum() * (routing.experts / max(routing.tokens, 1) ** 2)
+    gate_E = routing.weight_N.new_zeros(routing.experts).index_add(0, routing.expert_N, routing.weight_N)
+    return _product_of_means(routing.load_E(), gate_E, routing.tokens, ranks)
 
 
-def top1_balance_loss(probability_TE: Tensor) -> Tensor:
+def top1_balance_loss(probability_TE: Tensor, ranks: Ranks = ALONE) -> Tensor:
     """Load-balance loss of Switch (arXiv 2101.03961) and GShard: ``E * sum_e f_e P_e``.
 
     f is the share of the tokens whose best expert is e, P the mean of its probability; 1 if even.
 
     Args:
         probability_TE: probabilities of the gate, shape (T, E).
+        ranks: those over whose tokens the means are taken.
 
     Returns:
         float32 scalar; the gradient flows through P.
     """
     tokens, experts = probability_TE.shape
-    best_T = probability_TE.argmax(-1)
-    share_E = torch.bincount(best_T, minlength=experts).to(probability_TE.dtype) / max(tokens, 1)
-    return experts * (share_E * probability_TE.sum(0)).sum() / max(tokens, 1)
+    best_E = torch.bincount(probability_TE.argmax(-1), minlength=experts)
+    return _product_of_means(best_E, probability_TE.sum(0), tokens, ranks)
 
 
-def active_balance_loss(routing: Routing) -> Tensor:
+def active_balance_loss(routing: Routing, ranks: Ranks = ALONE) -> Tensor:
     """Load-balance loss of a routing with several experts a token: ``E * sum_e f_e P_e``.
 
     f is the share of the active pairs that expert e has, P the mean of its probability; 1 if even.
@@ -50,11 +57,12 @@ def active_balance_loss(routing: Routing) -> Tensor:
     probability_TE = routing.probability_TE
     assert probability_TE is not None
     load_E = routing.load_E().to(probability_TE.dtype)
+    load_E, probability_E, tokens = ranks.total(load_E, probability_TE.sum(0), routing.tokens)
     share_E = load_E / load_E.sum().clamp(min=1)
-    return routing.experts * (share_E * probability_TE.sum(0)).sum() / max(routing.tokens, 1)
+    return routing.experts * (share_E * probability_E).sum() / tokens.clamp(min=1)
 
 
-def penalty_loss(routing: Routing, width_E: Tensor) -> Tensor:
+def penalty_loss(routing: Routing, width_E: Tensor, ranks: Ranks = ALONE) -> Tensor:
     """P-Penalty of HMoE (arXiv 2408.10681): ``E * sum_e M_e P_e``.
 
     P is the mean of the probability of expert e, M the share of the tokens for which it is active times its
@@ -63,22 +71,33 @@ def penalty_loss(routing: Routing, width_E: Tensor) -> Tensor:
     Args:
         routing: a routing with probabilities.
         width_E: hidden units of each expert.
+        ranks: those over whose tokens the means are taken.
 
     Returns:
         float32 scalar; the gradient flows through P.
     """
     probability_TE = routing.probability_TE
     assert probability_TE is not None
-    tokens = max(routing.tokens, 1)
     width_E = width_E.to(probability_TE)
-    active_E = routing.load_E().to(probability_TE.dtype) / tokens
-    size_E = active_E * width_E / width_E.mean()
-    return routing.experts * (size_E * probability_TE.sum(0)).sum() / tokens
+    size_E = routing.load_E().to(probability_TE.dtype) * width_E / width_E.mean()
+    return _product_of_means(size_E, probability_TE.sum(0), routing.tokens, ranks)
 
 
-def z_loss(logits_TE: Tensor) -> Tensor:
+def _product_of_means(load_E: Tensor, gate_E: Tensor, tokens: int, ranks: Ranks) -> Tensor:
+    """``E * sum_e (load_e / T) (gate_e / T)``, of sums over all ranks."""
+    load_E, gate_E, total = ranks.total(load_E.to(gate_E.dtype), gate_E, tokens)
+    return load_E.shape[0] * (load_E * gate_E).sum() / total.clamp(min=1).square()
+
+
+def mean(value_T: Tensor, ranks: Ranks = ALONE) -> Tensor:
+    """Mean of a value over the tokens of all ranks; 0 if there are none."""
+    total, tokens = ranks.total(value_T.sum(), value_T.shape[0])
+    return total / tokens.clamp(min=1)
+
+
+def z_loss(logits_TE: Tensor, ranks: Ranks = ALONE) -> Tensor:
     """Router z-loss of ST-MoE (arXiv 2202.08906): mean over tokens of ``logsumexp(logits)^2``."""
-    return logits_TE.logsumexp(-1).square().sum() / max(logits_TE.shape[0], 1)
+    return mean(logits_TE.logsumexp(-1).square(), ranks)
 
 
 def entropy(probability_TE: Tensor) -> Tensor:
@@ -95,6 +114,6 @@ def entropy(probability_TE: Tensor) -> Tensor:
     return -(probability_TE * log_TE).sum(-1)
 
 
-def mean_entropy(probability_TE: Tensor) -> Tensor:
+def mean_entropy(probability_TE: Tensor, ranks: Ranks = ALONE) -> Tensor:
     """Mean over tokens of ``entropy``; to be minimised so that few experts suffice (HMoE's Top-P)."""
-    return entropy(probability_TE).sum() / max(probability_TE.shape[0], 1)
+    return mean(entropy(probability_TE), ranks)

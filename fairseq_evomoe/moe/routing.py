@@ -12,10 +12,13 @@ H       hidden units of all experts, laid end to end
 """
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Dict, Optional, Union
+from typing import TYPE_CHECKING, Any, Collection, Dict, Optional, Tuple, Union
 
 import torch
 from torch import Tensor
+
+from . import noise
+from .ranks import ALONE, Ranks
 
 if TYPE_CHECKING:
     from .slots import Slots
@@ -35,14 +38,50 @@ class RoutingContext:
             their own; a new dictionary for each pass.
         statistics: whether losses and entropy of the gate are wanted; they are not while generating, and a
             router may leave them out then.
+        losses: names of the losses that are wanted; ``None``: all.
+        ranks: those whose batches count as one batch, in losses, balanced assignments and capacities.
+        noise_key: what random numbers depend on beside the place of a token in the batch of all ranks, so
+            that they are the same on any number of ranks; ``None``: they come from the default generator.
+        first_row: how many rows all ranks have routed before, in earlier batches of the same update.
     """
 
     temperature: float = 1.0
     hard: bool = False
     token_T: Optional[Tensor] = None
     sequence_T: Optional[Tensor] = None
-    memory: Dict[str, Tensor] = field(default_factory=dict)
+    memory: Dict[str, Any] = field(default_factory=dict)
     statistics: bool = True
+    losses: Optional[Collection[str]] = None
+    ranks: Ranks = ALONE
+    noise_key: Optional[Tuple] = None
+    first_row: int = 0
+
+    def wants(self, loss: str) -> bool:
+        """Whether a loss is wanted."""
+        return self.statistics and (self.losses is None or loss in self.losses)
+
+    def rows_of_ranks(self, rows: int, device: torch.device) -> Tuple[int, int]:
+        """How many rows the lower ranks route in this pass, and how many all ranks do.
+
+        The layers of a stack route as many rows each, so that it is asked for once in a pass.
+        """
+        if self.ranks.size == 1:
+            self.memory["rows_of_ranks"] = rows, 0, rows
+        elif self.memory.get("rows_of_ranks", (None,))[0] != rows:
+            count_W = self.ranks.gather_counts(torch.tensor([rows], device=device)).flatten().tolist()
+            self.memory["rows_of_ranks"] = rows, sum(count_W[: self.ranks.rank]), sum(count_W)
+        return self.memory["rows_of_ranks"][1:]
+
+    def uniform(self, like: Tensor) -> Tensor:
+        """Independent samples of U(0, 1) in the shape of ``like``, (T, K), and its dtype and device.
+
+        With a ``noise_key`` they depend on that and on the place of a row in the batch of all ranks alone.
+        """
+        if self.noise_key is None:
+            return torch.rand_like(like)
+        rows, columns = like.shape
+        first = self.first_row + self.rows_of_ranks(rows, like.device)[0]
+        return noise.uniform(self.noise_key, first, rows, columns, like.device).to(like.dtype)
 
 
 @dataclass
@@ -73,6 +112,7 @@ class Routing:
         probability_TE: float32, the gate's probabilities where the router has any, with gradient.
         dropped: pairs that a capacity left out; a number or an int64 scalar.
         slots: mixtures of tokens on which the experts work instead of tokens; ``token_N`` are slots then.
+        sent_bytes: what this rank sends to others to carry the tokens to their experts and back.
     """
 
     token_N: Tensor
@@ -85,6 +125,7 @@ class Routing:
     probability_TE: Optional[Tensor] = None
     dropped: Union[int, Tensor] = 0
     slots: Optional["Slots"] = None
+    sent_bytes: int = 0
 
     def load_E(self) -> Tensor:
         """Assignments for each expert: float32, shape (E,)."""

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from ..assignment import balanced_assignment
+from ..ranks import Ranks
 from ..routing import Routing, RoutingContext
 from .router import Router, entropy_sum, linear32, top1_routing
 
@@ -49,8 +50,9 @@ class BaseRouter(CentroidRouter):
     """In training an exactly balanced assignment of the highest total score, in evaluation the best expert.
 
     ``s_te = x_t . c_e`` with a centroid for each expert; the weight of token t's expert e is
-    ``a = sigmoid(s_te)``.  In training every expert gets floor(T / E) or ceil(T / E) tokens, so there is no
-    auxiliary loss; no gradient flows through the assignment, and the centroids learn by the weights alone.
+    ``a = sigmoid(s_te)``.  In training every expert gets floor(T / E) or ceil(T / E) of the T tokens of all
+    ranks, so there is no auxiliary loss; no gradient flows through the assignment, and the centroids learn by
+    the weights alone.
 
     The paper mixes ``a Expert(x) + (1 - a) x`` with ``Expert(x) = x + FFN(x)``, which is ``x + a FFN(x)``:
     what weighing the feed-forward network by a gives, since the residual connection is around the layer.
@@ -65,8 +67,15 @@ class BaseRouter(CentroidRouter):
     def forward(self, x_TD: Tensor, context: RoutingContext) -> Routing:
         """Route tokens; see the class.  There are no losses and no ``probability_TE``."""
         score_TE = self.scores(x_TD)
-        expert_T = balanced_assignment(score_TE) if self.training else score_TE.argmax(-1)
+        expert_T = self._balanced(score_TE, context.ranks) if self.training else score_TE.argmax(-1)
         return self.route(score_TE, expert_T)
+
+    @staticmethod
+    def _balanced(score_TE: Tensor, ranks: Ranks) -> Tensor:
+        """The part of this rank in the assignment of the tokens of all ranks, which each works out."""
+        scores = ranks.gather_rows(score_TE.detach())
+        expert_T = balanced_assignment(torch.cat(scores))
+        return expert_T.split([len(part) for part in scores])[ranks.rank]
 
 
 def fill_orthogonal(tensor: Tensor, gain: float, generator: torch.Generator) -> None:

@@ -5,7 +5,7 @@ from typing import List
 import torch
 from torch import Tensor, nn
 
-from ..losses import active_balance_loss, entropy
+from ..losses import active_balance_loss, entropy, mean
 from ..routing import Routing, RoutingContext
 from .router import Router, check_top_k, entropy_sum, fill_uniform, linear32
 
@@ -76,8 +76,10 @@ class CometRouter(Router):
             gate_entropy=entropy_sum(weight_TE),
             probability_TE=weight_TE,
         )
-        routing.losses["entropy"] = entropy(share_TKE).sum() / max(tokens, 1)
-        routing.losses["balance"] = active_balance_loss(routing)
+        if context.wants("entropy"):
+            routing.losses["entropy"] = mean(entropy(share_TKE).sum(-1), context.ranks)
+        if context.wants("balance"):
+            routing.losses["balance"] = active_balance_loss(routing, context.ranks)
         return routing
 
 

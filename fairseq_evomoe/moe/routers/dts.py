@@ -70,7 +70,7 @@ class DenseToSparseRouter(LinearRouter):
         logits_TE = self.logits(x_TD)
         probability_TE = logits_TE.softmax(-1)
         if self.training:
-            y_TE = ((logits_TE + gumbel_like(logits_TE)) / context.temperature).softmax(-1)
+            y_TE = ((logits_TE + gumbel(logits_TE, context)) / context.temperature).softmax(-1)
             top1 = context.hard
         else:
             top1 = self.eval_routing == EvalRouting.top1
@@ -95,12 +95,14 @@ class DenseToSparseRouter(LinearRouter):
         )
         if context.statistics:
             routing.gate_entropy = entropy_sum(probability_TE)
-            routing.losses["balance"] = balance_loss(routing)
+            if context.wants("balance"):
+                routing.losses["balance"] = balance_loss(routing, context.ranks)
         return routing
 
 
-def gumbel_like(x: Tensor) -> Tensor:
-    """Independent samples of Gumbel(0, 1), shaped like ``x``, from the default generator."""
-    exponential = torch.empty_like(x).exponential_()
-    # exponential_ can return 0, whose logarithm would make a NaN of the softmax
-    return -exponential.clamp_(min=torch.finfo(x.dtype).tiny).log()
+def gumbel(like: Tensor, context: RoutingContext) -> Tensor:
+    """Independent samples of Gumbel(0, 1) in the shape of ``like``, (T, E), from ``context.uniform``."""
+    uniform = context.uniform(like)
+    # in [0, 1), where 0 has no logarithm and neither has that of 1, which rounding can make of it
+    exponential = -uniform.clamp_(torch.finfo(like.dtype).tiny, 1 - torch.finfo(like.dtype).eps).log()
+    return -exponential.log()

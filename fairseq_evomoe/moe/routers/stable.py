@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..losses import mean
+from ..ranks import ALONE, Ranks
 from ..routing import Routing, RoutingContext, Vocabulary
 from .base import CentroidRouter, fill_orthogonal
 from .hash import need_tokens, need_vocabulary
@@ -81,10 +83,10 @@ class StableRouter(CentroidRouter):
             self.table_V.fill_(-1)
         expert_T = score_TE.argmax(-1)
         routing = self.route(score_TE, expert_T)
-        routing.losses["balance"] = stable_balance_loss(routing)
+        routing.losses["balance"] = stable_balance_loss(routing, context.ranks)
         light_TE = linear32(F.embedding(token_T, self.embedding_VL), self.light_centroid_EL)
-        cross_entropy = F.cross_entropy(light_TE, expert_T, reduction="sum")
-        routing.losses["distillation"] = cross_entropy / max(routing.tokens, 1)
+        cross_entropy_T = F.cross_entropy(light_TE, expert_T, reduction="none")
+        routing.losses["distillation"] = mean(cross_entropy_T, context.ranks)
         return routing
 
     @torch.no_grad()
@@ -102,7 +104,7 @@ class StableRouter(CentroidRouter):
         return self.embedding_VL[:0].sum() + self.light_centroid_EL[:0].sum()
 
 
-def stable_balance_loss(routing: Routing) -> Tensor:
+def stable_balance_loss(routing: Routing, ranks: Ranks = ALONE) -> Tensor:
     """Balance loss of StableMoE: ``1/T * sum_e (n_e - n) / n * sum_{t of e} w_t``, n = T / E.
 
     n_e is the number of tokens of expert e and w_t = sigmoid(s_te).  The paper's formula has no 1/T: it adds
@@ -111,8 +113,9 @@ def stable_balance_loss(routing: Routing) -> Tensor:
     Returns:
         float32 scalar; the gradient flows through the weights.
     """
-    tokens = max(routing.tokens, 1)
     weight_E = routing.weight_N.new_zeros(routing.experts).index_add(0, routing.expert_N, routing.weight_N)
+    load_E, weight_E, tokens = ranks.total(routing.load_E().to(weight_E.dtype), weight_E, routing.tokens)
+    tokens = tokens.clamp(min=1)
     even = tokens / routing.experts
-    over_E = (routing.load_E().to(weight_E.dtype) - even) / even
+    over_E = (load_E - even) / even
     return (over_E * weight_E).sum() / tokens

@@ -1,6 +1,5 @@
 """Switch routing (arXiv 2101.03961)."""
 
-import torch
 from torch import Tensor
 
 from ..capacity import limit_load
@@ -35,14 +34,16 @@ class SwitchRouter(LinearRouter):
         """Route tokens; see the class."""
         if self.training and self.jitter > 0:
             x_TD = float32(x_TD)
-            x_TD = x_TD * torch.empty_like(x_TD).uniform_(1 - self.jitter, 1 + self.jitter)
+            x_TD = x_TD * (1 + self.jitter * (2 * context.uniform(x_TD) - 1))
         logits_TE = self.logits(x_TD)
         probability_TE = logits_TE.softmax(-1)
         weight_T, expert_T = probability_TE.max(-1)
         routing = top1_routing(expert_T, weight_T, self.experts)
-        limit_load(routing, self.capacity_factor)
+        limit_load(routing, self.capacity_factor, ranks=context.ranks)
         routing.probability_TE = probability_TE
         routing.gate_entropy = entropy_sum(probability_TE)
-        routing.losses["balance"] = top1_balance_loss(probability_TE)
-        routing.losses["z"] = z_loss(logits_TE)
+        if context.wants("balance"):
+            routing.losses["balance"] = top1_balance_loss(probability_TE, context.ranks)
+        if context.wants("z"):
+            routing.losses["z"] = z_loss(logits_TE, context.ranks)
         return routing

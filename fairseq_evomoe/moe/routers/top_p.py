@@ -55,7 +55,10 @@ class TopPRouter(LinearRouter):
             gate_entropy=entropy_sum(probability_TE),
             probability_TE=probability_TE,
         )
-        routing.losses["balance"] = active_balance_loss(routing)
-        routing.losses["entropy"] = mean_entropy(probability_TE)
-        routing.losses["z"] = z_loss(logits_TE)
+        if context.wants("balance"):
+            routing.losses["balance"] = active_balance_loss(routing, context.ranks)
+        if context.wants("entropy"):
+            routing.losses["entropy"] = mean_entropy(probability_TE, context.ranks)
+        if context.wants("z"):
+            routing.losses["z"] = z_loss(logits_TE, context.ranks)
         return routing

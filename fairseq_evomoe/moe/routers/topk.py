@@ -56,16 +56,20 @@ class TopKRouter(LinearRouter):
             weight_TK = weight_TK / weight_TK.sum(-1, keepdim=True)
         routing = topk_routing(expert_TK, weight_TK, self.experts)
         if self.random_second and self.training:
-            self._draw_second(routing)
-        limit_load(routing, self.capacity_factor, self.top_k)
+            self._draw_second(routing, context)
+        limit_load(routing, self.capacity_factor, self.top_k, context.ranks)
         routing.probability_TE = probability_TE
         routing.gate_entropy = entropy_sum(probability_TE)
-        routing.losses["balance"] = top1_balance_loss(probability_TE)
-        routing.losses["entropy"] = mean_entropy(probability_TE)
-        routing.losses["z"] = z_loss(logits_TE)
+        if context.wants("balance"):
+            routing.losses["balance"] = top1_balance_loss(probability_TE, context.ranks)
+        if context.wants("entropy"):
+            routing.losses["entropy"] = mean_entropy(probability_TE, context.ranks)
+        if context.wants("z"):
+            routing.losses["z"] = z_loss(logits_TE, context.ranks)
         return routing
 
-    def _draw_second(self, routing: Routing) -> None:
+    def _draw_second(self, routing: Routing, context: RoutingContext) -> None:
         # of two weights the second is at most a half, so that the first expert is always kept
         weight_N = routing.weight_N.detach()
-        keep_pairs(routing, torch.rand_like(weight_N) < 2 * weight_N)
+        draw_T1 = context.uniform(weight_N[: routing.tokens].unsqueeze(1))
+        keep_pairs(routing, torch.cat([torch.zeros_like(draw_T1), draw_T1]).squeeze(1) < 2 * weight_N)
