@@ -12,7 +12,7 @@ from test_growth import MIXED, OPTIMIZERS, _copy, assert_same_state, flat_fp16_o
 from test_resume import check_resume
 
 from fairseq_evomoe.evolution import optimizer_state
-from fairseq_evomoe.evolution.callback import resize
+from fairseq_evomoe.evolution.growth import resize
 from fairseq_evomoe.moe.routers.dynmoe import DynMoERouter
 
 DYNMOE = {**LM, "moe_router": "dynmoe", "moe_dynmoe_window": 3, "moe_max_experts": 6, "moe_spawn_update": 0}

@@ -7,7 +7,7 @@ import torch
 from cli import LM, build, call, parameters
 
 from fairseq_evomoe.evolution import optimizer_state
-from fairseq_evomoe.evolution.callback import spawn
+from fairseq_evomoe.evolution.growth import spawn
 
 OPTIMIZERS = {
     "adam": {"weight_decay": 0.1},

@@ -6,7 +6,7 @@ import pytest
 import torch
 from cli import CLASSIFICATION, LM, MASKED_LM, TRANSLATION, assert_equal, build, call, parameters, run
 
-from fairseq_evomoe.evolution.callback import spawn
+from fairseq_evomoe.evolution.growth import spawn
 
 DATA = {LM["task"]: "lm_data", MASKED_LM["task"]: "lm_data", TRANSLATION["task"]: "translation_data"}
 DENSE = {

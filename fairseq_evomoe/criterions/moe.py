@@ -64,7 +64,7 @@ def statistics(model: nn.Module, layers: List[MoEFeedForward], like: Tensor) -> 
     dropped = like.new_zeros(())
     active_L = like.new_zeros(len(layers))
     tokens_L = [0] * len(layers)
-    tokens = assignments = 0
+    tokens = assignments = sent_bytes = 0
     for i, layer in enumerate(layers):
         routing = layer.moe.routing
         if routing is None:
@@ -75,6 +75,7 @@ def statistics(model: nn.Module, layers: List[MoEFeedForward], like: Tensor) -> 
         tokens_L[i] = routing.tokens // (layer.moe.heads.heads if layer.moe.heads is not None else 1)
         tokens += routing.tokens
         dropped += routing.dropped
+        sent_bytes += routing.sent_bytes / layer.moe.ranks.size
         assignments += routing.token_N.shape[0]
         balance += routing.tokens * routing.losses.get("balance", 1.0)
         if routing.gate_entropy is not None:
@@ -92,6 +93,8 @@ def statistics(model: nn.Module, layers: List[MoEFeedForward], like: Tensor) -> 
         "moe_active": active_L,
         "moe_layer_tokens": like.new_tensor(tokens_L),
         "moe_other_params": float(_other_parameters(model, layers)),
+        # the mean over ranks and layers; ranks are summed up later
+        "moe_sent_bytes": sent_bytes / len(layers),
         "moe_phase": float(first.schedule.phase(first.num_updates, first.moe.grown)),
         "moe_temperature": float(first.context.temperature),
     }
@@ -99,7 +102,8 @@ def statistics(model: nn.Module, layers: List[MoEFeedForward], like: Tensor) -> 
 
 def _other_parameters(model: nn.Module, layers: List[MoEFeedForward]) -> int:
     """Number of parameters that every token uses: all but those of experts that are routed to."""
-    routed = sum(sum(layer.moe.experts.parameters_of_each()) for layer in layers)
+    sizes = [layer.moe.experts.parameters_of_each() for layer in layers]
+    routed = sum(size[e] for size, layer in zip(sizes, layers) for e in layer.moe.experts.own)
     return sum(p.numel() for p in model.parameters()) - routed
 
 
@@ -132,5 +136,7 @@ def log_statistics(logging_outputs: List[Dict[str, Any]]) -> None:
         "moe_active_params": total("moe_other_params") / batches
         + (total("moe_active") / total("moe_layer_tokens").clamp(min=1)).sum(),
     }
+    if total("moe_sent_bytes") > 0:
+        values["moe_a2a_mb"] = total("moe_sent_bytes") / 1e6
     for priority, (name, value) in enumerate(values.items()):
         metrics.log_scalar(name, value, weight=1, priority=600 + priority, round=3)

@@ -137,3 +137,75 @@ def repoint(scheduler: Any, old: FairseqOptimizer, new: FairseqOptimizer) -> Non
             setattr(scheduler, name, new)
         elif getattr(value, "optimizer", None) is old.optimizer:
             value.optimizer = new.optimizer  # reduce_lr_on_plateau wraps one of torch's schedulers
+
+
+def gradients(optimizer: FairseqOptimizer) -> Iterator[Tuple[Tensor, Tensor]]:
+    """Each of the model's parameters and the gradient that is clipped; those without one are left out."""
+    masters = _masters(optimizer)
+    if isinstance(masters, dict):
+        for parameter, flat, part in _flat_slices(optimizer):
+            yield parameter, flat.grad[part]
+        return
+    parameters = _parameters(optimizer) if masters is None else optimizer.fp16_params
+    for parameter, holder in zip(parameters, parameters if masters is None else masters):
+        if holder.grad is not None:
+            yield parameter, holder.grad
+
+
+def is_flat(optimizer: FairseqOptimizer) -> bool:
+    """Whether the state is that of one flat tensor for all parameters."""
+    return isinstance(_masters(optimizer), dict)
+
+
+def in_order(optimizer: FairseqOptimizer) -> List[Tensor]:
+    """The model's parameters in the order of the numbers that ``state_dict()`` has for them.
+
+    With one flat tensor for all of them: in the order in which they lie in it.
+    """
+    masters = _masters(optimizer)
+    if masters is None:
+        return _parameters(optimizer)
+    if isinstance(masters, dict):
+        return [parameter for parameter, _, _ in _flat_slices(optimizer)]
+    parameter_of = {id(master): p for master, p in zip(masters, optimizer.fp16_params)}
+    return [parameter_of[id(master)] for master in _parameters(optimizer)]
+
+
+@dataclass
+class Layout:
+    """Where the state of each parameter is in the ``state_dict()`` of an optimizer.
+
+    Attributes:
+        keys: what each parameter is called, in the order of its number.
+        sizes: number of elements of each, in the ``state_dict()`` that this is the layout of.
+        flat: whether they all are stretches of one flat tensor.
+    """
+
+    keys: List[str]
+    sizes: List[int]
+    flat: bool
+
+
+def replace(
+    state_dict: Dict[str, Any], layout: Layout, change: Callable[[str, str, Tensor], Tensor]
+) -> Dict[str, Any]:
+    """A ``state_dict()`` of an optimizer with other statistics.
+
+    Args:
+        state_dict: of an optimizer.
+        layout: of this ``state_dict``.
+        change: ``change(key, name, statistic)`` is what a parameter's statistic becomes, which is a tensor of
+            one dimension if ``layout.flat``.
+    """
+    result = dict(state_dict, state={})
+    for number, statistics in state_dict["state"].items():
+        changed = result["state"][number] = dict(statistics)
+        for name, value in statistics.items():
+            if not torch.is_tensor(value) or value.dim() == 0:
+                continue
+            if not layout.flat:
+                changed[name] = change(layout.keys[number], name, value)
+            elif value.numel() == sum(layout.sizes):
+                parts = zip(layout.keys, value.split(layout.sizes))
+                changed[name] = torch.cat([change(key, name, part).reshape(-1) for key, part in parts])
+    return result

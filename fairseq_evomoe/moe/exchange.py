@@ -295,12 +295,13 @@ class _Trip:
 
     def start(self, rows: Tensor) -> "_UnderWay":
         """Send rows."""
-        return _UnderWay(self, _Start.apply(rows, self), rows.dtype)
+        sent = _Start.apply(rows, self)
+        return _UnderWay(self, sent, self.exchange(sent.detach(), forward=True), rows.dtype)
 
     def exchange(self, rows: Tensor, forward: bool) -> Tensor:
         """Begin an exchange; the result is filled once ``wait`` has returned."""
         send, receive = self.splits if forward else self.splits[::-1]
-        rows = rows.to(self.dtype or rows.dtype).contiguous()
+        rows = rows.contiguous()
         result = rows.new_empty((sum(receive),) + rows.shape[1:])
         self.work = dist.all_to_all_single(
             result, rows, receive, send, group=self.ranks.expert_group, async_op=True
@@ -323,37 +324,49 @@ class _Trip:
 
 @dataclass
 class _UnderWay:
-    """Rows that were sent and those that come instead."""
+    """Rows that were sent and those that come instead.
+
+    Attributes:
+        trip: their exchange.
+        sent: the rows in the dtype that they have on the way.
+        coming: filled once the exchange is finished.
+        dtype: of the rows before.
+    """
 
     trip: _Trip
-    buffer: Tensor
+    sent: Tensor
+    coming: Tensor
     dtype: torch.dtype
 
     def finish(self) -> Tensor:
         """The rows that have come, in the dtype of those that were sent."""
-        return _Finish.apply(self.buffer, self.trip, self.dtype)
+        return _Finish.apply(self.sent, self.coming, self.trip).to(self.dtype)
 
 
 class _Start(torch.autograd.Function):
+    """The rows in the dtype of the trip; the last of the backward pass of an exchange."""
+
     @staticmethod
     def forward(ctx, rows: Tensor, trip: _Trip) -> Tensor:
         ctx.trip, ctx.dtype = trip, rows.dtype
-        return trip.exchange(rows, forward=True)
+        return rows.view_as(rows) if trip.dtype in (None, rows.dtype) else rows.to(trip.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
-        # begun by _Finish.backward; autograd has only passed it on
+        # begun by _Finish.backward; nothing has read it yet
         ctx.trip.wait()
         return grad.to(ctx.dtype), None
 
 
 class _Finish(torch.autograd.Function):
+    """What has come for the rows that were sent; the first of the backward pass of an exchange."""
+
     @staticmethod
-    def forward(ctx, buffer: Tensor, trip: _Trip, dtype: torch.dtype) -> Tensor:
+    def forward(ctx, sent: Tensor, coming: Tensor, trip: _Trip) -> Tensor:
         ctx.trip = trip
         trip.wait()
-        return buffer.to(dtype, copy=True) if dtype != buffer.dtype else buffer.view_as(buffer)
+        return coming.view_as(coming)
 
     @staticmethod
     @once_differentiable

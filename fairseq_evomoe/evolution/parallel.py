@@ -1,0 +1,275 @@
+"""What a fairseq ``Trainer`` must do for experts that are shared out among ranks (expert parallelism).
+
+fairseq leaves parameters with the attribute ``expert`` alone when it adds up gradients (``legacy_ddp``), and
+out of the norm of the gradients.  Here the gradients of experts are added up over the ranks that have the
+same ones, the norm is that of all experts on all ranks, and a checkpoint has all experts, wherever they are.
+"""
+
+import functools
+import logging
+import math
+from dataclasses import dataclass, field
+from typing import Any, Dict, Iterator, List, Tuple
+
+import torch
+import torch.distributed as dist
+from fairseq.distributed import utils as distributed_utils
+from fairseq.trainer import Trainer
+from torch import Tensor, nn
+
+from ..models.feed_forward import MoEFeedForward, moe_layers
+from ..moe import MoELayer
+from ..moe.placement import rows_of_each
+from ..moe.ranks import ALONE, Ranks
+from . import optimizer_state
+
+logger = logging.getLogger(__name__)
+
+
+def join(cfg: Any, model: nn.Module) -> None:
+    """Let the ranks of a run train the MoE layers of a model together; all ranks must call this."""
+    layers = [layer for _, layer in moe_layers(model)]
+    if not layers or cfg.distributed_training.distributed_world_size == 1:
+        return
+    group = distributed_utils.get_data_parallel_group()
+    ranks = Ranks.of_group(group, getattr(cfg.model, "moe_expert_parallel", 1))
+    for layer in layers:
+        layer.moe.join(ranks)
+    keep_from_ddp(model)
+
+
+def ranks_of(model: nn.Module) -> Ranks:
+    """The ranks that train a model."""
+    return next((layer.moe.ranks for _, layer in moe_layers(model)), ALONE)
+
+
+def split_parameters(model: nn.Module) -> Iterator[Tuple[str, MoELayer, str, nn.Parameter]]:
+    """The parameters of which other ranks have other rows: key in the model, layer, name in it, parameter."""
+    for layer_name, layer in moe_layers(model):
+        if layer.moe.split:
+            for name, parameter in layer.moe.experts.named_parameters(recurse=False):
+                yield "{}.moe.experts.{}".format(layer_name, name), layer.moe, name, parameter
+
+
+def keep_from_ddp(model: nn.Module) -> None:
+    """Let torch's DistributedDataParallel leave split parameters alone, once it is built around the model."""
+    model._ddp_params_and_buffers_to_ignore = [key for key, _, _, _ in split_parameters(model)]
+
+
+def clip_grad_norm(trainer: Trainer, clip_norm: float) -> Tensor:
+    """Add up the gradients of experts over the ranks that have the same ones, and clip all gradients.
+
+    Returns:
+        the norm of the gradients of the whole model, the same on all ranks.
+    """
+    model = trainer.get_model()
+    ranks = ranks_of(model)
+    split = {parameter for _, _, _, parameter in split_parameters(model)}
+    for parameter in split:
+        if parameter.grad is None:  # LayerDrop left the layer out
+            parameter.grad = torch.zeros_like(parameter)
+    for _, _, _, parameter in split_parameters(model):
+        # as the other gradients: the mean over all ranks of what each rank's loss makes of them
+        parameter.grad.div_(ranks.size)
+        if ranks.size > ranks.parallel:
+            dist.all_reduce(parameter.grad, group=ranks.replica_group)
+    aggregate = functools.partial(_whole_norm, trainer.optimizer, split, ranks)
+    return trainer.optimizer.clip_grad_norm(clip_norm, aggregate_norm_fn=aggregate)
+
+
+def _whole_norm(optimizer: Any, split: set, ranks: Ranks, norm: Tensor) -> Tensor:
+    """The norm of all gradients, of all ranks' experts.
+
+    Args:
+        optimizer: fairseq's.
+        split: the parameters that other ranks have other rows of.
+        ranks: those that share the experts.
+        norm: what fairseq makes it: that of the parameters without the attribute ``expert``.
+    """
+    squares = norm.new_zeros(2, dtype=torch.float64)
+    for parameter, grad in optimizer_state.gradients(optimizer):
+        # the one flat tensor of --fp16 has experts in it, so that fairseq's norm is of no use
+        squares[int(parameter in split)] += grad.float().norm().double().square()
+    if not optimizer_state.is_flat(optimizer):
+        squares[0] = norm.double().square()
+    dist.all_reduce(squares[1], group=ranks.expert_group)
+    return squares.sum().sqrt().to(norm.dtype)
+
+
+def broken_parts(trainer: Trainer) -> List[str]:
+    """What of the MoE layers has NaN or Inf, on any rank; all ranks must ask.
+
+    The gates that gave any for the last batch and the experts whose weights have any; if there are none, the
+    experts whose gradients have any.
+    """
+    model = trainer.get_model()
+    gradient = dict(optimizer_state.gradients(trainer.optimizer))
+    causes, gradients = [], []
+    for layer_name, layer in moe_layers(model):
+        moe = layer.moe
+        entropy = None if moe.routing is None else moe.routing.gate_entropy
+        if entropy is not None and not torch.isfinite(entropy):
+            causes.append("the gate of {}".format(layer_name))
+        if moe.router is None:
+            continue
+        broken = {"weights": set(), "gradients": set()}
+        for name, parameter in moe.experts.named_parameters(recurse=False):
+            rows = rows_of_each(name, moe.experts.own_widths)
+            for kind, tensor in (("weights", parameter.detach()), ("gradients", gradient.get(parameter))):
+                parts = () if tensor is None else tensor.view(parameter.shape).split(rows)
+                broken[kind].update(
+                    expert for expert, part in zip(moe.experts.own, parts) if not torch.isfinite(part).all()
+                )
+        causes += ["expert {} of {}".format(e, layer_name) for e in sorted(broken["weights"])]
+        gradients += ["the gradients of expert {} of {}".format(e, layer_name) for e in broken["gradients"]]
+    # where one expert's weights are broken, all gradients are
+    ranks = ranks_of(model)
+    return _of_all_ranks(ranks, causes) or _of_all_ranks(ranks, gradients)
+
+
+def _of_all_ranks(ranks: Ranks, names: List[str]) -> List[str]:
+    if ranks.size == 1:
+        return names
+    found: List[Any] = [None] * ranks.size
+    dist.all_gather_object(found, (ranks.rank, names), group=ranks.group)
+    if ranks.parallel == 1:
+        return sorted({name for _, of_rank in found for name in of_rank})
+    return ["{} (rank {})".format(name, rank) for rank, of_rank in found for name in of_rank]
+
+
+@dataclass
+class WholeExperts:
+    """All experts, gathered on the rank that writes checkpoints, on the CPU.
+
+    Attributes:
+        model: weights by their key in the model.
+        optimizer: an optimizer's statistics by key and name.
+        ema: weights of fairseq's EMA, if there is one.
+        ema_fp32: its float32 weights, if it has any.
+    """
+
+    model: Dict[str, Tensor] = field(default_factory=dict)
+    optimizer: Dict[str, Dict[str, Tensor]] = field(default_factory=dict)
+    ema: Dict[str, Tensor] = field(default_factory=dict)
+    ema_fp32: Dict[str, Tensor] = field(default_factory=dict)
+
+    def fill(self, state: Dict[str, Any], layout: optimizer_state.Layout) -> None:
+        """Replace this rank's experts in a state of fairseq's Trainer by all experts.
+
+        Args:
+            state: what ``Trainer.state_dict()`` returns.
+            layout: of its optimizer's state.
+        """
+        state["model"].update(self.model)
+        extra = state["extra_state"]
+        if "ema" in extra:
+            extra["ema"].update(self.ema)
+        if "ema_fp32_params" in extra:
+            extra["ema_fp32_params"] = {**extra["ema_fp32_params"], **self.ema_fp32}
+        if state.get("last_optimizer_state") is not None:
+            state["last_optimizer_state"] = optimizer_state.replace(
+                state["last_optimizer_state"],
+                layout,
+                lambda key, name, own: self.optimizer.get(key, {}).get(name, own),
+            )
+
+
+def own_statistics(trainer: Trainer) -> Dict[str, Dict[str, Tensor]]:
+    """The optimizer's statistics of the split parameters, by key and name, of this rank's rows."""
+    if trainer.cfg.checkpoint.no_save_optimizer_state:
+        return {}
+    states = optimizer_state.read(trainer.optimizer)
+    return {
+        key: {
+            name: value
+            for name, value in states[parameter].statistics.items()
+            if torch.is_tensor(value) and value.dim() > 0
+        }
+        for key, _, _, parameter in split_parameters(trainer.get_model())
+        if parameter in states
+    }
+
+
+def gather_whole(trainer: Trainer) -> WholeExperts:
+    """Gather all experts on the first rank, and nothing on the others; all ranks must call this."""
+    whole = WholeExperts()
+    model = trainer.get_model()
+    ranks = ranks_of(model)
+    if ranks.rank >= ranks.parallel:  # these have copies
+        return whole
+    statistics = own_statistics(trainer)
+    ema = trainer.ema if trainer.cfg.ema.store_ema else None
+    ema_tensors = {} if ema is None else ema.get_model().state_dict()
+    for key, moe, name, parameter in split_parameters(model):
+        _gather_into(whole.model, key, moe, name, parameter.detach())
+        for statistic, own in statistics.get(key, {}).items():
+            _gather_into(whole.optimizer.setdefault(key, {}), statistic, moe, name, own)
+        if ema is not None:
+            _gather_into(whole.ema, key, moe, name, ema_tensors[key])
+            if key in ema.fp32_params:
+                _gather_into(whole.ema_fp32, key, moe, name, ema.fp32_params[key])
+    return whole
+
+
+def _gather_into(result: Dict[str, Tensor], key: str, moe: MoELayer, name: str, own: Tensor) -> None:
+    tensor = moe.whole(name, own, to=0)
+    if tensor is not None:
+        result[key] = tensor.cpu()
+
+
+def layout_of(trainer: Trainer, whole: bool = False) -> optimizer_state.Layout:
+    """The layout of the state of a Trainer's optimizer.
+
+    Args:
+        trainer: fairseq's.
+        whole: whether the state has all experts instead of this rank's.
+    """
+    named = {}
+    for module in (trainer.get_model(), trainer.get_criterion()):
+        named.update({parameter: key for key, parameter in module.named_parameters()})
+    sizes = {key: _whole_size(moe, p, name) for key, moe, name, p in split_parameters(trainer.get_model())}
+    parameters = optimizer_state.in_order(trainer.optimizer)
+    keys = [named[parameter] for parameter in parameters]
+    own = [parameter.numel() for parameter in parameters]
+    return optimizer_state.Layout(
+        keys,
+        [sizes.get(key, size) for key, size in zip(keys, own)] if whole else own,
+        optimizer_state.is_flat(trainer.optimizer),
+    )
+
+
+def _whole_size(moe: MoELayer, parameter: Tensor, name: str) -> int:
+    return sum(rows_of_each(name, moe.experts.widths)) * math.prod(parameter.shape[1:])
+
+
+def share_optimizer_state(trainer: Trainer, state_dict: Dict[str, Any]) -> Dict[str, Any]:
+    """What a rank needs of the state of an optimizer of all experts, such as one of a checkpoint.
+
+    A state that has this rank's part already stays as it is.
+    """
+    split = {key: (moe, name, p) for key, moe, name, p in split_parameters(trainer.get_model())}
+
+    def share(key: str, _: str, whole: Tensor) -> Tensor:
+        if key not in split:
+            return whole
+        moe, name, parameter = split[key]
+        if whole.numel() == parameter.numel():
+            return whole
+        return moe.share(name, whole.view((-1,) + parameter.shape[1:]))
+
+    return optimizer_state.replace(state_dict, layout_of(trainer, whole=True), share)
+
+
+def share_tensors(model: nn.Module, tensors: Dict[str, Tensor]) -> Dict[str, Tensor]:
+    """A state of a model of which this rank's experts are taken, such as the float32 weights of an EMA."""
+    result = dict(tensors)
+    for key, moe, name, parameter in split_parameters(model):
+        if key in result and result[key].shape != parameter.shape:
+            result[key] = moe.share(name, result[key])
+    return result
+
+
+def set_idle(layers: List[MoEFeedForward], idle: bool) -> None:
+    """Tell layers whether fairseq's dummy batch comes next, which is not to be routed."""
+    for layer in layers:
+        layer.idle = idle

@@ -1,0 +1,126 @@
+"""Run fairseq-train in several processes, and in one process on the batches of all of them.
+
+``train_on_ranks`` starts processes that work off a list of jobs, so that torch is imported once for many of
+them.  A job is the positional values and options of ``fairseq-train``; some options are the tests' own, see
+``patched``.  ``train_on_all_batches`` is what they must equal.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from unittest import mock
+
+import torch
+from cli import Result, call
+from fairseq.trainer import Trainer
+
+from fairseq_evomoe.moe.routers import hash as hash_router
+
+CPU_RANKS = {"cpu": True, "distributed_backend": "gloo"}
+TIME_LIMIT = 300
+
+
+def launch(ranks, *arguments, launcher=(), time_limit=TIME_LIMIT, **environment):
+    """Start processes with torchrun; they are gone, with whatever they started, when this returns."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks)]
+    command += list(launcher) or ["--standalone"]
+    root = str(Path(__file__).parent.parent)
+    process = subprocess.Popen(
+        command + [str(argument) for argument in arguments],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=time_limit)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    return Result(output, process.returncode)
+
+
+def train_on_ranks(ranks, jobs, folder, **keywords):
+    """Train each job in ``ranks`` processes: a list of ``Result`` of the first rank."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "jobs.json").write_text(json.dumps(jobs, default=str))
+    done = launch(ranks, __file__, folder / "jobs.json", **keywords)
+    assert done.returncode == 0, done.output
+    return [Result((folder / "{}.log".format(i)).read_text()) for i in range(len(jobs))]
+
+
+def train_on_all_batches(ranks, data, **options):
+    """Train in this process, each update on the batches of all ranks as one batch."""
+    original = Trainer.train_step
+
+    def train_step(self, samples, *args, **kwargs):
+        return original(self, [one_batch(samples, self.task)], *args, **kwargs)
+
+    with mock.patch.object(Trainer, "train_step", train_step), patched(options):
+        return call("fairseq-train", data, cpu=True, update_freq=ranks, **options)
+
+
+@contextlib.contextmanager
+def patched(options):
+    """Carry out those options that are not fairseq's, and take them out."""
+    with contextlib.ExitStack() as stack:
+        if options.pop("all_to_first_expert", False):
+            fill = lambda self, generator: self.table_V.zero_()  # noqa: E731
+            stack.enter_context(mock.patch.object(hash_router.HashRouter, "initialize", fill))
+        yield
+
+
+def one_batch(samples, task):
+    """Several batches of fairseq's as one: sequences are padded to the longest."""
+    pad = task.source_dictionary.pad()
+
+    def join(parts, name):
+        if isinstance(parts[0], dict):
+            return {key: join([part[key] for part in parts], key) for key in parts[0]}
+        if not torch.is_tensor(parts[0]):
+            return sum(parts) if isinstance(parts[0], int) else parts[0]
+        if parts[0].dim() < 2:
+            return torch.cat(parts)
+        length = max(part.shape[1] for part in parts)
+        left = name == "src_tokens" and getattr(task.cfg, "left_pad_source", False)
+        sides = [(length - part.shape[1], 0) if left else (0, length - part.shape[1]) for part in parts]
+        padded = [torch.nn.functional.pad(part, side, value=pad) for part, side in zip(parts, sides)]
+        return torch.cat(padded)
+
+    return join(samples, "")
+
+
+def state_of(path):
+    """A checkpoint's model, without fairseq's marker of a device, which is never initialised."""
+    state = torch.load(path)["model"]
+    return {name: value for name, value in state.items() if not name.endswith("_float_tensor")}
+
+
+def largest_difference(a, b):
+    """The largest difference of any two numbers of two models; they must have the same tensors."""
+    assert a.keys() == b.keys()
+    assert all(a[name].shape == b[name].shape for name in a)
+    return max((a[name].double() - b[name].double()).abs().max().item() for name in a)
+
+
+def _work(path):
+    """What each process does."""
+    jobs = json.loads(Path(path).read_text())
+    size, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
+    for i, (values, options) in enumerate(jobs):
+        world = options.pop("ranks", size)
+        assert world == size
+        with patched(options):
+            result = call("fairseq-train", *values, distributed_world_size=size, **CPU_RANKS, **options)
+        assert torch.distributed.get_world_size() == size
+        if rank == 0:
+            Path(path).with_name("{}.log".format(i)).write_text(result.output)
+
+
+if __name__ == "__main__":
+    _work(sys.argv[1])
