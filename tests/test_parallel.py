@@ -82,3 +82,49 @@ def test_ranks_equal_one_process(lm_data, tmp_path):
         rows[name] = largest_difference(*states), max(abs(a - b) for a, b in zip(*losses))
     print(rows)
     assert all(row[0] < 1e-5 for row in rows.values()), rows
+
+
+def test_checkpoints_fit_any_number_of_ranks(lm_data, tmp_path):
+    """From before and after the spawn, in one file and in several, with the optimizer's state."""
+    settings = {**SENTENCES, "moe_balance_weight": 0.1, "save_interval_updates": 5, "store_ema": True, "ema_fp32": True}
+    settings = {**settings, "no_epoch_checkpoints": True}
+    whole, sharded = tmp_path / "whole", tmp_path / "sharded"
+    two = {**settings, "moe_expert_parallel": 2}
+    train_on_ranks(
+        RANKS,
+        [
+            [[lm_data], {**two, "save_dir": whole}],
+            [[lm_data], {**two, "save_dir": sharded, "moe_sharded_checkpoint": True}],
+        ],
+        tmp_path / "jobs",
+    )
+    end = state_of(whole / "checkpoint_last.pt")
+    print(sorted(p.name for p in whole.iterdir()), sorted(p.name for p in sharded.iterdir()))
+    from fairseq import checkpoint_utils
+    assembled = checkpoint_utils.load_checkpoint_to_cpu(str(sharded / "checkpoint_last.pt"))
+    import torch
+    reference = torch.load(whole / "checkpoint_last.pt")
+    from cli import assert_equal
+    for key in ("model", "last_optimizer_state"):
+        for name in reference[key]:
+            if name.endswith("_float_tensor"): continue
+            if key == "model":
+                assert_equal(reference[key][name], assembled[key][name])
+        if key != "model":
+            assert_equal(reference[key], assembled[key])
+    assert_equal(reference["extra_state"]["ema"], assembled["extra_state"]["ema"])
+
+    jobs, names = [], []
+    for update, folder, parallel in ((5, whole, 1), (5, whole, 2), (10, whole, 1), (10, sharded, 1), (10, whole, 2), (10, sharded, 2), (15, sharded, 2)):
+        path = next(folder.glob("checkpoint_*_{}.pt".format(update)))
+        names.append("{}-{}-{}".format(update, folder.name, parallel))
+        jobs.append([[lm_data], {**settings, "moe_expert_parallel": parallel, "restore_file": path, "save_dir": tmp_path / names[-1]}])
+    train_on_ranks(RANKS, jobs, tmp_path / "resumed")
+    for name, (_, options) in zip(names, jobs):
+        print(name, largest_difference(end, state_of(tmp_path / name / "checkpoint_last.pt")))
+    for update, folder in ((5, whole), (10, whole), (15, sharded)):
+        path = next(folder.glob("checkpoint_*_{}.pt".format(update)))
+        name = "one-{}-{}".format(update, folder.name)
+        train_on_all_batches(RANKS, lm_data, **{**settings, "restore_file": path, "save_dir": tmp_path / name})
+        print(name, largest_difference(end, state_of(tmp_path / name / "checkpoint_last.pt")))
+    assert 0

@@ -7,7 +7,9 @@ fairseq has no hook that is given the Trainer, so ``install`` wraps methods of i
 - ``_prepare_sample``: it alone knows that a batch is fairseq's dummy batch;
 - ``clip_grad_norm``: the last that is done to gradients; see ``parallel.py``;
 - ``_build_optimizer``: an optimizer must take this rank's part of a checkpoint's state;
-- ``consolidate_optimizer``, ``state_dict``, ``save_checkpoint``: a checkpoint has all experts;
+- ``consolidate_optimizer``, ``state_dict``, ``save_checkpoint``: a checkpoint has all experts, in one file or
+  in several (``shards.py``), for which ``should_save_checkpoint_on_current_rank`` and ``checkpoint_suffix``
+  are there, and ``checkpoint_utils.load_checkpoint_to_cpu`` reads them;
 - ``load_checkpoint``: the distributed wrapper is rebuilt if the model has grown;
 - ``_build_ema``: its EMA would average whatever a checkpoint holds, tables of integers too.
 
@@ -21,14 +23,15 @@ import sys
 from typing import List, Optional, Tuple
 
 import torch
+from fairseq import checkpoint_utils
 from fairseq.models import ARCH_MODEL_REGISTRY
 from fairseq.nan_detector import NanDetector
 from fairseq.trainer import Trainer
 
 from ..models.feed_forward import CheckpointMismatch, MoEFeedForward, MoEModel, moe_layers
 from ..moe import MoELayer, Router
-from . import growth, parallel
-from .checks import check_before_trainer, check_run
+from . import growth, parallel, shards
+from .checks import check_before_trainer, check_optimizer, check_run
 
 logger = logging.getLogger(__name__)
 
@@ -46,11 +49,17 @@ def install() -> None:
         ("_build_optimizer", _sharing_build_optimizer),
         ("consolidate_optimizer", _gathering_consolidate_optimizer),
         ("state_dict", _whole_state_dict),
-        ("save_checkpoint", _refusing_save_checkpoint),
+        ("save_checkpoint", _noting_save_checkpoint),
         ("load_checkpoint", _growing_load_checkpoint),
         ("_build_ema", _build_ema_of_integers),
     ):
         setattr(Trainer, name, wrap(getattr(Trainer, name)))
+    for name, wrap in (
+        ("should_save_checkpoint_on_current_rank", _saving_on_ranks_with_shards),
+        ("checkpoint_suffix", _suffix_of_shard),
+    ):
+        setattr(Trainer, name, property(wrap(getattr(Trainer, name).fget)))
+    checkpoint_utils.load_checkpoint_to_cpu = shards.assembling(checkpoint_utils.load_checkpoint_to_cpu)
     NanDetector.add_hooks = _add_hooks_to_tensors(NanDetector.add_hooks)
     for name in ("fairseq.distributed", "fairseq_cli.train", "__main__"):  # python fairseq_cli/train.py
         module = sys.modules.get(name)
@@ -136,6 +145,7 @@ def _growing_train_step(original):
         for layer in layers:
             layer.begin_update()
         before = self.get_num_updates()
+        self._evomoe_set = None  # what was being saved is saved
         self._evomoe_broken = []
         self._evomoe_in_step = True
         try:
@@ -180,6 +190,7 @@ def _sharing_build_optimizer(original):
     @functools.wraps(original)
     def _build_optimizer(self):
         original(self)
+        check_optimizer(self.cfg, self._optimizer)
         load = self._optimizer.load_state_dict
 
         @functools.wraps(load)
@@ -198,8 +209,12 @@ def _gathering_consolidate_optimizer(original):
     @functools.wraps(original)
     def consolidate_optimizer(self):
         original(self)
-        self._evomoe_whole = None
-        if _split(self) and not self.__dict__.get("_evomoe_in_step"):
+        self._evomoe_whole = self._evomoe_set = None
+        if not _split(self) or self.__dict__.get("_evomoe_in_step"):
+            return
+        if self.cfg.model.moe_sharded_checkpoint:
+            self._evomoe_set = parallel.name_set(self)
+        else:
             self._evomoe_whole = parallel.gather_whole(self)
 
     return consolidate_optimizer
@@ -209,7 +224,9 @@ def _whole_state_dict(original):
     @functools.wraps(original)
     def state_dict(self):
         state = original(self)
-        if _split(self):
+        if _saves_shards(self):
+            state = parallel.shard_of(self, state, self._evomoe_set)
+        elif _split(self):
             whole = self.__dict__.pop("_evomoe_whole", None) or parallel.gather_whole(self)
             whole.fill(state, parallel.layout_of(self))
         return state
@@ -217,13 +234,38 @@ def _whole_state_dict(original):
     return state_dict
 
 
-def _refusing_save_checkpoint(original):
+def _saves_shards(trainer: Trainer) -> bool:
+    """Whether a checkpoint is being saved in several files."""
+    return trainer.__dict__.get("_evomoe_set") is not None
+
+
+def _saving_on_ranks_with_shards(original):
+    def should_save_checkpoint_on_current_rank(self) -> bool:
+        ranks = parallel.ranks_of(self.get_model())
+        return original(self) or (_saves_shards(self) and ranks.rank < ranks.parallel)
+
+    return should_save_checkpoint_on_current_rank
+
+
+def _suffix_of_shard(original):
+    # only while saving: a checkpoint of another number of files can be loaded
+    def checkpoint_suffix(self) -> str:
+        suffix = original(self)
+        if _saves_shards(self):
+            suffix += shards.suffix_of(parallel.ranks_of(self.get_model()).place)
+        return suffix
+
+    return checkpoint_suffix
+
+
+def _noting_save_checkpoint(original):
     @functools.wraps(original)
     def save_checkpoint(self, filename, extra_state):
         # trainer.py saves crash.pt when an update fails, perhaps on this rank alone
         if self.__dict__.get("_evomoe_in_step") and _split(self):
             logger.error("{} is not written, since experts of other ranks would be missing".format(filename))
             return None
+        parallel.note_ranks(self, extra_state)
         return original(self, filename, extra_state)
 
     return save_checkpoint
@@ -234,12 +276,14 @@ def _growing_load_checkpoint(original):
     def load_checkpoint(self, filename, reset_optimizer=False, *args, **kwargs):
         layers = [layer for _, layer in moe_layers(self.get_model())]
         before = [_form(layer.moe) for layer in layers]
+        self._evomoe_set = None
         try:
-            result = original(self, filename, reset_optimizer, *args, **kwargs)
+            with parallel.loading(self, filename) as filename:
+                result = original(self, filename, reset_optimizer, *args, **kwargs)
         except Exception as error:
             # trainer.py:560 replaces every error by "please ensure that the architectures match"
             mismatch = _mismatch_behind(error, layers, reset_optimizer)
-            if mismatch is None:
+            if mismatch in (None, error):
                 raise
             raise mismatch from error
         if [_form(layer.moe) for layer in layers] != before:
@@ -248,6 +292,7 @@ def _growing_load_checkpoint(original):
             parallel.keep_from_ddp(self.get_model())
         if layers:
             _warn_if_grown_early(self, layers)
+            parallel.move_to_position(self, result)
         return result
 
     return load_checkpoint

@@ -4,6 +4,7 @@ import os
 from typing import Any, List
 
 from fairseq.criterions import CRITERION_REGISTRY, FairseqCriterion
+from fairseq.optim import FairseqOptimizer
 
 from ..criterions.moe import MoECriterion
 from ..models.feed_forward import MoEFeedForward
@@ -34,6 +35,7 @@ def check_before_trainer(cfg: Any) -> None:
     ):
         if used:
             raise ValueError("{} does not work in a model with MoE layers: leave it out.".format(name))
+    _check_sharing(cfg)
     optimizer = getattr(cfg.optimizer, "_name", None)
     if optimizer == "composite":
         raise ValueError(
@@ -46,6 +48,48 @@ def check_before_trainer(cfg: Any) -> None:
             "{} processes were launched, but --distributed-world-size is {}, so each would train a "
             "model of its own into the same folder: add --distributed-world-size {}.".format(
                 launched, parallel.distributed_world_size, launched
+            )
+        )
+
+
+def _check_sharing(cfg: Any) -> None:
+    """Refuse what does not work with experts that are shared out among ranks."""
+    parallel, ranks = (
+        getattr(cfg.model, "moe_expert_parallel", 1),
+        cfg.distributed_training.distributed_world_size,
+    )
+    if ranks % parallel:
+        raise ValueError(
+            "--moe-expert-parallel {} does not divide the number of ranks, {}: give a divisor of it, or "
+            "start another number of processes.".format(parallel, ranks)
+        )
+    if parallel == 1:
+        return
+    if cfg.common.amp:
+        raise ValueError(
+            "--amp scales the loss by what happens on each rank alone, but with --moe-expert-parallel {} "
+            "their gradients differ: use --fp16 or --bf16.".format(parallel)
+        )
+    if getattr(cfg.task, "eval_bleu", False):
+        raise ValueError(
+            "--eval-bleu generates another number of words on each rank, but with --moe-expert-parallel {} "
+            "they need each other for each word: leave it out and use fairseq-generate, or set "
+            "--moe-expert-parallel 1.".format(parallel)
+        )
+
+
+def check_optimizer(cfg: Any, optimizer: FairseqOptimizer) -> None:
+    """Refuse an optimizer whose update of an expert depends on the other experts that are on its rank.
+
+    Raises:
+        ValueError: one sentence that names the settings and the way out.
+    """
+    parallel = getattr(cfg.model, "moe_expert_parallel", 1)
+    if parallel > 1 and not optimizer.supports_flat_params:
+        raise ValueError(
+            "--optimizer {} takes all experts of a rank as one, so that the result would depend on "
+            "--moe-expert-parallel {}: use one that updates each number for itself, such as adam.".format(
+                cfg.optimizer._name, parallel
             )
         )
 

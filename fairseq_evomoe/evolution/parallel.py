@@ -5,23 +5,27 @@ out of the norm of the gradients.  Here the gradients of experts are added up ov
 same ones, the norm is that of all experts on all ranks, and a checkpoint has all experts, wherever they are.
 """
 
+import contextlib
 import functools
 import logging
 import math
+import os
+import uuid
 from dataclasses import dataclass, field
-from typing import Any, Dict, Iterator, List, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 import torch
 import torch.distributed as dist
 from fairseq.distributed import utils as distributed_utils
+from fairseq.file_io import PathManager
 from fairseq.trainer import Trainer
 from torch import Tensor, nn
 
 from ..models.feed_forward import MoEFeedForward, moe_layers
 from ..moe import MoELayer
-from ..moe.placement import rows_of_each
+from ..moe.placement import place_experts, rows_of_each
 from ..moe.ranks import ALONE, Ranks
-from . import optimizer_state
+from . import optimizer_state, shards
 
 logger = logging.getLogger(__name__)
 
@@ -215,6 +219,116 @@ def _gather_into(result: Dict[str, Tensor], key: str, moe: MoELayer, name: str, 
     tensor = moe.whole(name, own, to=0)
     if tensor is not None:
         result[key] = tensor.cpu()
+
+
+def name_set(trainer: Trainer) -> str:
+    """A name for the set of files that a checkpoint will be; all ranks must call this and get the same."""
+    update = trainer.get_num_updates()
+    return _of_first_rank(trainer, lambda update: "{}-{}".format(update, uuid.uuid4().hex), update)
+
+
+def shard_of(trainer: Trainer, state: Dict[str, Any], name: str) -> Dict[str, Any]:
+    """What this rank writes of a checkpoint in several files.
+
+    Args:
+        trainer: fairseq's.
+        state: what its ``state_dict()`` returns without us.
+        name: of the set of files.
+    """
+    model = trainer.get_model()
+    layers = {name: layer.moe.experts.widths for name, layer in moe_layers(model) if layer.moe.split}
+    ranks = ranks_of(model)
+    index = shards.Index(
+        name,
+        trainer.get_num_updates(),
+        layers,
+        {layer: place_experts(widths, ranks.parallel) for layer, widths in layers.items()},
+        None if trainer.cfg.checkpoint.no_save_optimizer_state else layout_of(trainer),
+    )
+    extra = state["extra_state"]
+    pick = lambda tensors: {k: x for k, x in tensors.items() if shards.is_expert(k)}  # noqa: E731
+    share = shards.Share(
+        pick(state["model"]),
+        own_statistics(trainer),
+        pick(extra.get("ema", {})),
+        pick(extra.get("ema_fp32_params", {})),
+    )
+    return shards.file_of(state, index, ranks.place, share)
+
+
+@contextlib.contextmanager
+def loading(trainer: Trainer, path: str) -> Iterator[str]:
+    """Load a checkpoint within; all ranks must call this.
+
+    Of one in several files each rank loads what it needs.  When torchrun has restarted the run because a rank
+    died, perhaps while it wrote a checkpoint, the newest whole one takes the place of one that is not whole.
+
+    Yields:
+        the path to load.
+
+    Raises:
+        DamagedCheckpoint: the checkpoint is not whole; it tells which one is.
+    """
+    ranks = ranks_of(trainer.get_model())
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0 and os.path.exists(path):
+        path = _of_first_rank(trainer, _heal, path)
+    options = trainer.cfg.checkpoint
+    on_all_ranks = options.load_checkpoint_on_all_dp_ranks
+    share = ranks.parallel > 1 and PathManager.exists(shards.path_of(path, 1))
+    try:
+        options.load_checkpoint_on_all_dp_ranks = on_all_ranks or share
+        with shards.received_by(ranks if share else ALONE):
+            yield path
+    except shards.DamagedCheckpoint as error:
+        whole = shards.newest_whole(path)
+        if whole is None:
+            raise
+        message = "{} The newest whole one there is {}: give --restore-file {}.".format(error, whole, whole)
+        raise shards.DamagedCheckpoint(message) from error
+    finally:
+        options.load_checkpoint_on_all_dp_ranks = on_all_ranks
+
+
+def note_ranks(trainer: Trainer, extra_state: Dict[str, Any]) -> None:
+    """Note in what fairseq saves beside the model how many ranks the position in the data is one of."""
+    if "train_iterator" in extra_state:
+        extra_state["train_iterator"]["num_shards"] = trainer.data_parallel_world_size
+
+
+def move_to_position(trainer: Trainer, extra_state: Optional[Dict[str, Any]]) -> None:
+    """Let a run on another number of ranks than before go on at the same place in the data.
+
+    fairseq's position (``data/iterators.py``) counts the batches of each rank.
+    """
+    position = (extra_state or {}).get("train_iterator", {})
+    before, now = position.get("num_shards"), trainer.data_parallel_world_size
+    if before in (None, now):
+        return
+    consumed = position["iterations_in_epoch"] * before
+    position["iterations_in_epoch"] = consumed // now
+    if consumed % now:
+        logger.warning(
+            "{} batches of the epoch were used by {} ranks, which {} ranks cannot have used evenly: the last "
+            "{} are used once more".format(consumed, before, now, consumed % now)
+        )
+
+
+def _heal(path: str) -> str:
+    whole = shards.newest_whole(path)
+    if whole is None:
+        return path  # the error of loading it tells what is wrong
+    if whole != path:
+        logger.warning("{} is not whole: the run goes on from {}".format(path, whole))
+    return whole
+
+
+def _of_first_rank(trainer: Trainer, function: Callable[[Any], Any], argument: Any) -> Any:
+    """What a function returns on the first rank, on all ranks, which must all call this."""
+    if trainer.data_parallel_world_size == 1:
+        return function(argument)
+    result = [function(argument) if trainer.data_parallel_rank == 0 else None]
+    dist.broadcast_object_list(result, src=0, group=trainer.data_parallel_process_group)
+    return result[0]
 
 
 def layout_of(trainer: Trainer, whole: bool = False) -> optimizer_state.Layout:

@@ -1,6 +1,6 @@
 """Which of the ranks that share a layer's experts has which of them, and where their rows are."""
 
-from typing import List, Sequence
+from typing import Dict, List, Optional, Sequence
 
 import torch
 from torch import Tensor
@@ -45,16 +45,28 @@ def rows_of_each(name: str, widths: Sequence[int]) -> List[int]:
 def take_experts(name: str, whole: Tensor, widths: Sequence[int], experts: Sequence[int]) -> Tensor:
     """The rows of some experts, in their order, out of those of all experts."""
     parts = whole.split(rows_of_each(name, widths))
-    return torch.cat([parts[e] for e in experts])
+    return torch.cat([whole[:0]] + [parts[e] for e in experts])
 
 
 def join_experts(
-    name: str, parts: Sequence[Tensor], widths: Sequence[int], experts_of: Sequence[Sequence[int]]
+    name: str,
+    parts: Sequence[Tensor],
+    widths: Sequence[int],
+    experts_of: Sequence[Sequence[int]],
+    experts: Optional[Sequence[int]] = None,
 ) -> Tensor:
-    """The rows of all experts out of those that each rank has; the inverse of ``take_experts``."""
+    """The rows of experts out of those that each rank has.
+
+    Args:
+        name: see ``rows_of_each``.
+        parts: rows of the experts of each rank.
+        widths: hidden units of each expert.
+        experts_of: numbers of the experts of each rank.
+        experts: those to take, in this order; ``None``: all.
+    """
     rows = rows_of_each(name, widths)
-    pieces: List[Tensor] = [parts[0][:0]] * len(widths)
-    for part, experts in zip(parts, experts_of):
-        for expert, piece in zip(experts, part.split([rows[e] for e in experts])):
-            pieces[expert] = piece
-    return torch.cat(pieces)
+    pieces: Dict[int, Tensor] = {}
+    for part, own in zip(parts, experts_of):
+        pieces.update(zip(own, part.split([rows[e] for e in own])))
+    wanted = range(len(widths)) if experts is None else experts
+    return torch.cat([parts[0][:0]] + [pieces[e] for e in wanted])
