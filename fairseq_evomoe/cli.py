@@ -3,29 +3,27 @@
 import argparse
 import os
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any, Callable, Dict, List, Optional, Sequence
 
 import torch
 
+from .evolution import shards
 from .evolution.merge import MergeError
 from .evolution.merge_checkpoint import (
     LayerMerge,
     merge_checkpoint,
     model_options,
     moe_layers_of,
-    parameter_names,
     plan_checkpoint,
 )
+from .evolution.saved_optimizer import UnknownLayout, parameter_names
 
 
 def merge(arguments: Optional[Sequence[str]] = None) -> None:
     """``evomoe merge``: write a checkpoint in which groups of similar experts have become one each."""
     parser = _parser()
     args = parser.parse_args(arguments)
-    try:
-        _merge(args)
-    except MergeError as error:
-        parser.exit(2, "evomoe merge: {}\n".format(error))
+    _exit_with_error(parser, lambda: _merge(args))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -75,10 +73,7 @@ def _merge(args: argparse.Namespace) -> None:
     before = _parameters(state["model"])
     had_optimizer = state.get("last_optimizer_state") is not None
     kept = merge_checkpoint(state, plans)
-    try:
-        torch.save(state, args.out)
-    except (OSError, RuntimeError) as error:
-        raise MergeError("The checkpoint cannot be written to {}: {}.".format(args.out, error)) from error
+    _save(state, args.out)
     most = max(len(layer.widths) for layer in layers)
     print(
         "MoE layers {}, experts {} -> {}, parameters {:,} -> {:,}: {}".format(
@@ -107,6 +102,10 @@ def _check_arguments(args: argparse.Namespace) -> None:
         return
     if args.out is None:
         raise MergeError("Give --out, the file to write, or --dry-run to write nothing.")
+    _check_out(args)
+
+
+def _check_out(args: argparse.Namespace) -> None:
     if not Path(args.out).resolve().parent.is_dir():
         raise MergeError("The folder of --out {} does not exist: create it.".format(args.out))
     if Path(args.out).resolve() == Path(args.checkpoint).resolve():
@@ -114,6 +113,19 @@ def _check_arguments(args: argparse.Namespace) -> None:
 
 
 def _load(path: str) -> Dict[str, Any]:
+    """A checkpoint with all experts, from one file or several."""
+    state = _load_file(path)
+    if shards.INDEX in state:
+        try:
+            shards.assemble(state, path)
+        except shards.DamagedCheckpoint as error:
+            raise MergeError(str(error)) from error
+    return state
+
+
+def _load_file(path: str) -> Dict[str, Any]:
+    if not Path(path).is_file():
+        raise MergeError("There is no checkpoint {}.".format(path))
     try:
         state = torch.load(path, map_location="cpu")
     except Exception as error:  # whatever unpickling other bytes leads to
@@ -139,6 +151,73 @@ def _observe(args: argparse.Namespace) -> Dict[str, Any]:
         raise MergeError("--data {} gave a layer no tokens: choose another --subset.".format(args.data))
     print("outputs of all experts compared on {:,} tokens of each layer".format(min(tokens)))
     return observed
+
+
+def _save(state: Dict[str, Any], path: str) -> None:
+    try:
+        torch.save(state, path)
+    except (OSError, RuntimeError) as error:
+        raise MergeError("The checkpoint cannot be written to {}: {}.".format(path, error)) from error
+
+
+def consolidate(arguments: Optional[Sequence[str]] = None) -> None:
+    """``evomoe consolidate``: write a checkpoint in several files as one in one file."""
+    parser = argparse.ArgumentParser(
+        prog="evomoe consolidate",
+        description="Write a checkpoint that --moe-sharded-checkpoint has made as one file.",
+    )
+    parser.add_argument("checkpoint", help="the first file of the checkpoint, such as checkpoint_last.pt")
+    parser.add_argument("--out", required=True, metavar="FILE", help="where to write it")
+    args = parser.parse_args(arguments)
+
+    def run() -> None:
+        _check_out(args)
+        if shards.INDEX not in _load_file(args.checkpoint):
+            raise MergeError("{} has all experts already: there is nothing to do.".format(args.checkpoint))
+        state = _load(args.checkpoint)
+        _save(state, args.out)
+        print("{:,} parameters: {}".format(_parameters(state["model"]), args.out))
+
+    _exit_with_error(parser, run)
+
+
+def reshard(arguments: Optional[Sequence[str]] = None) -> None:
+    """``evomoe reshard``: write a checkpoint in another number of files."""
+    parser = argparse.ArgumentParser(
+        prog="evomoe reshard",
+        description="Write a checkpoint as several files, as --moe-sharded-checkpoint does.  Each of P ranks "
+        "that share the experts (--moe-expert-parallel P) reads what it needs of any number of files; with "
+        "as many files as ranks, that is one file.",
+    )
+    parser.add_argument("checkpoint", help="a checkpoint in one file, or the first of several")
+    parser.add_argument("--parts", type=int, required=True, metavar="N", help="number of files")
+    parser.add_argument(
+        "--out", required=True, metavar="FILE.pt", help="the first file; the others are FILE-experts1.pt, ..."
+    )
+    args = parser.parse_args(arguments)
+
+    def run() -> None:
+        _check_out(args)
+        if not args.out.endswith(".pt"):
+            raise MergeError("--out {} must end in .pt, as fairseq's checkpoints do.".format(args.out))
+        state = _load(args.checkpoint)
+        layers = moe_layers_of(state)
+        fewest = min(len(layer.widths) for layer in layers)
+        if not 1 < args.parts <= fewest:
+            raise MergeError(
+                "--parts must be from 2 to the {} experts of a layer, but is {}.".format(fewest, args.parts)
+            )
+        paths = shards.write(state, {layer.name: layer.widths for layer in layers}, args.parts, args.out)
+        print("\n".join(paths))
+
+    _exit_with_error(parser, run)
+
+
+def _exit_with_error(parser: argparse.ArgumentParser, run: Callable[[], None]) -> None:
+    try:
+        run()
+    except (MergeError, shards.DamagedCheckpoint, UnknownLayout) as error:
+        parser.exit(2, "{}: {}\n".format(parser.prog, error))
 
 
 def table(plans: List[LayerMerge]) -> str:

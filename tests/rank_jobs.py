@@ -61,6 +61,7 @@ def train_on_all_batches(ranks, data, **options):
     def train_step(self, samples, *args, **kwargs):
         return original(self, [one_batch(samples, self.task)], *args, **kwargs)
 
+    options = {**options, "moe_expert_parallel": None, "moe_sharded_checkpoint": None}
     with mock.patch.object(Trainer, "train_step", train_step), patched(options):
         return call("fairseq-train", data, cpu=True, update_freq=ranks, **options)
 

@@ -19,10 +19,10 @@ from fairseq_evomoe.evolution.merge_checkpoint import (
     merge_optimizer,
     model_options,
     moe_layers_of,
-    parameter_names,
     plan_checkpoint,
 )
 from fairseq_evomoe.evolution.observe import observe
+from fairseq_evomoe.evolution.saved_optimizer import parameter_names
 from fairseq_evomoe.models import make
 
 EVALUATION = {"user_dir": USER_DIR, "batch_size": 8, "num_workers": 0}

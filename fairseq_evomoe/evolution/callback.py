@@ -30,7 +30,7 @@ from fairseq.trainer import Trainer
 
 from ..models.feed_forward import CheckpointMismatch, MoEFeedForward, MoEModel, moe_layers
 from ..moe import MoELayer, Router
-from . import growth, parallel, shards
+from . import checkpoints, growth, parallel, shards
 from .checks import check_before_trainer, check_optimizer, check_run
 
 logger = logging.getLogger(__name__)
@@ -123,7 +123,7 @@ def _take_share(ema) -> None:
     @functools.wraps(original)
     def build_fp32_params(state_dict=None):
         if state_dict is not None:
-            state_dict = parallel.share_tensors(ema.get_model(), state_dict)
+            state_dict = checkpoints.share_tensors(ema.get_model(), state_dict)
         original(state_dict)
 
     ema.build_fp32_params = build_fp32_params
@@ -196,7 +196,7 @@ def _sharing_build_optimizer(original):
         @functools.wraps(load)
         def load_state_dict(state_dict, *args, **kwargs):
             if _split(self):
-                state_dict = parallel.share_optimizer_state(self, state_dict)
+                state_dict = checkpoints.share_optimizer_state(self, state_dict)
             load(state_dict, *args, **kwargs)
 
         self._optimizer.load_state_dict = load_state_dict
@@ -213,9 +213,9 @@ def _gathering_consolidate_optimizer(original):
         if not _split(self) or self.__dict__.get("_evomoe_in_step"):
             return
         if self.cfg.model.moe_sharded_checkpoint:
-            self._evomoe_set = parallel.name_set(self)
+            self._evomoe_set = checkpoints.name_set(self)
         else:
-            self._evomoe_whole = parallel.gather_whole(self)
+            self._evomoe_whole = checkpoints.gather_whole(self)
 
     return consolidate_optimizer
 
@@ -225,10 +225,10 @@ def _whole_state_dict(original):
     def state_dict(self):
         state = original(self)
         if _saves_shards(self):
-            state = parallel.shard_of(self, state, self._evomoe_set)
+            state = checkpoints.shard_of(self, state, self._evomoe_set)
         elif _split(self):
-            whole = self.__dict__.pop("_evomoe_whole", None) or parallel.gather_whole(self)
-            whole.fill(state, parallel.layout_of(self))
+            whole = self.__dict__.pop("_evomoe_whole", None) or checkpoints.gather_whole(self)
+            whole.fill(state, checkpoints.layout_of(self))
         return state
 
     return state_dict
@@ -265,7 +265,7 @@ def _noting_save_checkpoint(original):
         if self.__dict__.get("_evomoe_in_step") and _split(self):
             logger.error("{} is not written, since experts of other ranks would be missing".format(filename))
             return None
-        parallel.note_ranks(self, extra_state)
+        checkpoints.note_ranks(self, extra_state)
         return original(self, filename, extra_state)
 
     return save_checkpoint
@@ -278,7 +278,7 @@ def _growing_load_checkpoint(original):
         before = [_form(layer.moe) for layer in layers]
         self._evomoe_set = None
         try:
-            with parallel.loading(self, filename) as filename:
+            with checkpoints.loading(self, filename) as filename:
                 result = original(self, filename, reset_optimizer, *args, **kwargs)
         except Exception as error:
             # trainer.py:560 replaces every error by "please ensure that the architectures match"
@@ -292,7 +292,7 @@ def _growing_load_checkpoint(original):
             parallel.keep_from_ddp(self.get_model())
         if layers:
             _warn_if_grown_early(self, layers)
-            parallel.move_to_position(self, result)
+            checkpoints.move_to_position(self, result)
         return result
 
     return load_checkpoint

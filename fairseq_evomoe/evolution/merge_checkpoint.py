@@ -10,11 +10,9 @@ from torch import Tensor
 from ..moe.sizes import expert_widths, size_ratios
 from .merge import Merge, MergeError, plan_merge, weight_similarity
 from .optimizer_state import ParameterState
+from .saved_optimizer import by_parameter, flatten
 
 _END = ".moe.experts.b2"
-
-# in a checkpoint under a name of their own, but no parameters
-_BUFFERS = "_float_tensor version table_V origin_E used_E rejected_D rejected updates magnitude_H".split()
 
 # Routers whose weight for a single expert is not 1, so that a layer cannot do without them.
 _NEED_TWO = ("base", "stable", "soft")
@@ -273,14 +271,10 @@ def merge_optimizer(optimizer: Dict[str, Any], model: Dict[str, Tensor], plans: 
     Returns:
         whether it was possible; if not, nothing is changed.
     """
-    groups, state = optimizer.get("param_groups", []), optimizer.get("state", {})
-    names = parameter_names(model)
-    if len(groups) != 1:
+    found = by_parameter(optimizer, model)
+    if found is None:
         return False
-    flat = len(groups[0]["params"]) == 1 and len(names) > 1
-    states = _unflatten(state, model, names) if flat else [state.get(i, {}) for i in groups[0]["params"]]
-    if not _fit(states, model, names):
-        return False
+    names, states, flat = found.names, found.states, found.flat
     merged = []
     changed = _merged_names(names, plans)
     for name, statistics in zip(names, states):
@@ -293,69 +287,10 @@ def merge_optimizer(optimizer: Dict[str, Any], model: Dict[str, Tensor], plans: 
 
             merged.append(ParameterState(statistics).become(change, change).statistics)
     if flat:
-        merged = [_flatten(merged)]
-    groups[0]["params"] = list(range(len(merged)))
+        merged = [flatten(merged)]
+    optimizer["param_groups"][0]["params"] = list(range(len(merged)))
     optimizer["state"] = {i: statistics for i, statistics in enumerate(merged) if statistics}
     return True
-
-
-def _fit(states: List[Dict[str, Any]], model: Dict[str, Tensor], names: List[str]) -> bool:
-    """Whether there are statistics for each parameter, with rows for its rows."""
-    if len(states) != len(names):
-        return False
-    for statistics, name in zip(states, names):
-        shape = model[name].shape
-        tensors = [
-            x for key, x in statistics.items() if torch.is_tensor(x) and x.dim() and key != "exp_avg_sq_col"
-        ]
-        if any(x.shape not in (shape, shape[:-1]) for x in tensors):
-            return False
-    return True
-
-
-def _unflatten(state: Dict[int, Any], model: Dict[str, Tensor], names: List[str]) -> List[Dict[str, Any]]:
-    """Statistics of each parameter out of those of one flat tensor (``--fp16``); none if they do not fit."""
-    sizes = [model[name].numel() for name in names]
-    result: List[Dict[str, Any]] = [{} for _ in names]
-    for key, value in state.get(0, {}).items():
-        by_element = torch.is_tensor(value) and value.dim() > 0
-        if by_element and value.numel() != sum(sizes):
-            return []
-        parts = value.split(sizes) if by_element else [value] * len(names)
-        for statistics, name, part in zip(result, names, parts):
-            statistics[key] = part.view(model[name].shape) if by_element else part
-    return result
-
-
-def _flatten(states: List[Dict[str, Any]]) -> Dict[str, Any]:
-    first = states[0]
-    return {
-        key: torch.cat([s[key].reshape(-1) for s in states]) if torch.is_tensor(x) and x.dim() else x
-        for key, x in first.items()
-    }
-
-
-def parameter_names(model: Dict[str, Tensor]) -> List[str]:
-    """Names of a model's parameters in the order in which an optimizer numbers them, shared ones once.
-
-    Shared parameters are told by their values, since a checkpoint from a GPU has a copy for each name.
-    """
-    names: List[str] = []
-    for name, tensor in model.items():
-        if name.rsplit(".", 1)[-1] not in _BUFFERS and not any(
-            _same(tensor, model[other]) for other in names
-        ):
-            names.append(name)
-    return names
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    if a.shape != b.shape or a.dtype != b.dtype:
-        return False
-    if a.data_ptr() == b.data_ptr():
-        return True
-    constant = a.numel() == 0 or bool(a.flatten()[0] == a.flatten()[-1])  # such as biases that are all 0
-    return not constant and torch.equal(a, b)
 
 
 def new_options(options: Any, plans: List[LayerMerge], experts: int) -> Dict[str, Any]:

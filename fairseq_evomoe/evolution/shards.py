@@ -8,6 +8,7 @@ the set, so that files of different sets are told apart.  Nothing is loaded befo
 import contextlib
 import inspect
 import os
+import uuid
 import zipfile
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from ..moe import MoELayer
 from ..moe.placement import join_experts, place_experts, rows_of_each, take_experts
 from ..moe.ranks import ALONE, Ranks
 from .optimizer_state import Layout, replace
+from .saved_optimizer import layout_of_checkpoint
 
 INDEX, EXPERTS = "moe_shards", "moe_experts"
 """Keys of a file's index and of its experts."""
@@ -312,6 +314,36 @@ def split_state(state: Dict[str, Any], index: Index, number: int) -> Share:
 
         replace(state["last_optimizer_state"], index.layout, collect)
     return share
+
+
+def write(state: Dict[str, Any], widths: Dict[str, List[int]], files: int, path: str) -> List[str]:
+    """Write a checkpoint that has all experts as several files.
+
+    Args:
+        state: the checkpoint.
+        widths: hidden units of each expert, by layer.
+        files: how many.
+        path: of the first; see ``path_of``.
+
+    Returns:
+        the paths of all.
+
+    Raises:
+        UnknownLayout: the optimizer's state does not tell which of its parts belongs to which parameter.
+    """
+    history = state.get("optimizer_history") or [{}]
+    update = history[-1].get("num_updates", 0)
+    index = Index(
+        "{}-{}".format(update, uuid.uuid4().hex),
+        update,
+        widths,
+        {layer: place_experts(layer_widths, files) for layer, layer_widths in widths.items()},
+        layout_of_checkpoint(state),
+    )
+    paths = [path_of(path, number) for number in range(files)]
+    for number in reversed(range(files)):  # the first is written when the others are there
+        torch.save(file_of(state, index, number, split_state(state, index, number)), paths[number])
+    return paths
 
 
 def is_whole(path: Path) -> bool:

@@ -1,0 +1,269 @@
+"""Checkpoints of a fairseq ``Trainer`` whose experts are shared out among ranks.
+
+A checkpoint has all experts, in one file or in several, so that any number of ranks can load it.
+"""
+
+import contextlib
+import logging
+import math
+import os
+import uuid
+from dataclasses import dataclass, field
+from typing import Any, Callable, Dict, Iterator, Optional
+
+import torch
+import torch.distributed as dist
+from fairseq.file_io import PathManager
+from fairseq.trainer import Trainer
+from torch import Tensor, nn
+
+from ..models.feed_forward import moe_layers
+from ..moe import MoELayer
+from ..moe.placement import place_experts, rows_of_each
+from ..moe.ranks import ALONE
+from . import optimizer_state, shards
+from .parallel import ranks_of, split_parameters
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class WholeExperts:
+    """All experts, gathered on the rank that writes checkpoints, on the CPU.
+
+    Attributes:
+        model: weights by their key in the model.
+        optimizer: an optimizer's statistics by key and name.
+        ema: weights of fairseq's EMA, if there is one.
+        ema_fp32: its float32 weights, if it has any.
+    """
+
+    model: Dict[str, Tensor] = field(default_factory=dict)
+    optimizer: Dict[str, Dict[str, Tensor]] = field(default_factory=dict)
+    ema: Dict[str, Tensor] = field(default_factory=dict)
+    ema_fp32: Dict[str, Tensor] = field(default_factory=dict)
+
+    def fill(self, state: Dict[str, Any], layout: optimizer_state.Layout) -> None:
+        """Replace this rank's experts in a state of fairseq's Trainer by all experts.
+
+        Args:
+            state: what ``Trainer.state_dict()`` returns.
+            layout: of its optimizer's state.
+        """
+        state["model"].update(self.model)
+        extra = state["extra_state"]
+        if "ema" in extra:
+            extra["ema"].update(self.ema)
+        if "ema_fp32_params" in extra:
+            extra["ema_fp32_params"] = {**extra["ema_fp32_params"], **self.ema_fp32}
+        if state.get("last_optimizer_state") is not None:
+            state["last_optimizer_state"] = optimizer_state.replace(
+                state["last_optimizer_state"],
+                layout,
+                lambda key, name, own: self.optimizer.get(key, {}).get(name, own),
+            )
+
+
+def own_statistics(trainer: Trainer) -> Dict[str, Dict[str, Tensor]]:
+    """The optimizer's statistics of the split parameters, by key and name, of this rank's rows."""
+    if trainer.cfg.checkpoint.no_save_optimizer_state:
+        return {}
+    states = optimizer_state.read(trainer.optimizer)
+    return {
+        key: {
+            name: value
+            for name, value in states[parameter].statistics.items()
+            if torch.is_tensor(value) and value.dim() > 0
+        }
+        for key, _, _, parameter in split_parameters(trainer.get_model())
+        if parameter in states
+    }
+
+
+def gather_whole(trainer: Trainer) -> WholeExperts:
+    """Gather all experts on the first rank, and nothing on the others; all ranks must call this."""
+    whole = WholeExperts()
+    model = trainer.get_model()
+    ranks = ranks_of(model)
+    if ranks.rank >= ranks.parallel:  # these have copies
+        return whole
+    statistics = own_statistics(trainer)
+    ema = trainer.ema if trainer.cfg.ema.store_ema else None
+    ema_tensors = {} if ema is None else ema.get_model().state_dict()
+    for key, moe, name, parameter in split_parameters(model):
+        _gather_into(whole.model, key, moe, name, parameter.detach())
+        for statistic, own in statistics.get(key, {}).items():
+            _gather_into(whole.optimizer.setdefault(key, {}), statistic, moe, name, own)
+        if ema is not None:
+            _gather_into(whole.ema, key, moe, name, ema_tensors[key])
+            if key in ema.fp32_params:
+                _gather_into(whole.ema_fp32, key, moe, name, ema.fp32_params[key])
+    return whole
+
+
+def _gather_into(result: Dict[str, Tensor], key: str, moe: MoELayer, name: str, own: Tensor) -> None:
+    tensor = moe.whole(name, own, to=0)
+    if tensor is not None:
+        result[key] = tensor.cpu()
+
+
+def name_set(trainer: Trainer) -> str:
+    """A name for the set of files that a checkpoint will be; all ranks must call this and get the same."""
+    update = trainer.get_num_updates()
+    return _of_first_rank(trainer, lambda update: "{}-{}".format(update, uuid.uuid4().hex), update)
+
+
+def shard_of(trainer: Trainer, state: Dict[str, Any], name: str) -> Dict[str, Any]:
+    """What this rank writes of a checkpoint in several files.
+
+    Args:
+        trainer: fairseq's.
+        state: what its ``state_dict()`` returns without us.
+        name: of the set of files.
+    """
+    model = trainer.get_model()
+    layers = {name: layer.moe.experts.widths for name, layer in moe_layers(model) if layer.moe.split}
+    ranks = ranks_of(model)
+    index = shards.Index(
+        name,
+        trainer.get_num_updates(),
+        layers,
+        {layer: place_experts(widths, ranks.parallel) for layer, widths in layers.items()},
+        None if trainer.cfg.checkpoint.no_save_optimizer_state else layout_of(trainer),
+    )
+    extra = state["extra_state"]
+    pick = lambda tensors: {k: x for k, x in tensors.items() if shards.is_expert(k)}  # noqa: E731
+    share = shards.Share(
+        pick(state["model"]),
+        own_statistics(trainer),
+        pick(extra.get("ema", {})),
+        pick(extra.get("ema_fp32_params", {})),
+    )
+    return shards.file_of(state, index, ranks.place, share)
+
+
+@contextlib.contextmanager
+def loading(trainer: Trainer, path: str) -> Iterator[str]:
+    """Load a checkpoint within; all ranks must call this.
+
+    Of one in several files each rank loads what it needs.  When torchrun has restarted the run because a rank
+    died, perhaps while it wrote a checkpoint, the newest whole one takes the place of one that is not whole.
+
+    Yields:
+        the path to load.
+
+    Raises:
+        DamagedCheckpoint: the checkpoint is not whole; it tells which one is.
+    """
+    ranks = ranks_of(trainer.get_model())
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0 and os.path.exists(path):
+        path = _of_first_rank(trainer, _heal, path)
+    options = trainer.cfg.checkpoint
+    on_all_ranks = options.load_checkpoint_on_all_dp_ranks
+    share = ranks.parallel > 1 and PathManager.exists(shards.path_of(path, 1))
+    try:
+        options.load_checkpoint_on_all_dp_ranks = on_all_ranks or share
+        with shards.received_by(ranks if share else ALONE):
+            yield path
+    except shards.DamagedCheckpoint as error:
+        whole = shards.newest_whole(path)
+        if whole is None:
+            raise
+        message = "{} The newest whole one there is {}: give --restore-file {}.".format(error, whole, whole)
+        raise shards.DamagedCheckpoint(message) from error
+    finally:
+        options.load_checkpoint_on_all_dp_ranks = on_all_ranks
+
+
+def note_ranks(trainer: Trainer, extra_state: Dict[str, Any]) -> None:
+    """Note in what fairseq saves beside the model how many ranks the position in the data is one of."""
+    if "train_iterator" in extra_state:
+        extra_state["train_iterator"]["num_shards"] = trainer.data_parallel_world_size
+
+
+def move_to_position(trainer: Trainer, extra_state: Optional[Dict[str, Any]]) -> None:
+    """Let a run on another number of ranks than before go on at the same place in the data.
+
+    fairseq's position (``data/iterators.py``) counts the batches of each rank.
+    """
+    position = (extra_state or {}).get("train_iterator", {})
+    before, now = position.get("num_shards"), trainer.data_parallel_world_size
+    if before in (None, now):
+        return
+    consumed = position["iterations_in_epoch"] * before
+    position["iterations_in_epoch"] = consumed // now
+    if consumed % now:
+        logger.warning(
+            "{} batches of the epoch were used by {} ranks, which {} ranks cannot have used evenly: the last "
+            "{} are used once more".format(consumed, before, now, consumed % now)
+        )
+
+
+def _heal(path: str) -> str:
+    whole = shards.newest_whole(path)
+    if whole is None:
+        return path  # the error of loading it tells what is wrong
+    if whole != path:
+        logger.warning("{} is not whole: the run goes on from {}".format(path, whole))
+    return whole
+
+
+def _of_first_rank(trainer: Trainer, function: Callable[[Any], Any], argument: Any) -> Any:
+    """What a function returns on the first rank, on all ranks, which must all call this."""
+    if trainer.data_parallel_world_size == 1:
+        return function(argument)
+    result = [function(argument) if trainer.data_parallel_rank == 0 else None]
+    dist.broadcast_object_list(result, src=0, group=trainer.data_parallel_process_group)
+    return result[0]
+
+
+def layout_of(trainer: Trainer, whole: bool = False) -> optimizer_state.Layout:
+    """The layout of the state of a Trainer's optimizer.
+
+    Args:
+        trainer: fairseq's.
+        whole: whether the state has all experts instead of this rank's.
+    """
+    named = {}
+    for module in (trainer.get_model(), trainer.get_criterion()):
+        named.update({parameter: key for key, parameter in module.named_parameters()})
+    sizes = {key: _whole_size(moe, p, name) for key, moe, name, p in split_parameters(trainer.get_model())}
+    parameters = optimizer_state.in_order(trainer.optimizer)
+    keys = [named[parameter] for parameter in parameters]
+    own = [parameter.numel() for parameter in parameters]
+    return optimizer_state.Layout(
+        keys,
+        [sizes.get(key, size) for key, size in zip(keys, own)] if whole else own,
+        optimizer_state.is_flat(trainer.optimizer),
+    )
+
+
+def _whole_size(moe: MoELayer, parameter: Tensor, name: str) -> int:
+    return sum(rows_of_each(name, moe.experts.widths)) * math.prod(parameter.shape[1:])
+
+
+def share_optimizer_state(trainer: Trainer, state_dict: Dict[str, Any]) -> Dict[str, Any]:
+    """What a rank needs of the state of an optimizer of all experts, such as one of a checkpoint.
+
+    A state that has this rank's part already stays as it is.
+    """
+    split = {key: (moe, name, p) for key, moe, name, p in split_parameters(trainer.get_model())}
+
+    def share(key: str, _: str, whole: Tensor) -> Tensor:
+        if key not in split:
+            return whole
+        moe, name, parameter = split[key]
+        if whole.numel() == parameter.numel():
+            return whole
+        return moe.share(name, whole.view((-1,) + parameter.shape[1:]))
+
+    return optimizer_state.replace(state_dict, layout_of(trainer, whole=True), share)
+
+
+def share_tensors(model: nn.Module, tensors: Dict[str, Tensor]) -> Dict[str, Tensor]:
+    """A state of a model of which this rank's experts are taken, such as the float32 weights of an EMA."""
+    result = dict(tensors)
+    for key, moe, name, parameter in split_parameters(model):
+        if key in result and result[key].shape != parameter.shape:
+            result[key] = moe.share(name, result[key])
+    return result
