@@ -1,130 +1,234 @@
-"""Many ranks train as one process does on the batches of all of them, however the experts are shared out."""
+"""Many ranks train as one process does on the batches of all of them, however the experts are shared out.
+
+The processes of all tests here are started once: they work off one list of jobs, ``tests/rank_jobs.py``.
+"""
 
 import pytest
-from cli import LM, TRANSLATION
+import torch
+from cli import LM, TRANSLATION, build, call
 from rank_jobs import largest_difference, state_of, train_on_all_batches, train_on_ranks
+from test_growth import MIXED
 
 RANKS = 2
+TOLERANCE = 1e-5
 
 # eps: where a gradient is 0 but for rounding, as that of a key's bias, Adam would make a step of its sign
 EXACT = {
     "dropout": 0.0,
     "attention_dropout": 0.0,
-    "adam_eps": 1e-3,
+    "adam_eps": 1e-4,
     "batch_size": 5,
     "max_update": 20,
     "clip_norm": 0.5,
+    "disable_validation": True,
 }
 # sentences of very different lengths; an odd number of batches, so that one rank ends the epoch with a dummy
 SENTENCES = {**LM, **EXACT, "sample_break_mode": "eos", "tokens_per_sample": 64, "moe_freq": 1}
+EQUAL = {**SENTENCES, "sample_break_mode": "none", "tokens_per_sample": 16, "batch_size": 8}
 PAIRS = {**TRANSLATION, **EXACT, "required_batch_size_multiple": 1}
 
+SHARED = {"moe_expert_parallel": 2}
 HMOE = {
+    **SHARED,
     "moe_expert_sizes": "arithmetic",
     "moe_expert_activation": "swiglu",
     "moe_spawn_method": "slice",
     "moe_penalty_weight": 0.1,
+    "moe_balance_weight": 0.0,
 }
-CASES = {
-    "dts, P=1": {"moe_balance_weight": 0.1},
-    "dts": {"moe_expert_parallel": 2, "moe_balance_weight": 0.1},
-    "dts, adaptive, gumbel weights": {
-        "moe_expert_parallel": 2,
+# What equals one process on the batches of both ranks.
+EXACT_JOBS = {
+    "dts, P=1": {**SENTENCES, "moe_balance_weight": 0.1, "ddp_backend": "legacy_ddp"},
+    "dts": {**SENTENCES, **SHARED, "moe_balance_weight": 0.1, "ddp_backend": "c10d"},
+    "dts, equal batches": {**EQUAL, **SHARED, "moe_balance_weight": 0.1},
+    "dts, gumbel weights, never hard": {
+        **SENTENCES,
+        **SHARED,
         "moe_gate_weight": "gumbel",
         "moe_hard_update": -1,
     },
-    "switch": {"moe_expert_parallel": 2, "moe_router": "switch", "moe_z_weight": 0.001},
-    "switch, P=1, capacity": {"moe_router": "switch", "moe_capacity_factor": 1.0},
-    "topk": {
-        "moe_expert_parallel": 2,
+    "dts, translation": {**PAIRS, **SHARED},
+    "switch": {**SENTENCES, **SHARED, "moe_router": "switch", "moe_z_weight": 0.001},
+    "switch, P=1, capacity": {**SENTENCES, "moe_router": "switch", "moe_capacity_factor": 1.0},
+    "topk, capacity": {
+        **SENTENCES,
+        **SHARED,
         "moe_router": "topk",
         "moe_random_second": True,
         "moe_capacity_factor": 1.0,
     },
-    "base": {"moe_expert_parallel": 2, "moe_router": "base"},
-    "base, P=1": {"moe_router": "base"},
-    "hash": {"moe_expert_parallel": 2, "moe_router": "hash"},
+    "base": {**SENTENCES, **SHARED, "moe_router": "base"},
+    "base, P=1": {**SENTENCES, "moe_router": "base", "ddp_backend": "legacy_ddp"},
+    "hash": {**SENTENCES, **SHARED, "moe_router": "hash", "ddp_backend": "no_c10d"},
     "hash, a rank without tokens": {
-        "moe_expert_parallel": 2,
+        **SENTENCES,
+        **SHARED,
         "moe_router": "hash",
         "all_to_first_expert": True,
     },
-    "stable": {"moe_expert_parallel": 2, "moe_router": "stable", "moe_stable_update": 12},
-    "HMoE, top-k": {
-        "moe_expert_parallel": 2,
-        "moe_router": "topk",
-        "moe_balance_weight": 0.0,
-        **HMOE,
+    "stable": {
+        **SENTENCES,
+        **SHARED,
+        "moe_router": "stable",
+        "moe_stable_update": 12,
+        "ddp_backend": "legacy_ddp",
     },
+    "HMoE, top-k": {**SENTENCES, **HMOE, "moe_router": "topk", "ddp_backend": "legacy_ddp"},
     "HMoE, top-p": {
-        "moe_expert_parallel": 2,
+        **SENTENCES,
+        **HMOE,
         "moe_router": "top-p",
         "moe_renormalize": "always",
         "moe_entropy_weight": 0.03,
-        **HMOE,
+    },
+    "comet, shared expert, adapter": {
+        **SENTENCES,
+        **SHARED,
+        "moe_router": "comet",
+        "moe_shared_expert": True,
+        "moe_hyper_adapter": True,
+    },
+    "MH-MoE": {**SENTENCES, **SHARED, "moe_heads": 4},
+    "activations recomputed": {**SENTENCES, **SHARED, "checkpoint_activations": True},
+}
+DYNMOE = {"moe_router": "dynmoe", "moe_dynmoe_window": 3, "moe_max_experts": 6, "moe_spawn_update": 0}
+# What equals the same ranks with all experts each.
+P1_JOBS = {
+    "dynmoe": {**SENTENCES, **DYNMOE, "store_ema": True, "ema_fp32": True},
+    "layer drop": {
+        **SENTENCES,
+        "decoder_layers": 4,
+        "decoder_layerdrop": 0.4,
+        "ddp_backend": "legacy_ddp",  # the other one refuses parameters that are not used
+    },
+    "update-freq": {**SENTENCES, "update_freq": 2, "moe_router": "switch"},
+    "dropout": {**SENTENCES, "dropout": 0.1},
+    "memory-efficient fp16": {**SENTENCES, **MIXED["memory_efficient_fp16"], "moe_router": "topk"},
+    "fp16": {**SENTENCES, **MIXED["fp16"], "moe_router": "topk"},
+}
+# What must only work.
+OTHER_JOBS = {
+    "bf16 on the way": {**SENTENCES, **SHARED, "moe_a2a_dtype": "bf16"},
+    "lsh": {
+        **SENTENCES,
+        **SHARED,
+        "moe_a2a_compress": "lsh",
+        "moe_lsh_hashes": 1,
+        "moe_lsh_dim": 2,
     },
 }
 
 
-def test_ranks_equal_one_process(lm_data, tmp_path):
-    jobs, names = [], list(CASES)
-    for name in names:
-        jobs.append([[lm_data], {**SENTENCES, **CASES[name], "save_dir": tmp_path / "ranks" / name}])
-    results = train_on_ranks(RANKS, jobs, tmp_path / "jobs")
-    rows = {}
-    for name, result in zip(names, results):
-        one = train_on_all_batches(
-            RANKS, lm_data, **{**SENTENCES, **CASES[name], "save_dir": tmp_path / "one" / name}
-        )
-        losses = [[log["loss"] for log in run.log("train_inner")] for run in (result, one)]
-        assert len(losses[0]) == len(losses[1]) == 20
-        states = [state_of(tmp_path / kind / name / "checkpoint_last.pt") for kind in ("ranks", "one")]
-        rows[name] = largest_difference(*states), max(abs(a - b) for a, b in zip(*losses))
-    print(rows)
-    assert all(row[0] < 1e-5 for row in rows.values()), rows
+@pytest.fixture(scope="module")
+def trained(lm_data, translation_data, tmp_path_factory):
+    """Folder in which each job has one of its name, and what the jobs printed."""
+    folder = tmp_path_factory.mktemp("ranks")
+    jobs = {**EXACT_JOBS, **OTHER_JOBS}
+    for name, options in P1_JOBS.items():
+        jobs[name + ", P=1"], jobs[name] = options, {**options, **SHARED}
+    data = lambda options: translation_data if options["task"] == "translation" else lm_data  # noqa: E731
+    listed = [[[data(options)], {**options, "save_dir": folder / name}] for name, options in jobs.items()]
+    return folder, dict(zip(jobs, train_on_ranks(RANKS, listed, folder)))
 
 
-def test_checkpoints_fit_any_number_of_ranks(lm_data, tmp_path):
-    """From before and after the spawn, in one file and in several, with the optimizer's state."""
-    settings = {**SENTENCES, "moe_balance_weight": 0.1, "save_interval_updates": 5, "store_ema": True, "ema_fp32": True}
-    settings = {**settings, "no_epoch_checkpoints": True}
-    whole, sharded = tmp_path / "whole", tmp_path / "sharded"
-    two = {**settings, "moe_expert_parallel": 2}
-    train_on_ranks(
-        RANKS,
-        [
-            [[lm_data], {**two, "save_dir": whole}],
-            [[lm_data], {**two, "save_dir": sharded, "moe_sharded_checkpoint": True}],
-        ],
-        tmp_path / "jobs",
-    )
-    end = state_of(whole / "checkpoint_last.pt")
-    print(sorted(p.name for p in whole.iterdir()), sorted(p.name for p in sharded.iterdir()))
-    from fairseq import checkpoint_utils
-    assembled = checkpoint_utils.load_checkpoint_to_cpu(str(sharded / "checkpoint_last.pt"))
-    import torch
-    reference = torch.load(whole / "checkpoint_last.pt")
-    from cli import assert_equal
-    for key in ("model", "last_optimizer_state"):
-        for name in reference[key]:
-            if name.endswith("_float_tensor"): continue
-            if key == "model":
-                assert_equal(reference[key][name], assembled[key][name])
-        if key != "model":
-            assert_equal(reference[key], assembled[key])
-    assert_equal(reference["extra_state"]["ema"], assembled["extra_state"]["ema"])
+def last(folder, name):
+    return state_of(folder / name / "checkpoint_last.pt")
 
-    jobs, names = [], []
-    for update, folder, parallel in ((5, whole, 1), (5, whole, 2), (10, whole, 1), (10, sharded, 1), (10, whole, 2), (10, sharded, 2), (15, sharded, 2)):
-        path = next(folder.glob("checkpoint_*_{}.pt".format(update)))
-        names.append("{}-{}-{}".format(update, folder.name, parallel))
-        jobs.append([[lm_data], {**settings, "moe_expert_parallel": parallel, "restore_file": path, "save_dir": tmp_path / names[-1]}])
-    train_on_ranks(RANKS, jobs, tmp_path / "resumed")
-    for name, (_, options) in zip(names, jobs):
-        print(name, largest_difference(end, state_of(tmp_path / name / "checkpoint_last.pt")))
-    for update, folder in ((5, whole), (10, whole), (15, sharded)):
-        path = next(folder.glob("checkpoint_*_{}.pt".format(update)))
-        name = "one-{}-{}".format(update, folder.name)
-        train_on_all_batches(RANKS, lm_data, **{**settings, "restore_file": path, "save_dir": tmp_path / name})
-        print(name, largest_difference(end, state_of(tmp_path / name / "checkpoint_last.pt")))
-    assert 0
+
+def losses(result):
+    return [log["loss"] for log in result.log("train_inner")]
+
+
+@pytest.mark.parametrize("name", EXACT_JOBS)
+def test_ranks_equal_one_process(name, trained, tmp_path, request):
+    folder, results = trained
+    options = {**EXACT_JOBS[name], "save_dir": tmp_path}
+    data = request.getfixturevalue("translation_data" if options["task"] == "translation" else "lm_data")
+    one = train_on_all_batches(RANKS, data, **options)
+    assert losses(results[name]) == pytest.approx(losses(one), abs=2e-3)  # as they are printed
+    assert len(losses(one)) == 20
+    expected = state_of(tmp_path / "checkpoint_last.pt")
+    assert largest_difference(last(folder, name), expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", P1_JOBS)
+def test_shared_experts_equal_experts_on_every_rank(name, trained):
+    folder, results = trained
+    whole, shared = last(folder, name + ", P=1"), last(folder, name)
+    # the loss scale makes Adam divide by squares that are not in the range of fp16's rounding
+    tolerance = 2e-3 if "fp16" in name else TOLERANCE
+    assert largest_difference(whole, shared) < tolerance
+    if name == "dynmoe":
+        assert len(results[name].lines("changed experts before update 3")) == 1
+        ema = [
+            torch.load(folder / job / "checkpoint_last.pt")["extra_state"]["ema"]
+            for job in (name, name + ", P=1")
+        ]
+        assert largest_difference(*({k: x for k, x in e.items() if "_float_" not in k} for e in ema)) < 1e-5
+
+
+def test_the_bytes_on_the_way_are_reported(trained):
+    results = trained[1]
+    sent = {name: [log["moe_a2a_mb"] for log in results[name].log("train_inner")[6:]] for name in ("dts",)}
+    assert "moe_a2a_mb" not in results["dts"].log("train_inner")[5]  # one expert
+    assert "moe_a2a_mb" not in results["dts, P=1"].log("train_inner")[-1]
+    assert min(sent["dts"]) > 0
+    half = [log["moe_a2a_mb"] for log in results["bf16 on the way"].log("train_inner")[6:]]
+    # the weights and counts stay as they are
+    assert 0.5 < sum(half) / sum(sent["dts"]) < 0.6
+
+
+@pytest.mark.parametrize("name", OTHER_JOBS)
+def test_less_on_the_way_trains_nearly_the_same(name, trained):
+    results = trained[1]
+    assert losses(results[name])[-1] == pytest.approx(losses(results["dts"])[-1], abs=0.1)
+    assert losses(results[name])[8:] != losses(results["dts"])[8:]
+
+
+REFUSED = [
+    ({"moe_expert_parallel": 2}, "--moe-expert-parallel 2 does not divide the number of ranks, 1"),
+    ({"moe_expert_parallel": 5}, "--moe-expert-parallel must be from 1 to the --moe-experts (4)"),
+    ({"moe_expert_parallel": 0}, "--moe-expert-parallel must be from 1"),
+    ({"moe_sharded_checkpoint": True}, "--moe-sharded-checkpoint"),
+    ({"moe_a2a_dtype": "bf16"}, "--moe-a2a-dtype"),
+    ({"moe_a2a_compress": "lsh"}, "--moe-a2a-compress"),
+    ({**SHARED, "moe_lsh_hashes": 3}, "--moe-lsh-hashes"),
+    ({**SHARED, "moe_router": "topk", "moe_mutual_distillation_weight": 0.1}, "--moe-mutual-distillation"),
+]
+
+
+@pytest.mark.parametrize("options, message", REFUSED)
+def test_contradictions_are_refused(options, message, lm_data, tmp_path):
+    with pytest.raises(ValueError) as error:
+        call("fairseq-train", lm_data, **{**LM, **options, "save_dir": tmp_path})
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "data, settings, options, message",
+    [
+        ("lm_data", LM, {"amp": True}, "--amp"),
+        ("lm_data", LM, {"zero_sharding": "os"}, "--zero-sharding"),
+        ("translation_data", TRANSLATION, {"eval_bleu": True}, "--eval-bleu"),
+    ],
+)
+def test_what_does_not_work_on_ranks_is_refused(data, settings, options, message, request):
+    from fairseq_evomoe.evolution.checks import check_before_trainer
+
+    setup = build(request.getfixturevalue(data), **{**settings, **SHARED, **options})
+    setup.cfg.distributed_training.distributed_world_size = 2
+    with pytest.raises(ValueError, match=message):
+        check_before_trainer(setup.cfg)
+
+
+@pytest.mark.parametrize("optimizer, refused", [("adafactor", True), ("adam", False)])
+def test_optimizers_that_mix_experts_are_refused(optimizer, refused, lm_data):
+    from fairseq_evomoe.evolution.checks import check_optimizer
+
+    trainer = build(lm_data, **{**LM, "optimizer": optimizer, "lr": None}).trainer()
+    trainer.cfg.model.moe_expert_parallel = 2
+    if refused:
+        with pytest.raises(ValueError, match="--optimizer adafactor"):
+            check_optimizer(trainer.cfg, trainer.optimizer)
+    else:
+        assert check_optimizer(trainer.cfg, trainer.optimizer) is None
