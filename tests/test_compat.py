@@ -100,7 +100,7 @@ def test_pytorch_ddp_wraps_modules_on_the_cpu(process_group):
 
 
 def test_a_configuration_can_be_broadcast(process_group, monkeypatch):
-    """What rank 0 sends when a checkpoint is resumed; the receiver's side is in test_distributed.py."""
+    """What rank 0 sends when a checkpoint is resumed; the receiver's side is in test_shards.py."""
     sent = {"cfg": OmegaConf.create({"model": {"moe_experts": 4}}), "weight": torch.ones(2)}
     received = distributed_utils.broadcast_object(sent, 0, process_group)
     assert received["cfg"] == sent["cfg"] and torch.equal(received["weight"], sent["weight"])

@@ -3,11 +3,10 @@
 import re
 
 import pytest
-import test_distributed
 import torch
 from cli import LM, assert_equal, build, call, parameters
+from rank_jobs import state_of, train_on_ranks
 from test_checkpoints import perplexity
-from test_distributed import TWO, load, torchrun
 from test_growth import MIXED, OPTIMIZERS, _copy, assert_same_state, flat_fp16_on_cpu  # noqa: F401
 from test_resume import check_resume
 
@@ -184,15 +183,15 @@ def test_it_can_be_switched_off(lm_data, tmp_path, never_used):
 
 
 def test_two_processes_decide_together(lm_data, tmp_path):
-    settings = {**DYNMOE, **TWO, "max_update": 8, "save_interval_updates": 5, "ddp_backend": "pytorch_ddp"}
-    result = torchrun(test_distributed.__file__, lm_data, **settings, save_dir=tmp_path / "two")
+    settings = {**DYNMOE, "max_update": 8, "save_interval_updates": 5}
+    (result,) = train_on_ranks(
+        2, [[[lm_data], {**settings, "save_dir": tmp_path / "two"}]], tmp_path / "jobs"
+    )
     assert len(result.lines("changed experts before update 3")) == 1  # only one of them logs
-    ranks = [load(tmp_path / "two" / "rank{}.pt".format(rank)) for rank in (0, 1)]
-    assert_equal(*ranks)
-    assert ranks[0]["decoder.layers.1.moe.experts.b2"].shape[0] > 4
+    two = state_of(tmp_path / "two" / "checkpoint_last.pt")
+    assert two["decoder.layers.1.moe.experts.b2"].shape[0] > 4
     # from the middle of a window: the checkpoint has the counts of both
     middle = next((tmp_path / "two").glob("checkpoint_*_5.pt"))
-    torchrun(
-        test_distributed.__file__, lm_data, **settings, restore_file=middle, save_dir=tmp_path / "resumed"
-    )
-    assert_equal(load(tmp_path / "resumed" / "rank1.pt"), ranks[1])
+    resumed = {**settings, "restore_file": middle, "save_dir": tmp_path / "resumed"}
+    train_on_ranks(2, [[[lm_data], resumed]], tmp_path / "more")
+    assert_equal(state_of(tmp_path / "resumed" / "checkpoint_last.pt"), two)

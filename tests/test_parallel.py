@@ -5,9 +5,13 @@ The processes of all tests here are started once: they work off one list of jobs
 
 import pytest
 import torch
-from cli import LM, TRANSLATION, build, call
+from cli import LM, MASKED_LM, TRANSLATION, build, call
 from rank_jobs import largest_difference, state_of, train_on_all_batches, train_on_ranks
 from test_growth import MIXED
+
+from fairseq_evomoe.evolution.parallel import set_idle
+from fairseq_evomoe.models.feed_forward import moe_layers
+from fairseq_evomoe.moe import ROUTERS
 
 RANKS = 2
 TOLERANCE = 1e-5
@@ -21,11 +25,12 @@ EXACT = {
     "max_update": 20,
     "clip_norm": 0.5,
     "disable_validation": True,
+    "required_batch_size_multiple": 1,
 }
 # sentences of very different lengths; an odd number of batches, so that one rank ends the epoch with a dummy
 SENTENCES = {**LM, **EXACT, "sample_break_mode": "eos", "tokens_per_sample": 64, "moe_freq": 1}
 EQUAL = {**SENTENCES, "sample_break_mode": "none", "tokens_per_sample": 16, "batch_size": 8}
-PAIRS = {**TRANSLATION, **EXACT, "required_batch_size_multiple": 1}
+PAIRS = {**TRANSLATION, **EXACT}
 
 SHARED = {"moe_expert_parallel": 2}
 HMOE = {
@@ -155,8 +160,7 @@ def test_ranks_equal_one_process(name, trained, tmp_path, request):
 def test_shared_experts_equal_experts_on_every_rank(name, trained):
     folder, results = trained
     whole, shared = last(folder, name + ", P=1"), last(folder, name)
-    # the loss scale makes Adam divide by squares that are not in the range of fp16's rounding
-    tolerance = 2e-3 if "fp16" in name else TOLERANCE
+    tolerance = 5e-3 if "fp16" in name else TOLERANCE  # a step of fp16 is 0.002 from 2 on
     assert largest_difference(whole, shared) < tolerance
     if name == "dynmoe":
         assert len(results[name].lines("changed experts before update 3")) == 1
@@ -183,6 +187,27 @@ def test_less_on_the_way_trains_nearly_the_same(name, trained):
     results = trained[1]
     assert losses(results[name])[-1] == pytest.approx(losses(results["dts"])[-1], abs=0.1)
     assert losses(results[name])[8:] != losses(results["dts"])[8:]
+
+
+KINDS = [
+    *({"moe_router": name} for name in ROUTERS if name != "soft"),
+    {"moe_router": "soft", "task": "masked_lm"},
+    {"moe_hyper_adapter": True, "moe_shared_expert": True},
+    {"moe_heads": 4},
+    {"moe_expert_activation": "swiglu", "activation_dropout": 0.1, "moe_expert_sizes": "arithmetic"},
+]
+
+
+@pytest.mark.parametrize("options", KINDS, ids=str)
+def test_a_dummy_batch_reaches_every_parameter(options, lm_data):
+    """pytorch_ddp waits for all of them."""
+    settings = {**(MASKED_LM if "task" in options else LM), **options, "moe_spawn_update": 0}
+    setup = build(lm_data, **settings)
+    set_idle([layer for _, layer in moe_layers(setup.model)], True)
+    loss, _, _ = setup.criterion(setup.model.train(), setup.batches()[0])
+    loss.backward()
+    assert not [name for name, p in setup.model.named_parameters() if p.grad is None]
+    assert all(layer.moe.routing.tokens == 0 for _, layer in moe_layers(setup.model))
 
 
 REFUSED = [

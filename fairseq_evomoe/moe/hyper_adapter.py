@@ -83,7 +83,9 @@ class HyperAdapter(nn.Module):
         counts = torch.bincount(set_T, minlength=unselected_SE.shape[0]).tolist()
         parts = zip(x_TD[order_T].split(counts), down_SAD, up_SAD)
         output = [torch.relu(x @ down.t()) @ up for x, down, up in parts]
-        output_TD = torch.cat([x_TD[:0]] + output)  # the empty rows are for a batch without tokens
+        # for a batch without tokens; sums over nothing, so that all parameters still have a gradient
+        nothing = x_TD[:0] + down_SAD[:0].sum() + up_SAD[:0].sum()
+        output_TD = torch.cat([nothing] + output)
         return torch.zeros_like(x_TD).index_copy(0, order_T, output_TD.to(x_TD.dtype))
 
     def _embed(self, unselected_SE: Tensor) -> Tensor:

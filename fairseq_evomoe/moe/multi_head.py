@@ -27,11 +27,12 @@ class MultiHead(nn.Module):
 
     def split(self, x_TD: Tensor) -> Tensor:
         """Shape (T, D) -> (T h, D / h): the sub-tokens of a token follow each other."""
-        return self.head(x_TD).reshape(x_TD.shape[0] * self.heads, -1)
+        tokens, dim = x_TD.shape
+        return self.head(x_TD).reshape(tokens * self.heads, dim // self.heads)
 
     def join(self, x_SD: Tensor, tokens: int) -> Tensor:
         """Shape (T h, D / h) -> (T, D)."""
-        return self.merge(x_SD.reshape(tokens, -1))
+        return self.merge(x_SD.reshape(tokens, self.heads * x_SD.shape[1]))
 
     def repeat(self, value_T: Tensor) -> Tensor:
         """What holds for a token, for each of its sub-tokens."""

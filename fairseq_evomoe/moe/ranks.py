@@ -23,7 +23,7 @@ class Ranks:
         size: W, number of ranks.
         rank: number of this one.
         parallel: P, number of ranks that share the experts of a layer; 1: each has them all.
-        group: all ranks.
+        group: all ranks, for nothing but this.
         expert_group: the P ranks that share experts with this one, ``rank - place`` and the next ones.
         replica_group: the W / P ranks that have the same experts as this one.
     """
@@ -49,13 +49,16 @@ class Ranks:
         size, rank = dist.get_world_size(group), dist.get_rank(group)
         if parallel < 1 or size % parallel:
             raise ValueError("parallel must divide the number of ranks {}, but is {}".format(size, parallel))
+        # a group of its own, since whoever adds up gradients on the given one does so while the backward pass
+        # goes on, at other moments on each rank
+        own = _new_groups(group, [list(range(size))], rank)
         expert_group = replica_group = None
         if parallel > 1:
             sharing = [list(range(first, first + parallel)) for first in range(0, size, parallel)]
             replicas = [list(range(place, size, parallel)) for place in range(parallel)]
             expert_group = _new_groups(group, sharing, rank)
             replica_group = _new_groups(group, replicas, rank)
-        return cls(size, rank, parallel, group, expert_group, replica_group)
+        return cls(size, rank, parallel, own, expert_group, replica_group)
 
     @property
     def place(self) -> int:
