@@ -27,6 +27,7 @@ def apply() -> None:
     allow_fairseq_checkpoints()
     allow_fairseq_broadcasts()
     allow_torchrun_without_gpu()
+    allow_slurm_without_gpu()
     refuse_spawn_without_gpu()
     allow_ddp_without_gpu()
     restore_numpy_aliases()
@@ -113,6 +114,25 @@ def allow_torchrun_without_gpu() -> None:
 
     infer._evomoe = True
     utils._infer_torch_distributed_launch_init = infer
+
+
+def allow_slurm_without_gpu() -> None:
+    """``distributed/utils.py:84`` chooses the GPU of a SLURM task's local number (0.12.2 and 0.12.3)."""
+    from fairseq.distributed import utils
+
+    original = utils._infer_slurm_init
+    if getattr(original, "_evomoe", False):
+        return
+
+    @functools.wraps(original)
+    def infer(cfg, *args, **kwargs):
+        result = original(cfg, *args, **kwargs)
+        if torch.cuda.device_count() == 0:
+            cfg.device_id = 0
+        return result
+
+    infer._evomoe = True
+    utils._infer_slurm_init = infer
 
 
 def refuse_spawn_without_gpu() -> None:
