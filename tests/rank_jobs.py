@@ -17,8 +17,10 @@ from unittest import mock
 import torch
 from cli import Result, call
 from fairseq.trainer import Trainer
+from fairseq_cli import train
 
 from fairseq_evomoe.moe.routers import hash as hash_router
+from fairseq_evomoe.moe.routers.dynmoe import DynMoERouter, Resize
 
 CPU_RANKS = {"cpu": True, "distributed_backend": "gloo"}
 TIME_LIMIT = 300
@@ -73,6 +75,23 @@ def patched(options):
         if options.pop("all_to_first_expert", False):
             fill = lambda self, generator: self.table_V.zero_()  # noqa: E731
             stack.enter_context(mock.patch.object(hash_router.HashRouter, "initialize", fill))
+        if options.pop("keep_one_expert", False):
+            decide = lambda self: Resize([1]) if self.experts > 1 else None  # noqa: E731
+            stack.enter_context(mock.patch.object(DynMoERouter, "decide", decide))
+        if options.pop("flat_fp16_on_cpu", False):  # see test_growth.py
+            stack.enter_context(mock.patch("torch.cuda.current_device", return_value=None))
+        common = options.pop("common", None)
+        if common:  # what only YAML can give
+            convert = train.convert_namespace_to_omegaconf
+
+            def convert_and_update(args):
+                cfg = convert(args)
+                cfg.common.update(common)
+                return cfg
+
+            stack.enter_context(
+                mock.patch.object(train, "convert_namespace_to_omegaconf", convert_and_update)
+            )
         yield
 
 
@@ -103,10 +122,14 @@ def state_of(path):
 
 
 def largest_difference(a, b):
-    """The largest difference of any two numbers of two models; they must have the same tensors."""
+    """The largest difference of any two numbers of two models, relative to those over 1.
+
+    They must have the same tensors.
+    """
     assert a.keys() == b.keys()
     assert all(a[name].shape == b[name].shape for name in a)
-    return max((a[name].double() - b[name].double()).abs().max().item() for name in a)
+    pairs = [(a[name].double(), b[name].double()) for name in a if a[name].numel()]
+    return max(((x - y).abs() / y.abs().clamp(min=1)).max().item() for x, y in pairs)
 
 
 def _work(path):

@@ -110,6 +110,9 @@ P1_JOBS = {
     "dropout": {**SENTENCES, "dropout": 0.1},
     "memory-efficient fp16": {**SENTENCES, **MIXED["memory_efficient_fp16"], "moe_router": "topk"},
     "fp16": {**SENTENCES, **MIXED["fp16"], "moe_router": "topk"},
+    "flat fp16": {**SENTENCES, **MIXED["flat_fp16"], "moe_router": "topk", "flat_fp16_on_cpu": True},
+    "bf16": {**SENTENCES, **MIXED["bf16"], "moe_router": "topk"},
+    "dynmoe, one expert is left": {**SENTENCES, **DYNMOE, "keep_one_expert": True},
 }
 # What must only work.
 OTHER_JOBS = {
@@ -160,7 +163,8 @@ def test_ranks_equal_one_process(name, trained, tmp_path, request):
 def test_shared_experts_equal_experts_on_every_rank(name, trained):
     folder, results = trained
     whole, shared = last(folder, name + ", P=1"), last(folder, name)
-    tolerance = 5e-3 if "fp16" in name else TOLERANCE  # a step of fp16 is 0.002 from 2 on
+    # from 2 on, a step of fp16 is 0.002, of bf16 0.016
+    tolerance = 0.05 if "bf16" in name else 5e-3 if "fp16" in name else TOLERANCE
     assert largest_difference(whole, shared) < tolerance
     if name == "dynmoe":
         assert len(results[name].lines("changed experts before update 3")) == 1

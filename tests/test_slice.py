@@ -216,7 +216,7 @@ def test_states_with_and_without_a_measurement_load():
     grown.grow()
     for given_state, activity in ((state, source.activity.magnitude_H), (dense, None)):
         grown.load_state_dict(given_state)
-        plan = source.spawn.plan(source._expert_tensors(), activity)
+        plan = source.spawn.plan(source.expert_tensors(), activity)
         assert torch.equal(grown.experts.w1, plan.weights("w1", source.experts.w1))
     ungrown = make_layer([4, 8])
     ungrown.load_state_dict(grown.state_dict())

@@ -20,7 +20,7 @@ from fairseq.file_io import PathManager
 from torch import Tensor
 
 from ..models.feed_forward import CheckpointMismatch
-from ..moe import MoELayer
+from ..moe.loading import WIDTHS_OF_SHARE
 from ..moe.placement import join_experts, place_experts, rows_of_each, take_experts
 from ..moe.ranks import ALONE, Ranks
 from .optimizer_state import Layout, replace
@@ -234,7 +234,7 @@ def assemble(state: Dict[str, Any], path: str, ranks: Ranks = ALONE) -> None:
             fill(tensors, kind)
             if ranks.parallel > 1:
                 for layer, widths in index.widths.items():
-                    tensors["{}.moe.{}".format(layer, MoELayer.WIDTHS_OF_SHARE)] = torch.tensor(widths)
+                    tensors["{}.moe.{}".format(layer, WIDTHS_OF_SHARE)] = torch.tensor(widths)
     if extra.get("ema_fp32_params") is not None:
         fill(extra["ema_fp32_params"], "ema_fp32")
     if state.get("last_optimizer_state") is not None and index.layout is not None:

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from .. import compat
 from ..evolution.schedule import Schedule
 from ..moe import MoELayer, RoutingContext
+from ..moe.loading import WIDTHS_OF_SHARE, is_share
 
 
 class CheckpointMismatch(ValueError):
@@ -194,9 +195,9 @@ class MoEFeedForward:
         w1, b2 = (state_dict.get("{}experts.{}".format(prefix, key)) for key in ("w1", "b2"))
         if w1 is None or b2 is None:
             return  # fairseq names the missing keys
-        if moe.is_share(state_dict, prefix):
+        if is_share(moe, state_dict, prefix):
             return  # the layer's own state
-        widths = state_dict.get(prefix + MoELayer.WIDTHS_OF_SHARE)
+        widths = state_dict.get(prefix + WIDTHS_OF_SHARE)
         found, units = (b2.shape[0], w1.shape[0]) if widths is None else (len(widths), int(widths.sum()))
         if found not in (1, moe.num_experts) and not moe.resizes:
             raise CheckpointMismatch(

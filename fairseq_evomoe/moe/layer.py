@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Callable, Collection, Dict, Optional, Sequence
 import torch
 from torch import Tensor, nn
 
+from . import loading
 from .collect import Activity
 from .dispatch import dispatch
 from .exchange import Wire, depart
@@ -57,9 +58,6 @@ class MoELayer(nn.Module):
         losses: which of the losses that are the layer's, not the router's, to compute: ``penalty`` (HMoE),
             ``mutual_distillation`` (MoDE).
     """
-
-    WIDTHS_OF_SHARE = "experts.widths"
-    """Key of the widths of all experts in a state that has only those of one rank."""
 
     def __init__(
         self,
@@ -117,11 +115,12 @@ class MoELayer(nn.Module):
         whole = self.whole_experts()
         self.ranks = ranks
         if self.router is not None:
-            self._make_room(self.experts.widths)
+            self.make_room(self.experts.widths)
             for name, tensor in whole.items():
                 getattr(self.experts, name).copy_(self.share(name, tensor))
 
-    def _make_room(self, widths: Sequence[int]) -> None:
+    def make_room(self, widths: Sequence[int]) -> None:
+        """Let the experts have these widths; each rank has room for its own, whose contents are undefined."""
         parallel = self.ranks.parallel
         own = place_experts(widths, parallel)[self.ranks.place] if parallel > 1 else None
         self.experts.resize(widths, own)
@@ -151,12 +150,12 @@ class MoELayer(nn.Module):
 
     def whole_experts(self) -> Dict[str, Tensor]:
         """The tensors of all experts by name; the ranks that share them must all call this."""
-        return {name: self.whole(name, tensor) for name, tensor in self._expert_tensors().items()}
+        return {name: self.whole(name, tensor) for name, tensor in self.expert_tensors().items()}
 
     def plan_growth(self) -> "Plan":
         """What would become of the base expert and its copies if the layer grew now."""
         activity_H = None if self.activity is None else self.activity.magnitude_H
-        return self.spawn.plan(self._expert_tensors(), activity_H)
+        return self.spawn.plan(self.expert_tensors(), activity_H)
 
     @torch.no_grad()
     def grow(self, plan: Optional["Plan"] = None) -> None:
@@ -166,7 +165,7 @@ class MoELayer(nn.Module):
             plan: what becomes of the base expert; ``plan_growth()`` if not given.
         """
         plan = self.plan_growth() if plan is None else plan
-        base = self._expert_tensors()
+        base = self.expert_tensors()
         self.become(plan)
         self._complete(base)
         plan.fill_gate(self.router)
@@ -174,7 +173,7 @@ class MoELayer(nn.Module):
     @torch.no_grad()
     def grow_empty(self, widths: Sequence[int]) -> None:
         """Make the router and room for experts of these widths, whose weights are then up to the caller."""
-        base = self._expert_tensors()
+        base = self.expert_tensors()
         self.experts.resize(widths)
         self.num_experts = len(widths)
         self._complete(base)
@@ -201,13 +200,14 @@ class MoELayer(nn.Module):
                     self.experts.widths[0]
                 )
             )
-        self._make_room(plan.widths)
+        self.make_room(plan.widths)
         plan = plan.only(self.experts.own)
         for name, tensor in old.items():
             getattr(self.experts, name).copy_(plan.weights(name, tensor))
         self.num_experts = len(self.experts.widths)
 
-    def _expert_tensors(self) -> Dict[str, Tensor]:
+    def expert_tensors(self) -> Dict[str, Tensor]:
+        """The tensors of the experts of this rank by name."""
         return {name: p.detach() for name, p in self.experts.named_parameters(recurse=False)}
 
     def _add_companions(self, base: Dict[str, Tensor]) -> None:
@@ -306,14 +306,11 @@ class MoELayer(nn.Module):
 
     def _route(self, x_TD: Tensor, context: RoutingContext) -> Tensor:
         routing = self.routing = self.router(x_TD, context)
-        if "penalty" in self.losses:
-            widths = torch.tensor(self.experts.widths)
-            routing.losses["penalty"] = penalty_loss(routing, widths, context.ranks)
         if self.split:
             wire = self.wire if self.training else replace(self.wire, lsh=None)
             journey = depart(x_TD, routing, self.experts, self.ranks, wire)
             routing.sent_bytes = journey.sent_bytes
-            beside_TD = self._beside(x_TD, routing)  # while tokens travel
+            beside_TD = self._beside(x_TD, routing, context)  # while tokens travel
             y_TD = journey.arrive()
             return y_TD if beside_TD is None else y_TD + beside_TD
         if "mutual_distillation" in self.losses:
@@ -322,11 +319,14 @@ class MoELayer(nn.Module):
             )
         else:
             y_TD = dispatch(x_TD, routing, self.experts)
-        beside_TD = self._beside(x_TD, routing)
+        beside_TD = self._beside(x_TD, routing, context)
         return y_TD if beside_TD is None else y_TD + beside_TD
 
-    def _beside(self, x_TD: Tensor, routing: Routing) -> Optional[Tensor]:
-        """What the modules beside the experts add to their output."""
+    def _beside(self, x_TD: Tensor, routing: Routing, context: RoutingContext) -> Optional[Tensor]:
+        """What the modules beside the experts add to their output; the layer's own loss is computed too."""
+        if "penalty" in self.losses:
+            widths = torch.tensor(self.experts.widths)
+            routing.losses["penalty"] = penalty_loss(routing, widths, context.ranks)
         y_TD = None
         if self.shared is not None:
             y_TD = self.shared(x_TD, [x_TD.shape[0]])
@@ -340,72 +340,8 @@ class MoELayer(nn.Module):
         return dict(self.__dict__, routing=None)
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
-        b2 = state_dict.get(prefix + "experts.b2")
-        if b2 is not None:
-            if any(key.startswith(prefix + "router.") for key in state_dict) or b2.shape[0] > 1:
-                widths = state_dict.pop(prefix + self.WIDTHS_OF_SHARE, None)
-                if widths is not None:
-                    self._fit_experts(len(widths), state_dict, prefix)
-                elif not self.is_share(state_dict, prefix):
-                    self._fit_experts(b2.shape[0], state_dict, prefix)
-                    for name in self._expert_tensors():
-                        key = prefix + "experts." + name
-                        state_dict[key] = self.share(name, state_dict[key])
-            elif self.grown and self.num_experts > 1:
-                self._spawn_state(state_dict, prefix)
-            self._fit_activity(state_dict, prefix)
+        loading.fit(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
-    def is_share(self, state_dict: Dict[str, Tensor], prefix: str) -> bool:
-        """Whether a state has this rank's experts only, as ``state_dict()`` gives them."""
-        b2 = state_dict.get(prefix + "experts.b2")
-        if not self.split or b2 is None or not any(key.startswith(prefix + "router.") for key in state_dict):
-            return False
-        origin_E = state_dict.get(prefix + "router.origin_E")
-        all_experts = self.num_experts if origin_E is None else len(origin_E)
-        return b2.shape[0] == len(self.experts.own) != all_experts
-
-    def _fit_experts(self, found: int, state_dict: Dict[str, Tensor], prefix: str) -> None:
-        """Make the layer one that the state of a grown layer fits into."""
-        if not self.grown:
-            self.grow()
-        if self.router is not None and self.router.resizes and prefix + "router.origin_E" in state_dict:
-            origin_E = state_dict[prefix + "router.origin_E"].round().long().tolist()
-            widths = [self.first_widths[origin] for origin in origin_E]
-            if widths != self.experts.widths:
-                self._make_room(widths)
-                self.router.make_room(len(widths))
-                self.num_experts = len(widths)
-        if found != self.num_experts:
-            raise ValueError(
-                "{}: the checkpoint has {} experts, the model {}".format(
-                    prefix.rstrip("."), found, self.num_experts
-                )
-            )
-
-    def _spawn_state(self, state_dict: Dict[str, Tensor], prefix: str) -> None:
-        """Replace the state of a layer with one expert by that of this grown layer, spawned from it."""
-        self.spawned_on_load = True
-        base = {name: state_dict[prefix + "experts." + name] for name in self._expert_tensors()}
-        plan = self.spawn.plan(base, state_dict.get(prefix + "activity.magnitude_H"))
-        own = plan.only(self.experts.own)
-        for name, tensor in base.items():
-            state_dict[prefix + "experts." + name] = own.weights(name, tensor)
-        plan.fill_gate(self.router)
-        for key, tensor in self.state_dict().items():
-            module, _, name = key.partition(".")
-            if module == "shared":
-                state_dict[prefix + key] = base.get(name, tensor)
-            elif module in ("router", "hyper_adapter"):
-                state_dict[prefix + key] = tensor
-
-    def _fit_activity(self, state_dict: Dict[str, Tensor], prefix: str) -> None:
-        """Let a state lack what is measured for the spawn, or have it in vain."""
-        key = prefix + "activity.magnitude_H"
-        if self.activity is None:
-            state_dict.pop(key, None)
-        else:
-            state_dict.setdefault(key, self.activity.magnitude_H)
 
     def extra_repr(self) -> str:
         """State of growth, for ``print(model)``."""
