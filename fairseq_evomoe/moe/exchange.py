@@ -304,7 +304,7 @@ class _Trip:
         rows = rows.contiguous()
         result = rows.new_empty((sum(receive),) + rows.shape[1:])
         self.work = dist.all_to_all_single(
-            result, rows, receive, send, group=self.ranks.expert_group, async_op=True
+            _bits(result), _bits(rows), receive, send, group=self.ranks.expert_group, async_op=True
         )
         self.kept = rows
         return result
@@ -320,6 +320,11 @@ class _Trip:
         size = torch.empty((), dtype=self.dtype or like.dtype).element_size()
         rows = send + receive if torch.is_grad_enabled() and like.requires_grad else send
         return rows * math.prod(like.shape[1:]) * size
+
+
+def _bits(rows: Tensor) -> Tensor:
+    # Gloo of torch 1.12 cannot move bfloat16, but numbers of the same size
+    return rows.view(torch.float16) if rows.dtype == torch.bfloat16 else rows
 
 
 @dataclass
