@@ -42,7 +42,8 @@ def saved(lm_data, tmp_path_factory):
         [[lm_data], {**TWO, **EMA, "save_dir": whole}],
         [[lm_data], {**TWO, **EMA, "save_dir": sharded, "moe_sharded_checkpoint": True}],
     ]
-    train_on_ranks(RANKS, jobs, folder / "jobs")
+    few = {**TWO, "save_dir": folder / "few", "moe_sharded_checkpoint": True, "keep_interval_updates": 1}
+    train_on_ranks(RANKS, [*jobs, [[lm_data], {**few, "no_last_checkpoints": True}]], folder / "jobs")
     jobs = []
     for update, kind, parallel in RESUMED:
         options = {**SETTINGS, **EMA, "moe_expert_parallel": parallel, "save_interval_updates": 0}
@@ -59,19 +60,15 @@ def sharded(saved, tmp_path):
     return shutil.copytree(saved / "sharded", tmp_path / "sharded", dirs_exist_ok=False)
 
 
-def load(path):
+def load(path, ema=True):
     """A checkpoint without what is different in each run."""
     state = checkpoint_utils.load_checkpoint_to_cpu(str(path))
-    state["model"] = {k: x for k, x in state["model"].items() if not k.endswith("_float_tensor")}
-    for name in ("ema", "ema_fp32_params"):
-        tensors = state["extra_state"][name]
-        state["extra_state"][name] = {k: x for k, x in tensors.items() if not k.endswith("_float_tensor")}
-    return {
-        "model": state["model"],
-        "optimizer": state["last_optimizer_state"],
-        "ema": state["extra_state"]["ema"],
-        "ema_fp32": state["extra_state"]["ema_fp32_params"],
-    }
+    tensors = {"model": state["model"]}
+    if ema:
+        tensors.update({name: state["extra_state"][name] for name in ("ema", "ema_fp32_params")})
+    for name, of_model in tensors.items():
+        tensors[name] = {k: x for k, x in of_model.items() if not k.endswith("_float_tensor")}
+    return {**tensors, "optimizer": state["last_optimizer_state"]}
 
 
 def test_several_files_hold_what_one_does(saved):
@@ -82,6 +79,12 @@ def test_several_files_hold_what_one_does(saved):
     parts = [torch.load(saved / "sharded" / name) for name in sorted(names) if "last" in name]
     sizes = [sum(x.numel() for x in part["moe_experts"]["model"].values()) for part in parts]
     assert sizes[0] == sizes[1] > 0
+
+
+def test_old_checkpoints_are_removed_with_all_their_files(saved):
+    names = {path.name for path in (saved / "few").iterdir()}
+    assert names == {"checkpoint_3_20.pt", "checkpoint_3_20-experts1.pt"}
+    assert load(saved / "few" / "checkpoint_3_20.pt", ema=False)
 
 
 @pytest.mark.parametrize("update, kind, parallel", RESUMED)
