@@ -5,6 +5,7 @@ nothing where the fault is absent.  ``apply`` runs them all; running it twice is
 """
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import inspect
@@ -12,13 +13,14 @@ import os
 import re
 import sys
 import warnings
-from typing import Any, Dict
+from typing import Any, Dict, Iterator
 
 import numpy as np
 import torch
 from fairseq.modules.transformer_layer import TransformerEncoderLayerBase
 from omegaconf import OmegaConf, open_dict
 from torch import nn
+from torch.distributed.rendezvous import register_rendezvous_handler, rendezvous
 
 
 def apply() -> None:
@@ -27,9 +29,11 @@ def apply() -> None:
     allow_fairseq_checkpoints()
     allow_fairseq_broadcasts()
     allow_torchrun_without_gpu()
+    keep_attempts_apart()
     allow_slurm_without_gpu()
     refuse_spawn_without_gpu()
     allow_ddp_without_gpu()
+    keep_experts_out_of_buffer()
     restore_numpy_aliases()
     keep_batches_when_resumed()
     apply_architectures_in_yaml()
@@ -114,6 +118,59 @@ def allow_torchrun_without_gpu() -> None:
 
     infer._evomoe = True
     utils._infer_torch_distributed_launch_init = infer
+
+
+def keep_attempts_apart() -> None:
+    """A run that torchrun restarts meets the addresses of the ranks before (torch >= 2.4, pytorch#135712).
+
+    The launcher keeps one store for all attempts, in which new process groups have the names of old ones.
+    Here the attempt's number is a part of their names.  Only within one node, since launchers of several do
+    not count alike; those need ``TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1``.
+    """
+    from fairseq.distributed import utils
+
+    original = utils._infer_torch_distributed_launch_init
+    if getattr(original, "_evomoe_attempts", False):
+        return
+    with contextlib.suppress(RuntimeError):  # another copy of this package has registered it
+        register_rendezvous_handler("attempt", _rendezvous_of_attempt)
+
+    @functools.wraps(original)
+    def infer(cfg):
+        original(cfg)
+        attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+        if attempt > 0 and os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
+            cfg.distributed_init_method = "attempt://"
+
+    infer._evomoe = infer._evomoe_attempts = True
+    utils._infer_torch_distributed_launch_init = infer
+
+
+def _rendezvous_of_attempt(url: str, **kwargs: Any) -> Iterator[Any]:
+    for store, rank, size in rendezvous("env://", **kwargs):
+        prefix = "attempt{}".format(os.environ["TORCHELASTIC_RESTART_COUNT"])
+        yield torch.distributed.PrefixStore(prefix, store), rank, size
+
+
+def keep_experts_out_of_buffer() -> None:
+    """``distributed/legacy_distributed_data_parallel.py:46`` makes a buffer as large as a rank's parameters.
+
+    All of it is added up, so that it must have one size on all ranks, which may have other numbers of
+    parameters in their experts; these do not go through it (0.12.2 and 0.12.3).
+    """
+    from fairseq.distributed import LegacyDistributedDataParallel
+
+    original = LegacyDistributedDataParallel.__init__
+    if getattr(original, "_evomoe", False):
+        return
+
+    @functools.wraps(original)
+    def __init__(self, module, process_group, buffer_size=2**28):
+        shared = sum(p.numel() for p in module.parameters() if not hasattr(p, "expert"))
+        original(self, module, process_group, min(buffer_size, shared))
+
+    __init__._evomoe = True
+    LegacyDistributedDataParallel.__init__ = __init__
 
 
 def allow_slurm_without_gpu() -> None:

@@ -8,9 +8,8 @@ them.  A job is the positional values and options of ``fairseq-train``; some opt
 import contextlib
 import json
 import os
-import signal
-import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from unittest import mock
 
@@ -18,6 +17,7 @@ import torch
 from cli import Result, call
 from fairseq.trainer import Trainer
 from fairseq_cli import train
+from processes import run_side_by_side
 
 from fairseq_evomoe.moe.routers import hash as hash_router
 from fairseq_evomoe.moe.routers.dynmoe import DynMoERouter, Resize
@@ -26,25 +26,12 @@ CPU_RANKS = {"cpu": True, "distributed_backend": "gloo"}
 TIME_LIMIT = 300
 
 
-def launch(ranks, *arguments, launcher=(), time_limit=TIME_LIMIT, **environment):
+def launch(ranks, *arguments, time_limit=TIME_LIMIT, **environment):
     """Start processes with torchrun; they are gone, with whatever they started, when this returns."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks)]
-    command += list(launcher) or ["--standalone"]
-    root = str(Path(__file__).parent.parent)
-    process = subprocess.Popen(
-        command + [str(argument) for argument in arguments],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root, **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=time_limit)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-    return Result(output, process.returncode)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", ranks]
+    with tempfile.TemporaryDirectory() as folder:
+        (result,) = run_side_by_side([([*command, *arguments], environment)], Path(folder), time_limit)
+    return result
 
 
 def train_on_ranks(ranks, jobs, folder, **keywords):

@@ -26,6 +26,9 @@ def join(cfg: Any, model: nn.Module) -> None:
     layers = [layer for _, layer in moe_layers(model)]
     if not layers or cfg.distributed_training.distributed_world_size == 1:
         return
+    # a rank that has failed is noticed here, where ranks are connected; to make a group, the others would
+    # wait for it half an hour
+    dist.barrier()
     group = distributed_utils.get_data_parallel_group()
     ranks = Ranks.of_group(group, getattr(cfg.model, "moe_expert_parallel", 1))
     for layer in layers:
