@@ -128,6 +128,16 @@ run eval-lm "$bin/fairseq-eval-lm" lm $plugin --path runs/lm/checkpoint_last.pt 
 same "$(last_loss lm)" "$(grep -o 'Loss (base 2): [0-9.]*' eval-lm.log | grep -o '[0-9.]*$' |
     xargs printf '%.3f')" "eval-lm"
 
+# two ranks that share the experts; one process evaluates their checkpoint in two files, and goes on from it
+run ranks "$bin/torchrun" --standalone --nproc_per_node 2 "$bin/fairseq-train" $lm --max-update 30 \
+    --save-dir runs/ranks --distributed-world-size 2 --distributed-backend gloo --ddp-backend legacy_ddp \
+    --moe-expert-parallel 2 --moe-sharded-checkpoint
+spawned ranks
+[ -e runs/ranks/checkpoint_last-experts1.pt ] || fail "ranks: no second file"
+validate ranks lm --task language_modeling
+train ranks-on-one 40 $lm --restore-file runs/ranks/checkpoint_last.pt
+grep -q '"num_updates": "40"' ranks-on-one.log || fail "ranks-on-one: it did not go on"
+
 train mlm 30 $mlm
 spawned mlm
 validate mlm lm --task masked_lm

@@ -81,3 +81,16 @@ def test_layer_and_floor_have_the_same_rows(parts):
     assert mean.min() >= 1 and abs(mean.mean() - 4) < 0.2
     widths = layer.arithmetic(layer.Size(), 8)
     assert widths == sorted(widths) and len(set(widths)) == 8 and abs(sum(widths) - 8 * 2048) <= 32
+
+
+def test_ranks_exchange_the_bytes_that_the_layer_reports(tmp_path):
+    """The script asserts it in each step; the model of the cost says how many they are."""
+    command = [sys.executable, str(FOLDER / "ranks.py"), "--quick", "--out", str(tmp_path)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=200)
+    assert done.returncode == 0, done.stdout
+    check = [sys.executable, str(FOLDER / "cost_model.py"), "--check", str(tmp_path / "ranks.jsonl")]
+    done = subprocess.run(check, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert done.returncode == 0, done.stdout
+    rows = [line for line in done.stdout.splitlines() if line.startswith("| 2, ")]
+    ratios = [float(row.split("|")[2].split("(")[1].rstrip(") ")) for row in rows if "one expert" not in row]
+    assert len(ratios) == 3 and all(0.9 < ratio < 1.1 for ratio in ratios)
