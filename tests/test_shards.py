@@ -116,7 +116,9 @@ def test_one_process_goes_on_as_before(update, kind, saved, lm_data, tmp_path):
 def test_one_process_evaluates_them_without_options(saved, lm_data):
     perplexities = []
     for kind in ("whole", "sharded"):
-        result = call("fairseq-eval-lm", lm_data, path=saved / kind / "checkpoint_last.pt", cpu=True)
+        path = saved / kind / "checkpoint_last.pt"
+        result = call("fairseq-eval-lm", lm_data, path=path, cpu=True, tokens_per_sample=64, batch_size=8)
+        assert int(result.lines("Evaluated")[0].split("Evaluated")[1].split()[0]) > 100
         perplexities.append(result.lines("Perplexity")[0].split("Loss")[1])
     assert perplexities[0] == perplexities[1]
 
