@@ -14,6 +14,7 @@ import torch
 from cli import LM, MASKED_LM, TRANSLATION, USER_DIR, call
 from fairseq.data import LanguagePairDataset, TokenBlockDataset, data_utils, token_block_dataset
 from fairseq.dataclass.configs import DistributedTrainingConfig
+from fairseq.distributed import LegacyDistributedDataParallel
 from fairseq.distributed import utils as distributed_utils
 from fairseq.models import distributed_fairseq_model
 from fairseq.modules.transformer_layer import TransformerEncoderLayerBase
@@ -67,16 +68,39 @@ def test_torchrun_needs_no_gpu(monkeypatch, no_gpu):
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("RANK", "3")
     infer = distributed_utils._infer_torch_distributed_launch_init
-    divides = "device_count" in inspect.getsource(infer.__wrapped__)
+    original = inspect.unwrap(infer)
+    divides = "device_count" in inspect.getsource(original)
     if divides:
         with pytest.raises(ZeroDivisionError):
-            infer.__wrapped__(DistributedTrainingConfig())
+            original(DistributedTrainingConfig())
     for gpus, device in ((0, 0), (2, 1 if divides else 0)):
         monkeypatch.setattr(torch.cuda, "device_count", lambda gpus=gpus: gpus)
         cfg = DistributedTrainingConfig()
         infer(cfg)
         assert (cfg.distributed_world_size, cfg.distributed_rank, cfg.device_id) == (4, 3, device)
         assert cfg.distributed_no_spawn and cfg.distributed_init_method == "env://"
+
+
+@pytest.mark.parametrize(
+    "restarts, in_node, method", [("0", "4", "env://"), ("2", "4", "attempt://"), ("2", "2", "env://")]
+)
+def test_attempts_of_one_node_are_kept_apart(restarts, in_node, method, monkeypatch, no_gpu):
+    for name, value in (("WORLD_SIZE", "4"), ("RANK", "3"), ("LOCAL_WORLD_SIZE", in_node)):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restarts)
+    cfg = DistributedTrainingConfig()
+    distributed_utils._infer_torch_distributed_launch_init(cfg)
+    assert cfg.distributed_init_method == method
+
+
+def test_a_slurm_task_needs_no_gpu(monkeypatch, no_gpu):
+    monkeypatch.setattr("subprocess.check_output", lambda *_: b"localhost\n")
+    job = {"NODELIST": "x", "NNODES": "1", "NTASKS_PER_NODE": "2", "PROCID": "1", "LOCALID": "1"}
+    for name, value in job.items():
+        monkeypatch.setenv("SLURM_STEP_" + name if name == "NODELIST" else "SLURM_" + name, value)
+    cfg = DistributedTrainingConfig(distributed_world_size=2, distributed_port=1)
+    distributed_utils._infer_slurm_init(cfg, None)
+    assert (cfg.distributed_rank, cfg.device_id, cfg.distributed_no_spawn) == (1, 0, True)
 
 
 @pytest.fixture
@@ -86,6 +110,18 @@ def process_group(tmp_path):
     )
     yield torch.distributed.group.WORLD
     torch.distributed.destroy_process_group()
+
+
+def test_legacy_ddp_adds_up_no_experts(process_group):
+    """Its buffer has one size on all ranks, of which each has other experts."""
+    module = torch.nn.ParameterDict({"shared": torch.nn.Parameter(torch.ones(5))})
+    module["own"] = torch.nn.Parameter(torch.ones(100))
+    module["own"].expert = True
+    wrapper = LegacyDistributedDataParallel(module, process_group)
+    assert wrapper.buffer_size == 5
+    (module["shared"].sum() + module["own"].sum()).backward()
+    wrapper.all_reduce_grads()
+    assert wrapper.buffer.numel() == 5
 
 
 def test_pytorch_ddp_wraps_modules_on_the_cpu(process_group):

@@ -108,8 +108,8 @@ def test_a_token_s_output_does_not_depend_on_the_batch(routing, translation_data
     for name, (whole,) in together.items():
         for i, alone in enumerate(outputs[name]):
             mask = (source if "encoder" in name else previous)[i].ne(1)
-            assert torch.allclose(whole[mask, i], alone[:, 0], atol=1e-6), name
-            assert whole[~mask, i].abs().sum() == 0
+            assert torch.allclose(whole[i, mask], alone[0], atol=1e-6), name
+            assert whole[i, ~mask].abs().sum() == 0
 
 
 @pytest.mark.parametrize(

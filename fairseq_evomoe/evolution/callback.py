@@ -145,7 +145,7 @@ def _growing_train_step(original):
         for layer in layers:
             layer.begin_update()
         before = self.get_num_updates()
-        self._evomoe_set = None  # what was being saved is saved
+        self._evomoe_whole = self._evomoe_set = None  # what was being saved is saved
         self._evomoe_broken = []
         self._evomoe_in_step = True
         try:

@@ -156,7 +156,7 @@ def loading(trainer: Trainer, path: str) -> Iterator[str]:
         DamagedCheckpoint: the checkpoint is not whole; it tells which one is.
     """
     ranks = ranks_of(trainer.get_model())
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0 and os.path.exists(path):
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:
         path = _of_first_rank(trainer, _heal, path)
     options = trainer.cfg.checkpoint
     on_all_ranks = options.load_checkpoint_on_all_dp_ranks
@@ -200,6 +200,8 @@ def move_to_position(trainer: Trainer, extra_state: Optional[Dict[str, Any]]) ->
 
 
 def _heal(path: str) -> str:
+    if not os.path.exists(path):
+        return path
     whole = shards.newest_whole(path)
     if whole is None:
         return path  # the error of loading it tells what is wrong

@@ -84,14 +84,17 @@ def _whole_norm(optimizer: Any, split: set, ranks: Ranks, norm: Tensor) -> Tenso
         ranks: those that share the experts.
         norm: what fairseq makes it: that of the parameters without the attribute ``expert``.
     """
-    squares = norm.new_zeros(2, dtype=torch.float64)
+    # the one flat tensor of --fp16 has experts in it, so that fairseq's norm is of no use
+    flat = optimizer_state.is_flat(optimizer)
+    shared = norm.new_zeros((), dtype=torch.float64) if flat else norm.double().square()
+    experts = torch.zeros_like(shared)
     for parameter, grad in optimizer_state.gradients(optimizer):
-        # the one flat tensor of --fp16 has experts in it, so that fairseq's norm is of no use
-        squares[int(parameter in split)] += grad.float().norm().double().square()
-    if not optimizer_state.is_flat(optimizer):
-        squares[0] = norm.double().square()
-    dist.all_reduce(squares[1], group=ranks.expert_group)
-    return squares.sum().sqrt().to(norm.dtype)
+        if parameter in split:
+            experts += grad.float().norm().double().square()
+        elif flat:
+            shared += grad.float().norm().double().square()
+    dist.all_reduce(experts, group=ranks.expert_group)
+    return (shared + experts).sqrt().to(norm.dtype)
 
 
 def broken_parts(trainer: Trainer) -> List[str]:
