@@ -114,6 +114,7 @@ P1_JOBS = {
     "fp16": {**SENTENCES, **MIXED["fp16"], "moe_router": "topk"},
     "flat fp16": {**SENTENCES, **MIXED["flat_fp16"], "moe_router": "topk", "flat_fp16_on_cpu": True},
     "bf16": {**SENTENCES, **MIXED["bf16"], "moe_router": "topk"},
+    "masked LM": {**MASKED_LM, **EXACT, "moe_freq": 1},
     "dynmoe, one expert is left": {**SENTENCES, **DYNMOE, "keep_one_expert": True},
 }
 # What must only work.

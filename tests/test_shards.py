@@ -50,6 +50,11 @@ def saved(lm_data, tmp_path_factory):
         options["restore_file"] = at(folder / kind, update)
         options["save_dir"] = folder / "{}-{}-{}".format(update, kind, parallel)
         jobs.append([[lm_data], options])
+    for parallel in (1, 2):
+        options = {**SETTINGS, "moe_spawn_update": 0, "moe_expert_parallel": parallel, "max_update": 6}
+        options["finetune_from_model"] = at(folder / "whole", 5)
+        options["save_dir"] = folder / "upcycled-{}".format(parallel)
+        jobs.append([[lm_data], options])
     train_on_ranks(RANKS, jobs, folder / "resumed")
     return folder
 
@@ -103,6 +108,12 @@ def test_two_ranks_go_on_as_before(update, kind, parallel, saved):
             )
             < 1e-5
         )
+
+
+def test_one_expert_is_spawned_on_loading(saved):
+    every, own = (state_of(saved / "upcycled-{}".format(p) / "checkpoint_last.pt") for p in (1, 2))
+    assert largest_difference(every, own) < 1e-5
+    assert every["decoder.layers.1.moe.experts.b2"].shape[0] == 4
 
 
 @pytest.mark.parametrize("update, kind", [(5, "whole"), (10, "whole"), (15, "sharded")])
