@@ -115,6 +115,9 @@ P1_JOBS = {
     "flat fp16": {**SENTENCES, **MIXED["flat_fp16"], "moe_router": "topk", "flat_fp16_on_cpu": True},
     "bf16": {**SENTENCES, **MIXED["bf16"], "moe_router": "topk"},
     "masked LM": {**MASKED_LM, **EXACT, "moe_freq": 1},
+    "soft": {**MASKED_LM, **EXACT, "moe_router": "soft", "moe_slots": 2},
+    "recurrent": {**SENTENCES, "moe_router": "recurrent"},
+    "laplace": {**SENTENCES, "moe_router": "laplace"},
     "dynmoe, one expert is left": {**SENTENCES, **DYNMOE, "keep_one_expert": True},
 }
 # What must only work.
