@@ -239,6 +239,14 @@ def test_contradictions_are_refused(options, message, lm_data, tmp_path):
     assert message in str(error.value)
 
 
+def test_a_model_is_used_without_regard_to_the_ranks_that_trained_it(lm_data):
+    """As one with fewer experts than ranks, out of ``evomoe merge``."""
+    setup = build(lm_data, **{**LM, "moe_experts": 2, "moe_expert_parallel": 4, "moe_spawn_update": 0})
+    assert setup.model.decoder.layers[1].moe.experts.own == [0, 1]
+    with pytest.raises(ValueError, match="--moe-expert-parallel must be from 1 to the --moe-experts"):
+        setup.trainer()
+
+
 @pytest.mark.parametrize(
     "data, settings, options, message",
     [

@@ -8,7 +8,7 @@ from fairseq.optim import FairseqOptimizer
 
 from ..criterions.moe import MoECriterion
 from ..models.feed_forward import MoEFeedForward
-from ..models.rules import warn_of_idle_options
+from ..models.rules import check_rank_options, warn_of_idle_options
 
 
 def check_before_trainer(cfg: Any) -> None:
@@ -54,6 +54,7 @@ def check_before_trainer(cfg: Any) -> None:
 
 def _check_sharing(cfg: Any) -> None:
     """Refuse what does not work with experts that are shared out among ranks."""
+    check_rank_options(cfg.model)
     parallel, ranks = (
         getattr(cfg.model, "moe_expert_parallel", 1),
         cfg.distributed_training.distributed_world_size,

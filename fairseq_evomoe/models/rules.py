@@ -2,7 +2,7 @@
 
 import logging
 from dataclasses import fields
-from typing import Any
+from typing import Any, Callable, List, Tuple
 
 from ..moe import ROUTERS
 from .make import LAYER_LOSSES, router_class, router_options
@@ -127,6 +127,16 @@ _RULES = [
         "--moe-router {0.moe_router} and --moe-experts {0.moe_experts} there are none: leave it out.",
     ),
     (
+        lambda o: not (o.moe_hyper_adapter and router_class(o).resizes and o.moe_dynmoe_window > 0),
+        "--moe-hyper-adapter has an embedding of each expert, but with --moe-router {0.moe_router} experts "
+        "come and go: leave it out or set --moe-dynmoe-window 0.",
+    ),
+]
+
+
+# What must hold for training on many ranks; a model that is only used may come from any number of them.
+_RANK_RULES = [
+    (
         lambda o: 1 <= o.moe_expert_parallel <= max(o.moe_experts, 1),
         "--moe-expert-parallel must be from 1 to the --moe-experts ({0.moe_experts}), so that every rank has "
         "an expert, but is {0.moe_expert_parallel}.",
@@ -158,11 +168,6 @@ _RULES = [
         "--moe-lsh-hashes and --moe-lsh-dim have no effect without --moe-a2a-compress lsh: give it or leave "
         "them out.",
     ),
-    (
-        lambda o: not (o.moe_hyper_adapter and router_class(o).resizes and o.moe_dynmoe_window > 0),
-        "--moe-hyper-adapter has an embedding of each expert, but with --moe-router {0.moe_router} experts "
-        "come and go: leave it out or set --moe-dynmoe-window 0.",
-    ),
 ]
 
 
@@ -180,11 +185,20 @@ def check_options(cfg: Any) -> None:
             raise ValueError(
                 "{} does not work in a model with MoE layers ({}): leave it out.".format(flag(name), reason)
             )
-    for holds, message in _RULES:
-        if not holds(cfg):
-            raise ValueError(message.format(cfg))
+    _check(_RULES, cfg)
     _check_weights(cfg)
     _check_router_options(cfg)
+
+
+def check_rank_options(cfg: Any) -> None:
+    """As ``check_options``, for the options that only training on many ranks has to do with."""
+    _check(_RANK_RULES, cfg)
+
+
+def _check(rules: List[Tuple[Callable[[Any], bool], str]], cfg: Any) -> None:
+    for holds, message in rules:
+        if not holds(cfg):
+            raise ValueError(message.format(cfg))
 
 
 def warn_of_idle_options(cfg: Any) -> None:
