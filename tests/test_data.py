@@ -29,7 +29,7 @@ sys.path.insert(0, str(DATA))
 import cleaning  # noqa: E402
 import fetch  # noqa: E402
 from cleaning import Document  # noqa: E402
-from corpora import bible, libreoffice_help, reviews, shakespeare, wikipedia  # noqa: E402
+from corpora import bible, english, libreoffice_help, reviews, shakespeare, wikipedia  # noqa: E402
 from corpora.corpus import with_document_ends  # noqa: E402
 from prepare import main  # noqa: E402
 from stages import PrepareError, building, is_finished  # noqa: E402
@@ -251,6 +251,37 @@ def test_bible_verses_are_aligned_by_number(bible_wheel):
         ),
         Document("19:119", [("Blessed are the blameless.", "Heureux ceux qui sont intègres", "")]),
     ]
+
+
+def test_english_verses_need_no_translation(bible_wheel):
+    assert list(bible.english_chapters(bible_wheel)) == [
+        Document(
+            "1:1",
+            [
+                ("In the beginning God created the heavens.",),
+                ("Only in English, this one",),
+                ("Far longer in one of the two languages than in the other one",),
+            ],
+        ),
+        Document("19:119", [("Blessed are the blameless.",)]),
+    ]
+
+
+def test_english_has_all_three_in_every_split(monkeypatch):
+    def three(kind):
+        return [Document(f"{kind}:{n}", [(f"line {n} of {kind}",), ("a line of all",)]) for n in range(9)]
+
+    monkeypatch.setattr(shakespeare, "scenes", lambda _: three("play"))
+    monkeypatch.setattr(wikipedia, "articles", lambda _: three("article"))
+    monkeypatch.setattr(bible, "english_chapters", lambda _: three("verse"))
+    for module in (shakespeare, wikipedia, bible):
+        monkeypatch.setattr(module, "HELD_OUT_ROWS", 2)
+    rows = {split: list(rows) for split, rows in english.extract([None] * 3, "").splits.items()}
+    for kind in ("play", "article", "verse"):
+        assert all(any(kind in row[0] for row in rows[split]) for split in ("train", "valid", "test"))
+    for split, count in (("train", 0), ("valid", 0), ("test", 1)):  # once in all, held out
+        assert rows[split].count(("a line of all",)) == count
+    assert sum(row != ("",) for split in rows.values() for row in split) == 27 + 1
 
 
 def test_bible_second_reference_is_an_extra_column(bible_wheel):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from corpora import bible, libreoffice_help, reviews, shakespeare, wikipedia
+from corpora import bible, english, libreoffice_help, reviews, shakespeare, wikipedia
 from corpora.corpus import Corpus
 
 BUILT_IN: dict[str, Corpus] = {
@@ -11,6 +11,7 @@ BUILT_IN: dict[str, Corpus] = {
         shakespeare.CORPUS,
         wikipedia.CORPUS,
         bible.CORPUS,
+        english.CORPUS,
         libreoffice_help.CORPUS,
         reviews.CORPUS,
     )

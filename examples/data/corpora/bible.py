@@ -66,16 +66,32 @@ def read_editions(wheel: Path, editions: tuple[str, ...]) -> list[dict[VerseNumb
             connection.close()
 
 
+def english_verse(number: VerseNumber, text: str) -> str:
+    """A verse of the World English Bible without the headings that some have."""
+    text = _NEXT_HEADING.sub("", text)
+    return _HEBREW_LETTER.sub("", text) if number[0] in (_PSALMS, _LAMENTATIONS) else text
+
+
+def english_chapters(wheel: Path) -> Iterator[Document]:
+    """Each chapter of the World English Bible."""
+    (source,) = read_editions(wheel, (SOURCE_EDITION,))
+    rows: dict[tuple[int, int], list[Row]] = defaultdict(list)
+    for number in sorted(source):
+        verse = english_verse(number, source[number])
+        if verse:
+            rows[number[:2]].append((verse,))
+    for (book, chapter), verses in rows.items():
+        yield Document(f"{book}:{chapter}", verses)
+
+
 def chapters(wheel: Path, target: str) -> Iterator[Document]:
     """Each chapter's verse pairs whose lengths agree; further editions of the target ride along."""
     source, first, *further = read_editions(wheel, (SOURCE_EDITION, *TARGET_EDITIONS[target]))
     rows: dict[tuple[int, int], list[Row]] = defaultdict(list)
     for number in sorted(source):
         book, chapter, _ = number
-        english = _NEXT_HEADING.sub("", source[number])
+        english = english_verse(number, source[number])
         translation = first.get(number, "")
-        if book in (_PSALMS, _LAMENTATIONS):
-            english = _HEBREW_LETTER.sub("", english)
         if lengths_agree(english, translation, least=3, most=80, ratio=2.2):
             others = (edition.get(number, "") for edition in further)
             rows[book, chapter].append((english, translation, *others))
