@@ -23,7 +23,7 @@ def test_every_argument_is_an_option_with_the_same_default(name):
         default = options["moe_" + argument]
         default = getattr(default, "value", default)
         assert default == getattr(arguments[argument], "value", arguments[argument]) or (
-            argument == "renormalize" and default == "auto"
+            argument in ("renormalize", "gate_input") and default == "auto"
         )
     for loss in ROUTERS[name].loss_weights:
         assert options["moe_{}_weight".format(loss)] is None

@@ -22,7 +22,7 @@ UNIT_TENSORS = ("w1", "b1", "w2", "w3")
 """Tensors of the experts with one row for each hidden unit."""
 
 # What becomes of a router's tensors.  Those of COMET's tree are missing: its leaves cannot be grouped.
-_MEAN = ("weight", "centroid_ED", "light_centroid_EL", "threshold_E")
+_MEAN = ("weight", "token_weight", "centroid_ED", "light_centroid_EL", "threshold_E")
 _SUM = ("used_E",)
 _TABLE = ("table_V",)
 _NUMBERS = ("origin_E",)

@@ -102,6 +102,8 @@ class Plan:
             check_linear_gate(router)
             with torch.no_grad():
                 router.weight.copy_(self.gate_ED)
+                if getattr(router, "token_weight", None) is not None:
+                    router.token_weight.zero_()
 
 
 def _take(origin: Origin, name: str, old: Tensor) -> Tensor:

@@ -32,20 +32,22 @@ class StackInput:
 
     Attributes:
         tokens: int64, (batch, seq): the tokens that were looked up.
+        embeddings: (batch, seq, C): what was found, without gradient.
         memory: what routers hand on to those of later layers.
     """
 
     def __init__(self) -> None:
         self.tokens: Optional[Tensor] = None
+        self.embeddings: Optional[Tensor] = None
         self.memory: Dict[str, Any] = {}
 
     def __call__(self, embeddings: nn.Module, inputs: Sequence[Tensor], output: Tensor) -> None:
         """A forward hook."""
-        self.tokens = inputs[0]
+        self.tokens, self.embeddings = inputs[0], output.detach()
         self.memory = {}
 
     def __getstate__(self):
-        return dict(tokens=None, memory={})  # parts of a graph cannot be copied
+        return dict(tokens=None, embeddings=None, memory={})  # parts of a graph cannot be copied
 
 
 @dataclass
@@ -54,6 +56,7 @@ class _Pass:
 
     padding_mask: Optional[Tensor] = None
     tokens: Optional[Tensor] = None
+    embeddings: Optional[Tensor] = None
     memory: Dict[str, Any] = field(default_factory=dict)
     generating: bool = False
     first_row: int = 0
@@ -117,9 +120,9 @@ class MoEFeedForward:
         # One sentence after another, without padding: an order that does not depend on what else is in the
         # batch, so that tokens have the same places, and noise, on any number of ranks.
         x = x.transpose(0, 1)
-        tokens = batch.tokens
+        tokens, embeddings = batch.tokens, batch.embeddings
         if tokens is not None and tokens.shape != x.shape[:2]:
-            tokens = None  # fairseq was given other embeddings than those of tokens
+            tokens = embeddings = None  # fairseq was given other embeddings than those of tokens
         padding_mask = batch.padding_mask
         if self.training:
             context.noise_key = ("gate", moe.spawn.seed, self.num_updates, moe.spawn.layer)
@@ -127,7 +130,7 @@ class MoEFeedForward:
             if self.idle:
                 padding_mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
         sequences = torch.arange(x.shape[0], device=x.device).unsqueeze(1).expand(x.shape[:2])
-        return moe(x, context, padding_mask, tokens, sequences).transpose(0, 1)
+        return moe(x, context, padding_mask, tokens, sequences, embeddings).transpose(0, 1)
 
     def run(
         self,
@@ -144,11 +147,12 @@ class MoEFeedForward:
             layer: fairseq's ``forward`` as a function of x.
             generating: whether x is the next step of what is being generated.
         """
-        tokens, memory, first_row = self.stack.tokens, dict(self.stack.memory), self.rows_routed
+        stack, memory, first_row = self.stack, dict(self.stack.memory), self.rows_routed
+        tokens, embeddings = stack.tokens, stack.embeddings
 
         def forward(x: Tensor):
             # a copy, so that a second pass for the sake of the gradients finds what the first one found
-            self._pass = _Pass(padding_mask, tokens, dict(memory), generating, first_row)
+            self._pass = _Pass(padding_mask, tokens, embeddings, dict(memory), generating, first_row)
             try:
                 return layer(x)
             finally:

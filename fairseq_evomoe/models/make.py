@@ -132,7 +132,7 @@ def router_option(cfg: Any, name: str) -> Any:
     value = getattr(cfg, "moe_" + name)
     if name == "renormalize":
         return {"auto": None, "always": True, "never": False}[str(value)]
-    return value
+    return None if name == "gate_input" and str(value) == "auto" else value
 
 
 def make_wire(cfg: Any, spawn: Spawn) -> Wire:
@@ -171,4 +171,14 @@ def make_vocabulary(dictionary: Any, embeddings: Any) -> Vocabulary:
     """
     counts = list(dictionary.count)
     size = max(len(counts), getattr(embeddings, "num_embeddings", 0))
-    return Vocabulary(size, torch.tensor(counts + [0] * (size - len(counts)), dtype=torch.float32))
+    count_V = torch.tensor(counts + [0] * (size - len(counts)), dtype=torch.float32)
+    return Vocabulary(size, count_V, _width(embeddings))
+
+
+@torch.no_grad()
+def _width(embeddings: Any) -> int:
+    """Width of what is looked up."""
+    width = getattr(embeddings, "embedding_dim", None)
+    if width is None:  # adaptive input, or characters
+        width = embeddings(torch.full((1, 1), embeddings.padding_idx, dtype=torch.long)).shape[-1]
+    return width

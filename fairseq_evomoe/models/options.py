@@ -3,7 +3,7 @@
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, Optional
+from typing import Any, List, Optional
 
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 from fairseq.utils import safe_hasattr
@@ -14,10 +14,15 @@ from ..evolution.schedule import TemperatureSchedule
 from ..evolution.spawn import SpawnMethod
 from ..moe import ROUTERS
 from ..moe.routers.dts import EvalRouting, GateWeight
+from ..moe.routers.router import GateInput
+
+
+def _values(enum) -> List[str]:
+    return [member.value for member in enum]
 
 
 def _choices(enum) -> ChoiceEnum:
-    return ChoiceEnum([member.value for member in enum])
+    return ChoiceEnum(_values(enum))
 
 
 def option(default: Any, text: str) -> Any:
@@ -121,6 +126,11 @@ class MoEOptions(FairseqDataclass):
         "softmax",
         "Probability that weighs an expert's output while training: softmax is that of the plain "
         "logits, gumbel that of the logits with noise and temperature.",
+    )
+    moe_gate_input: ChoiceEnum(["auto", *_values(GateInput)]) = option(
+        "auto",
+        "What a linear gate sees: the layer's input (hidden), the embedding of the token (token), both, or "
+        "what the router was published with (auto).",
     )
     moe_eval_routing: _choices(EvalRouting) = option(
         "top1",

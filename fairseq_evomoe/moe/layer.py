@@ -236,6 +236,7 @@ class MoELayer(nn.Module):
         padding_mask: Optional[Tensor] = None,
         tokens: Optional[Tensor] = None,
         sequences: Optional[Tensor] = None,
+        embeddings: Optional[Tensor] = None,
     ) -> Tensor:
         """Apply the layer.
 
@@ -247,6 +248,7 @@ class MoELayer(nn.Module):
             tokens: int64, shape (...): vocabulary index of each token, for the routers that need it.
             sequences: int64, shape (...): number of the sequence that each token belongs to, for the routers
                 that mix the tokens of a sequence.
+            embeddings: shape (..., C): embedding of each token, for the gates that see it.
 
         Returns:
             shape and dtype of ``x``.
@@ -262,10 +264,11 @@ class MoELayer(nn.Module):
 
         x_TD = x.reshape(-1, x.shape[-1])
         token_TD = _select(x_TD, keep_T)
-        if tokens is not None or sequences is not None:
+        if tokens is not None or sequences is not None or embeddings is not None:
             context = replace(
                 context,
                 token_T=_select(_flat(tokens), keep_T),
+                embedding_TC=_select(_rows(embeddings), keep_T),
                 sequence_T=_select(_flat(sequences), keep_T),
             )
         y_TD = self._all_experts(token_TD, context)
@@ -301,6 +304,7 @@ class MoELayer(nn.Module):
             context,
             token_T=None if context.token_T is None else self.heads.repeat(context.token_T),
             sequence_T=None if context.sequence_T is None else self.heads.repeat(context.sequence_T),
+            embedding_TC=None if context.embedding_TC is None else self.heads.repeat(context.embedding_TC),
         )
         return self.heads.join(self._route(self.heads.split(x_TD), context), x_TD.shape[0])
 
@@ -350,6 +354,10 @@ class MoELayer(nn.Module):
 
 def _flat(x: Optional[Tensor]) -> Optional[Tensor]:
     return None if x is None else x.reshape(-1)
+
+
+def _rows(x: Optional[Tensor]) -> Optional[Tensor]:
+    return None if x is None else x.reshape(-1, x.shape[-1])
 
 
 def _select(x_T: Optional[Tensor], keep_T: Optional[Tensor]) -> Optional[Tensor]:

@@ -36,4 +36,4 @@ class MultiHead(nn.Module):
 
     def repeat(self, value_T: Tensor) -> Tensor:
         """What holds for a token, for each of its sub-tokens."""
-        return value_T.repeat_interleave(self.heads)
+        return value_T.repeat_interleave(self.heads, dim=0)

@@ -5,6 +5,7 @@ Shape suffixes used throughout ``fairseq_evomoe.moe``:
 ======  ==========================================================
 T       tokens (padding removed)
 D       model width
+C       width of the embeddings of tokens
 E       experts
 N       assignments: active (token, expert) pairs
 H       hidden units of all experts, laid end to end
@@ -33,6 +34,8 @@ class RoutingContext:
         hard: whether training has reached the router's last stage: top-1 for the Dense-To-Sparse gate, the
             frozen assignment for StableMoE.
         token_T: int64, vocabulary index of each token; ``None`` if nobody asked for it or knows it.
+        embedding_TC: embedding of each token as the stack of layers looked it up, without gradient; ``None``
+            like ``token_T``.
         sequence_T: int64, number of the sequence in the batch to which each token belongs.
         memory: what routers hand on to those of later layers in the same forward pass, by a name of
             their own; a new dictionary for each pass.
@@ -48,6 +51,7 @@ class RoutingContext:
     temperature: float = 1.0
     hard: bool = False
     token_T: Optional[Tensor] = None
+    embedding_TC: Optional[Tensor] = None
     sequence_T: Optional[Tensor] = None
     memory: Dict[str, Any] = field(default_factory=dict)
     statistics: bool = True
@@ -91,10 +95,12 @@ class Vocabulary:
     Attributes:
         size: V, number of entries.
         count_V: float32, how often each entry occurs in the training data; all 0 if not known.
+        dim: C, width of the embeddings; 0 if not known.
     """
 
     size: int
     count_V: Tensor
+    dim: int = 0
 
 
 @dataclass

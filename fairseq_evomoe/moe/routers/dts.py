@@ -1,6 +1,7 @@
 """The Dense-To-Sparse gate of EvoMoE (arXiv 2112.14397)."""
 
 from enum import Enum
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,6 +45,7 @@ class DenseToSparseRouter(LinearRouter):
         threshold: c, in [0, 1).
         gate_weight: see above.
         eval_routing: see above.
+        options: those of ``LinearRouter``.
     """
 
     loss_weights = {"balance": 0.0}
@@ -57,8 +59,9 @@ class DenseToSparseRouter(LinearRouter):
         threshold: float = 0.001,
         gate_weight: GateWeight = GateWeight.softmax,
         eval_routing: EvalRouting = EvalRouting.top1,
+        **options: Any,
     ) -> None:
-        super().__init__(dim, experts)
+        super().__init__(dim, experts, **options)
         if not 0 <= threshold < 1:
             raise ValueError("threshold must be in [0, 1), but is {}".format(threshold))
         self.threshold = threshold
@@ -67,7 +70,7 @@ class DenseToSparseRouter(LinearRouter):
 
     def forward(self, x_TD: Tensor, context: RoutingContext) -> Routing:
         """Route tokens; see the class.  Losses: ``balance``."""
-        logits_TE = self.logits(x_TD)
+        logits_TE = self.logits(x_TD, context)
         probability_TE = logits_TE.softmax(-1)
         if self.training:
             y_TE = ((logits_TE + gumbel(logits_TE, context)) / context.temperature).softmax(-1)

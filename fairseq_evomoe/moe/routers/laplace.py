@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ..routing import RoutingContext
 from .router import float32
 from .topk import TopKRouter
 
@@ -23,7 +24,7 @@ class LaplaceRouter(TopKRouter):
     def __init__(self, dim: int, experts: int, top_k: int = 2) -> None:
         super().__init__(dim, experts, top_k)
 
-    def logits(self, x_TD: Tensor) -> Tensor:
+    def logits(self, x_TD: Tensor, context: RoutingContext) -> Tensor:
         """The negative distances, float32, shape (T, E)."""
         with torch.autocast(device_type=x_TD.device.type, enabled=False):
             x_TD = float32(x_TD)

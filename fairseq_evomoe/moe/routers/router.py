@@ -1,12 +1,13 @@
 """What routers have in common."""
 
-from typing import ClassVar, Dict
+from enum import Enum
+from typing import ClassVar, Dict, Optional
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..routing import Routing, RoutingContext
+from ..routing import Routing, RoutingContext, Vocabulary
 
 
 class Router(nn.Module):
@@ -60,23 +61,90 @@ class Router(nn.Module):
         raise NotImplementedError
 
 
+class GateInput(str, Enum):
+    """What a linear gate sees of a token."""
+
+    hidden = "hidden"
+    token = "token"
+    both = "both"
+
+
 class LinearRouter(Router):
-    """Base of the routers with a linear gate ``logits = x W^T`` (no bias), computed in float32."""
+    """Base of the routers with a linear gate (no bias), computed in float32.
+
+    With x the input of the layer and e the embedding of the token, normalised to mean 0 and variance 1, of
+    which no gradient goes back::
+
+        logits = x W^T              gate_input="hidden", as published everywhere
+        logits = e U^T              "token"
+        logits = x W^T + e U^T      "both"
+
+    That the gate sees the token itself is ours.  A state without ``U``, of a gate that saw the input alone,
+    is that of ``both`` with ``U = 0``.
+
+    Args:
+        dim: D, width of a token.
+        experts: E, number of experts.
+        gate_input: see above.
+        vocabulary: the dictionary that the layer's tokens are from; needed unless ``hidden``.
+    """
 
     linear_gate = True
+    weight: Optional[nn.Parameter]
+    token_weight: Optional[nn.Parameter]
 
-    def __init__(self, dim: int, experts: int) -> None:
+    def __init__(
+        self,
+        dim: int,
+        experts: int,
+        gate_input: GateInput = GateInput.hidden,
+        vocabulary: Optional[Vocabulary] = None,
+    ) -> None:
         super().__init__(dim, experts)
-        self.weight = nn.Parameter(torch.empty(experts, dim))
+        self.gate_input = GateInput(gate_input)
+        self.register_parameter("weight", None)
+        self.register_parameter("token_weight", None)
+        if self.gate_input != GateInput.token:
+            self.weight = nn.Parameter(torch.empty(experts, dim))
+        else:
+            self.linear_gate = False  # of the input there is none
+        if self.gate_input != GateInput.hidden:
+            if vocabulary is None or vocabulary.dim < 1:
+                raise ValueError(
+                    "gate_input {} needs the width of the embeddings of tokens: give a vocabulary that has "
+                    "it, or choose hidden".format(self.gate_input.value)
+                )
+            self.token_weight = nn.Parameter(torch.empty(experts, vocabulary.dim))
 
     @torch.no_grad()
     def initialize(self, generator: torch.Generator) -> None:
         """Fill the gate as ``nn.Linear`` would, U(-1/sqrt(D), 1/sqrt(D)), from ``generator``."""
-        fill_uniform(self.weight, self.dim**-0.5, generator)
+        for weight in (self.weight, self.token_weight):
+            if weight is not None:
+                fill_uniform(weight, weight.shape[1] ** -0.5, generator)
 
-    def logits(self, x_TD: Tensor) -> Tensor:
-        """The gate's logits, float32, shape (T, E), whatever the precision of the model is."""
-        return linear32(x_TD, self.weight)
+    def logits(self, x_TD: Tensor, context: RoutingContext) -> Tensor:
+        """The gate's logits, float32, shape (T, E), whatever the precision of the model is.
+
+        Raises:
+            ValueError: the gate sees the token, and the context has no embeddings.
+        """
+        if self.token_weight is None:
+            return linear32(x_TD, self.weight)
+        e_TC = context.embedding_TC
+        if e_TC is None:
+            raise ValueError(
+                "gate_input {} needs the embedding of each token: call the model with tokens instead of "
+                "embeddings or choose gate_input hidden.".format(self.gate_input.value)
+            )
+        e_TC = float32(e_TC.detach()).to(x_TD.device)
+        logits_TE = linear32(F.layer_norm(e_TC, e_TC.shape[-1:]), self.token_weight)
+        return logits_TE if self.weight is None else logits_TE + linear32(x_TD, self.weight)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
+        if self.gate_input == GateInput.both and prefix + "weight" in state_dict:
+            state_dict.setdefault(prefix + "token_weight", torch.zeros_like(self.token_weight))
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
 def fill_uniform(tensor: Tensor, bound: float, generator: torch.Generator) -> None:

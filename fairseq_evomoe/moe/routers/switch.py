@@ -1,5 +1,7 @@
 """Switch routing (arXiv 2101.03961)."""
 
+from typing import Any
+
 from torch import Tensor
 
 from ..capacity import limit_load
@@ -20,13 +22,16 @@ class SwitchRouter(LinearRouter):
         jitter: while training, the gate's input is multiplied by U(1 - jitter, 1 + jitter).
         capacity_factor: c: an expert takes at most ``ceil(c T / E)`` tokens, the first ones; for the others
             only the residual connection is left.  0: no limit.
+        options: those of ``LinearRouter``.
     """
 
     loss_weights = {"balance": 0.01, "z": 0.0}
     one_expert = True
 
-    def __init__(self, dim: int, experts: int, jitter: float = 0.01, capacity_factor: float = 0.0) -> None:
-        super().__init__(dim, experts)
+    def __init__(
+        self, dim: int, experts: int, jitter: float = 0.01, capacity_factor: float = 0.0, **options: Any
+    ) -> None:
+        super().__init__(dim, experts, **options)
         self.jitter = jitter
         self.capacity_factor = capacity_factor
 
@@ -35,7 +40,7 @@ class SwitchRouter(LinearRouter):
         if self.training and self.jitter > 0:
             x_TD = float32(x_TD)
             x_TD = x_TD * (1 + self.jitter * (2 * context.uniform(x_TD) - 1))
-        logits_TE = self.logits(x_TD)
+        logits_TE = self.logits(x_TD, context)
         probability_TE = logits_TE.softmax(-1)
         weight_T, expert_T = probability_TE.max(-1)
         routing = top1_routing(expert_T, weight_T, self.experts)

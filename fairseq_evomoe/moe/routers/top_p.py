@@ -1,5 +1,7 @@
 """Top-p routing (arXiv 2403.07652)."""
 
+from typing import Any
+
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -22,12 +24,15 @@ class TopPRouter(LinearRouter):
         experts: E, number of experts.
         top_p: the probability to reach, greater than 0, at most 1.
         renormalize: whether the weights of a token sum to 1.
+        options: those of ``LinearRouter``.
     """
 
     loss_weights = {"balance": 0.01, "entropy": 1e-4, "z": 0.0}
 
-    def __init__(self, dim: int, experts: int, top_p: float = 0.4, renormalize: bool = False) -> None:
-        super().__init__(dim, experts)
+    def __init__(
+        self, dim: int, experts: int, top_p: float = 0.4, renormalize: bool = False, **options: Any
+    ) -> None:
+        super().__init__(dim, experts, **options)
         if not 0 < top_p <= 1:
             raise ValueError("top_p must be greater than 0 and at most 1, but is {}".format(top_p))
         self.top_p = top_p
@@ -35,7 +40,7 @@ class TopPRouter(LinearRouter):
 
     def forward(self, x_TD: Tensor, context: RoutingContext) -> Routing:
         """Route tokens; see the class."""
-        logits_TE = self.logits(x_TD)
+        logits_TE = self.logits(x_TD, context)
         probability_TE = logits_TE.softmax(-1)
         # column r: the expert of rank r; it is needed as long as those before it do not reach top_p
         sorted_TE, expert_TE = probability_TE.sort(dim=-1, descending=True)

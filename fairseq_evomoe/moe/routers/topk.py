@@ -1,5 +1,7 @@
 """Top-k routing as in GShard (arXiv 2006.16668) and Mixtral (arXiv 2401.04088)."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -25,6 +27,7 @@ class TopKRouter(LinearRouter):
             weight, as GShard does; needs k = 2 and ``renormalize``.
         capacity_factor: c: an expert takes at most ``ceil(c k T / E)`` tokens, best experts first, then
             second ones, in the order of the tokens.  0: no limit.
+        options: those of ``LinearRouter``.
     """
 
     loss_weights = {"balance": 0.01, "entropy": 0.0, "z": 0.0}
@@ -37,8 +40,9 @@ class TopKRouter(LinearRouter):
         renormalize: bool = True,
         random_second: bool = False,
         capacity_factor: float = 0.0,
+        **options: Any,
     ) -> None:
-        super().__init__(dim, experts)
+        super().__init__(dim, experts, **options)
         check_top_k(top_k, experts)
         if random_second and not (top_k == 2 and renormalize):
             raise ValueError("random_second needs top_k 2 and renormalize")
@@ -49,7 +53,7 @@ class TopKRouter(LinearRouter):
 
     def forward(self, x_TD: Tensor, context: RoutingContext) -> Routing:
         """Route tokens; see the class."""
-        logits_TE = self.logits(x_TD)
+        logits_TE = self.logits(x_TD, context)
         probability_TE = logits_TE.softmax(-1)
         weight_TK, expert_TK = probability_TE.topk(self.top_k, dim=-1)
         if self.renormalize:
