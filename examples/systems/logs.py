@@ -52,7 +52,7 @@ class Run:
     flops: float
 
 
-def read(path: Path, validation: str) -> Run:
+def read(path: Path, validation: str, looked_up: int = 0) -> Run:
     """Read a log.
 
     The training FLOPs are 6 for each token and active parameter, as counted by `moe_active_params` while
@@ -63,6 +63,7 @@ def read(path: Path, validation: str) -> Run:
     Args:
         path: the log; where a run was interrupted, what it did again counts once.
         validation: the statistic of the validation that is the loss.
+        looked_up: active parameters that are looked up and multiplied with nothing, which costs no FLOPs.
 
     Raises:
         ValueError: a log without a validation.
@@ -83,7 +84,7 @@ def read(path: Path, validation: str) -> Run:
         key = min((u for u in intervals if u >= point), default=max(intervals))
         each, undisturbed, record = intervals[key]
         seconds += (point - update) * (each if undisturbed else median)
-        tokens, active = record["wpb"], record.get("moe_active_params", parameters)
+        tokens, active = record["wpb"], record.get("moe_active_params", parameters) - looked_up
         flops += (point - update) * 6 * tokens * active
         update = point
         if point in valid:

@@ -1,0 +1,98 @@
+"""Plots of the results as small SVGs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+from bootstrap import difference
+from matplotlib import pyplot
+from protocol import TASKS, Experiment, Task
+from report import Records, mean_curve, of_variant, score
+
+matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "quality", "font.size": 8})
+
+
+def plot(experiment: Experiment, known: dict[str, dict], folder: Path) -> None:
+    """One file for each task that there are results of."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for task in (TASKS[name] for name in experiment.tasks):
+        found = {
+            variant.label: records
+            for variant in experiment.variants
+            if (records := of_variant(variant, task, experiment.seeds, known))
+        }
+        if len(found) < 2:
+            continue
+        draw = _curves if experiment.compares_systems else _dots
+        figure = draw(experiment, task, found)
+        figure.savefig(
+            folder / f"{experiment.id}-{task.id}.svg", bbox_inches="tight", metadata={"Date": None}
+        )
+        pyplot.close(figure)
+
+
+def _curves(experiment: Experiment, task: Task, found: dict[str, Records]) -> pyplot.Figure:
+    """Validation loss against updates, seconds and FLOPs, and the test set's differences."""
+    figure, axes = pyplot.subplots(1, 4, figsize=(15, 4), gridspec_kw={"width_ratios": [1, 1, 1, 1.2]})
+    colours = pyplot.get_cmap("tab10").colors
+    styles = {}
+    for i, (label, records) in enumerate(found.items()):
+        style = {"color": colours[i % 10], "linestyle": ("-", "--", ":")[i // 10 % 3], "linewidth": 1}
+        if label.startswith("EvoMoE"):
+            style["linewidth"] = 2
+        styles[label] = style
+        curve = mean_curve(records)
+        for axis, column in zip(axes, (0, 1, 2)):
+            axis.plot([point[column] for point in curve], [point[3] for point in curve], label=label, **style)
+    for axis, name in zip(axes, ("updates", "seconds of training", "training FLOPs")):
+        axis.set_xlabel(name)
+        axis.grid(linewidth=0.3)
+    lowest = min(mean_curve(records)[-1][3] for records in found.values())
+    second = max(mean_curve(records)[1][3] for records in found.values())
+    for axis in axes[:3]:
+        axis.set_ylim(lowest - 0.05 * (second - lowest), second)
+    axes[0].set_ylabel("validation loss, bits per token")
+    reference = experiment.variants[experiment.reference].label
+    _differences(axes[3], task, found, reference, styles)
+    return figure
+
+
+def _differences(axis, task: Task, found: dict[str, Records], reference: str, styles: dict) -> None:
+    """What each system has more than the reference on the test set, with intervals."""
+    if reference not in found:
+        axis.set_axis_off()
+        return
+    order = sorted(found, key=lambda label: sum(map(score, found[label])) / len(found[label]))
+    for row, label in enumerate(order):
+        if label == reference:
+            continue
+        d = difference(found[label], found[reference])
+        scale = 1 if task.translates else 100
+        axis.plot([scale * d.low, scale * d.high], [row, row], color=styles[label]["color"])
+        axis.plot([scale * d.mean], [row], "o", color=styles[label]["color"], markersize=4)
+    axis.axvline(0, color="black", linewidth=0.5)
+    axis.set_yticks(range(len(order)), order)
+    axis.yaxis.tick_right()
+    unit = "BLEU" if task.translates else "perplexity, %"
+    axis.set_xlabel(f"test {unit}, against {reference}")
+    axis.grid(linewidth=0.3, axis="x")
+
+
+def _dots(experiment: Experiment, task: Task, found: dict[str, Records]) -> pyplot.Figure:
+    """Validation perplexity of each variant: a dot for each seed, a line through their mean."""
+    figure, axis = pyplot.subplots(figsize=(4.5, 0.6 + 0.25 * len(found)))
+    labels = list(found)
+    for row, label in enumerate(labels):
+        values = [2 ** record["valid_loss"] for record in found[label]]
+        axis.plot(values, [row] * len(values), "o", color="tab:blue", markersize=4, alpha=0.7)
+        axis.plot([sum(values) / len(values)], [row], "|", color="black", markersize=10)
+    axis.set_yticks(range(len(labels)), labels)
+    axis.invert_yaxis()
+    axis.set_xlabel("validation perplexity")
+    axis.grid(linewidth=0.3, axis="x")
+    axis.set_title(f"{experiment.title}, {task.title}")
+    return figure

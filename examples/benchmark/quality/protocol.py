@@ -1,0 +1,225 @@
+"""What is trained and how: tasks, systems, the grid of each system and the ablations, as data.
+
+`README.md` says it in words. Change it only with a reason, in the changelog.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+EXAMPLES = HERE.parent.parent
+sys.path.insert(0, str(EXAMPLES / "systems"))
+
+import systems  # noqa: E402
+from systems import Settings, System  # noqa: E402
+
+UPDATES = 4000
+SEEDS = (1, 2, 3)
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task of the protocol.
+
+    Attributes:
+        id: its name here, which is also that of the file of its results.
+        title: what to call it in a table.
+        kind: its name in `examples/systems/systems.py`, where sizes and optimizer are.
+        corpus: arguments of `examples/data/prepare.py`.
+        flags: further flags of `fairseq-train`, which come after those.
+        wider: flags of a dense model that costs what two experts a token cost.
+    """
+
+    id: str
+    title: str
+    kind: str
+    corpus: tuple[str, ...]
+    flags: tuple[str, ...]
+    wider: tuple[str, ...]
+
+    @property
+    def translates(self) -> bool:
+        """Whether it is scored by BLEU."""
+        return self.kind == "translation"
+
+    @property
+    def metric(self) -> str:
+        """What is compared on the test set."""
+        return "BLEU" if self.translates else "perplexity"
+
+
+_ENGLISH = ("english", "--vocab-size", "2000")
+_LANGUAGE = ("--dropout", "0")
+_TRANSLATION = ("--dropout", "0.1", "--max-tokens", "1536")
+TASKS = {
+    task.id: task
+    for task in (
+        Task("lm", "causal LM", "lm", _ENGLISH, _LANGUAGE, ("--decoder-ffn-embed-dim", "192")),
+        Task(
+            "masked_lm",
+            "masked LM",
+            "masked_lm",
+            _ENGLISH,
+            _LANGUAGE,
+            ("--encoder-ffn-embed-dim", "192"),
+        ),
+        Task(
+            "help_de",
+            "translation en-de, LibreOffice Help",
+            "translation",
+            ("libreoffice", "--target", "de", "--vocab-size", "6000"),
+            _TRANSLATION,
+            ("--encoder-ffn-embed-dim", "384", "--decoder-ffn-embed-dim", "384"),
+        ),
+        Task(
+            "bible_fr",
+            "translation en-fr, Bible",
+            "translation",
+            ("bible", "--target", "fr", "--vocab-size", "6000"),
+            _TRANSLATION,
+            ("--encoder-ffn-embed-dim", "384", "--decoder-ffn-embed-dim", "384"),
+        ),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training with one seed.
+
+    Attributes:
+        task: what is learned.
+        system: what learns it.
+        seed: of all random numbers.
+        updates: length; all phases scale with it.
+        flags: further flags of `fairseq-train`.
+    """
+
+    task: Task
+    system: System
+    seed: int
+    updates: int = UPDATES
+    flags: tuple[str, ...] = ()
+
+    def command(self, data: Path, folder: Path) -> list[str]:
+        """The command that trains it."""
+        settings = Settings(data, self.task.kind, self.updates, (*self.task.flags, *self.flags))
+        return settings.train(self.system, self.seed, folder)
+
+    @property
+    def arguments(self) -> list[str]:
+        """The flags of its command that are not paths of a machine: all that its numbers depend on."""
+        command = self.command(Path("data"), Path("checkpoints"))[2:]
+        skipped = {"--user-dir", "--save-dir"}
+        return [a for a, before in zip(command, [""] + command) if not {a, before} & skipped]
+
+    @property
+    def key(self) -> str:
+        """A name that no other run has."""
+        text = json.dumps([self.task.id, self.task.corpus, self.arguments])
+        return f"{self.system.id}-{self.seed}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A system with some of its options changed.
+
+    Attributes:
+        label: what to call it in a table.
+        system: name of a YAML file, here or in `examples/systems`.
+        options: `moe_*` options to change.
+        flags: further flags of `fairseq-train`.
+        share: length, as a share of the others' updates.
+        wider: whether it is as wide as `Task.wider` says.
+    """
+
+    label: str
+    system: str
+    options: dict[str, Any] = field(default_factory=dict)
+    flags: tuple[str, ...] = ()
+    share: float = 1.0
+    wider: bool = False
+
+    def run(self, task: Task, seed: int, updates: int = UPDATES) -> Run:
+        """The run of it."""
+        system = read(self.system)
+        options = {**system.options, **self.options}
+        flags = (*self.flags, *(task.wider if self.wider else ()))
+        changed = dataclasses.replace(system, options=options)
+        return Run(task, changed, seed, round(updates * self.share), flags)
+
+
+def read(name: str) -> System:
+    """A system by the name of its YAML file, here or in `examples/systems`."""
+    path = HERE / "systems" / f"{name}.yaml"
+    return systems.read(path if path.exists() else EXAMPLES / "systems" / f"{name}.yaml")
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Variants that are compared.
+
+    Attributes:
+        id: its name, for the command line, the markers in README.md and the plots.
+        title: a heading.
+        text: what is asked, in a sentence or two.
+        variants: the rows.
+        tasks: names of tasks.
+        seeds: the seeds of each row.
+        reference: number of the row that the others are compared with.
+        compares_systems: whether the rows are systems, of which more is reported, and not variants of one.
+    """
+
+    id: str
+    title: str
+    text: str
+    variants: tuple[Variant, ...]
+    tasks: tuple[str, ...] = ("lm",)
+    seeds: tuple[int, ...] = (1,)
+    reference: int = 0
+    compares_systems: bool = False
+
+
+def _ablation(
+    name: str, title: str, text: str, variants: dict[str, dict[str, Any]], **more: Any
+) -> Experiment:
+    """An experiment of EvoMoE with some options changed in each row."""
+    rows = tuple(Variant(label, "evomoe", options) for label, options in variants.items())
+    return Experiment(name, title, text, rows, **more)
+
+
+_SYSTEMS = (
+    Variant("EvoMoE", "evomoe"),
+    Variant("EvoMoE, published", "evomoe_published"),
+    Variant("Switch", "switch"),
+    Variant("Hash", "hash_random"),
+    Variant("dense", "dense"),
+    Variant("StableMoE", "stable"),
+    Variant("BASE", "base"),
+    Variant("GShard, top-2", "gshard"),
+    Variant("dense, wider", "dense", wider=True),
+    Variant("HMoE, Top-P", "hmoe_topp"),
+    Variant("HMoE, Top-K", "hmoe_topk"),
+    Variant("equal experts, Top-K", "mixtral"),
+)
+EXPERIMENTS = {
+    experiment.id: experiment
+    for experiment in (
+        Experiment(
+            "systems",
+            "The systems",
+            "Test scores of models of equal length of training, mean and standard deviation over seeds.",
+            _SYSTEMS,
+            tasks=tuple(TASKS),
+            seeds=SEEDS,
+            compares_systems=True,
+        ),
+    )
+}

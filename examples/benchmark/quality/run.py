@@ -1,0 +1,172 @@
+#!/usr/bin/env python3
+"""Train and evaluate what the protocol says; `report.py` makes tables and plots of it.
+
+Interrupted, the same command goes on where it stopped, and what is in the results is not trained again. Each
+run has one thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent / "systems"))
+
+import jobs
+from jobs import Job
+from protocol import EXAMPLES, EXPERIMENTS, HERE, TASKS, UPDATES, Run
+from systems import Settings
+
+EPILOG = """\
+examples:
+  run.py                                           everything: hours, on two cores
+  run.py --experiments systems --tasks lm --jobs 4
+  run.py --experiments gate_input --seeds 1
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    result = argparse.ArgumentParser(
+        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = result.add_argument
+    add("--experiments", nargs="+", choices=EXPERIMENTS, default=list(EXPERIMENTS), metavar="NAME")
+    add("--tasks", nargs="+", choices=TASKS, default=list(TASKS), metavar="TASK")
+    add("--labels", nargs="+", metavar="LABEL", help="only the rows with these labels")
+    add("--seeds", type=int, nargs="+", help="instead of those of the protocol")
+    add("--jobs", type=int, default=2, help="how many to train at a time (2)")
+    add("--work", type=Path, default=Path("quality"), help="folder for data, logs and checkpoints (quality)")
+    add("--results", type=Path, default=HERE / "results", help="folder of the results (results, here)")
+    add("--smoke", action="store_true", help="a few updates of some systems on README.md's own text")
+    add("--list", action="store_true", help="print what would be trained, and train nothing")
+    return result
+
+
+def records(folder: Path) -> dict[str, dict]:
+    """What is in the results, by the key of its run."""
+    lines = [line for path in sorted(folder.glob("*.jsonl")) for line in path.read_text().splitlines()]
+    return {record["key"]: record for record in map(json.loads, lines)}
+
+
+def chosen(args: argparse.Namespace) -> list[Run]:
+    """The runs that are asked for, each once, first seeds first."""
+    if args.smoke:
+        args.experiments, args.labels, args.seeds = ["systems"], args.labels or ["EvoMoE", "Switch"], [1]
+    found: dict[str, Run] = {}
+    updates = 20 if args.smoke else UPDATES
+    for name in args.experiments:
+        experiment = EXPERIMENTS[name]
+        for seed in args.seeds or experiment.seeds:
+            for task in (TASKS[task] for task in experiment.tasks if task in args.tasks):
+                for variant in experiment.variants:
+                    if args.labels is None or variant.label in args.labels:
+                        run = variant.run(task, seed, updates)
+                        found[run.key] = run
+    return list(found.values())
+
+
+def prepared(corpora: Iterable[tuple[str, ...]], work: Path) -> dict[tuple[str, ...], Path]:
+    """Make the data of some corpora; return the folder of each."""
+    folders = {}
+    for corpus in corpora:
+        folder = work / "data" / "-".join(word for word in corpus if not word.startswith("--"))
+        command = [sys.executable, str(EXAMPLES / "data" / "prepare.py"), corpus[0], str(folder), *corpus[1:]]
+        subprocess.run(command, check=True)
+        folders[corpus] = folder
+    return folders
+
+
+def prepared_small(corpora: Iterable[tuple[str, ...]], work: Path) -> dict[tuple[str, ...], Path]:
+    """Instead of the corpora, make data of this repository's README files, which needs no network."""
+    lines = []
+    for path in sorted(EXAMPLES.parent.glob("**/README.md")):
+        lines += [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = [line for line in lines if 4 <= len(line.split()) <= 40]
+    folders = {}
+    for corpus in corpora:
+        pairs = "--target" in corpus
+        folder = work / "data" / corpus[0]
+        folder.mkdir(parents=True, exist_ok=True)
+        splits = {"train": lines[:-80], "valid": lines[-80:-40], "test": lines[-40:]}
+        command = [sys.executable, str(EXAMPLES / "data" / "prepare.py"), "bitext" if pairs else "text"]
+        command += [str(folder), "--vocab-size", "300"]
+        for split, rows in splits.items():
+            text = folder / f"{split}.txt"
+            if pairs:  # the translation is the sentence backwards
+                source, target = "en", corpus[corpus.index("--target") + 1]
+                backwards = [" ".join(reversed(row.split())) for row in rows]
+                text.with_name(f"{text.name}.{source}").write_text("\n".join(rows) + "\n")
+                text.with_name(f"{text.name}.{target}").write_text("\n".join(backwards) + "\n")
+            else:
+                text.write_text("\n".join(rows) + "\n")
+            command += [f"--{split}", str(text)]
+        command += ["--source", source, "--target", target] if pairs else []
+        subprocess.run(command, check=True)
+        folders[corpus] = folder
+    return folders
+
+
+def plan(run: Run, data: Path, args: argparse.Namespace) -> list[Job]:
+    """The jobs of a run: to train, with translation to generate, and to evaluate."""
+    folder = args.work / "runs" / run.key
+    title = f"{run.task.id}, {run.key}"
+    result = [Job(title, run.command(data / "bin", folder), folder / "train.log", run.updates)]
+    evaluate = [sys.executable, str(HERE / "evaluate.py"), str(folder), str(data)]
+    evaluate += ["--results", str(args.results / f"{run.task.id}.jsonl")]
+    if run.task.translates:
+        settings = Settings(data / "bin", run.task.kind, run.updates)
+        generate = settings.generate(folder / "checkpoint_last.pt")
+        result.append(Job(f"{title}: translation", generate, folder / "generate.log", needs=list(result)))
+        evaluate += ["--references", str(data / "raw" / f"test.{run.task.corpus[2]}")]
+    result.append(Job(f"{title}: test", evaluate, folder / "evaluate.log", needs=list(result)))
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "run.json").write_text(json.dumps(described(run), indent=1) + "\n")
+    return result
+
+
+def described(run: Run) -> dict:
+    """What a run is, for its record."""
+    return {
+        "key": run.key,
+        "task": run.task.id,
+        "system": run.system.id,
+        "seed": run.seed,
+        "updates": run.updates,
+        "corpus": run.task.corpus,
+        "arguments": run.arguments,
+    }
+
+
+def main() -> int:
+    """Train and evaluate; the exit status tells whether all went well."""
+    args = parser().parse_args()
+    args.work, args.results = args.work.resolve(), args.results.resolve()
+    known = records(args.results)
+    runs = [run for run in chosen(args) if run.key not in known]
+    if args.list:
+        print("\n".join(f"{run.task.id} {run.key} {' '.join(run.arguments)}" for run in runs))
+        return 0
+    if not runs:
+        print("run.py: the results have all of it already.")
+        return 0
+    make = prepared_small if args.smoke else prepared
+    data = make({run.task.corpus: None for run in runs}, args.work)
+    every = [job for run in runs for job in plan(run, data[run.task.corpus], args)]
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that running jobs are ended
+    try:
+        jobs.run(every, args.jobs, threads=1)
+    except KeyboardInterrupt:
+        sys.exit("run.py: interrupted; the same command goes on from here.")
+    failed = {job.title: job.failure() for job in every if job.failure()}
+    print("\n".join(f"{title} failed: {why}" for title, why in failed.items()))
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
