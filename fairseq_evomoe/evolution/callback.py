@@ -3,7 +3,8 @@
 fairseq has no hook that is given the Trainer, so ``install`` wraps methods of it (``trainer.py``):
 
 - ``__init__``: checks the configuration as a whole before time is wasted, and tells the layers of the ranks;
-- ``train_step``: before it the experts spawn, or come and go; after it statistics of all ranks are added up;
+- ``train_step``: before it the experts spawn, or come and go; after it statistics of all ranks are added up,
+  and the loss is looked at;
 - ``_prepare_sample``: it alone knows that a batch is fairseq's dummy batch;
 - ``clip_grad_norm``: the last that is done to gradients; see ``parallel.py``;
 - ``_build_optimizer``: an optimizer must take this rank's part of a checkpoint's state;
@@ -158,7 +159,10 @@ def _growing_train_step(original):
             raise FloatingPointError("{}: NaN or Inf in {}".format(error, ", ".join(names))) from error
         finally:
             self._evomoe_in_step = False
-        growth.collect(self, updated=self.get_num_updates() > before)
+        updated = self.get_num_updates() > before
+        growth.collect(self, updated)
+        if updated:
+            growth.watch_loss(self, result)
         return result
 
     return train_step
@@ -291,6 +295,7 @@ def _growing_load_checkpoint(original):
             self._wrapped_model = None
             parallel.keep_from_ddp(self.get_model())
         if layers:
+            growth.resume(self)
             _warn_if_grown_early(self, layers)
             checkpoints.move_to_position(self, result)
         return result

@@ -1,5 +1,7 @@
 """Contradictions that only the configuration of the whole run shows, found before training starts."""
 
+import logging
+import math
 import os
 from typing import Any, List
 
@@ -9,6 +11,8 @@ from fairseq.optim import FairseqOptimizer
 from ..criterions.moe import MoECriterion
 from ..models.feed_forward import MoEFeedForward
 from ..models.rules import check_rank_options, warn_of_idle_options
+
+logger = logging.getLogger(__name__)
 
 
 def check_before_trainer(cfg: Any) -> None:
@@ -112,6 +116,11 @@ def check_run(cfg: Any, layers: List[MoEFeedForward], criterion: FairseqCriterio
         raise ValueError(
             "--moe-spawn-update {} is not before --max-update {}, so the experts would never spawn: "
             "lower the one or raise the other.".format(spawn_update, max_update)
+        )
+    if math.isinf(spawn_update):
+        logger.warning(
+            "without --max-update, nothing limits how long --moe-spawn-update auto waits for a plateau of "
+            "the training loss"
         )
     weights = {name: weight for layer in layers for name, weight in layer.loss_weights.items() if weight > 0}
     if weights and not isinstance(criterion, MoECriterion):

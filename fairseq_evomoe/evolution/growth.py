@@ -2,10 +2,12 @@
 
 import functools
 import logging
+import math
 import time
-from typing import Any, Callable, Dict, Tuple
+from typing import Any, Callable, Dict, Optional, Tuple
 
 import torch
+from fairseq import metrics
 from fairseq.distributed import utils as distributed_utils
 from fairseq.trainer import Trainer
 from torch import Tensor
@@ -16,6 +18,7 @@ from ..moe.collect import Collector
 from ..moe.routers.dynmoe import Resize
 from . import optimizer_state, parallel
 from .plan import Plan, resize_plan
+from .plateau import Plateau
 
 logger = logging.getLogger(__name__)
 
@@ -31,10 +34,56 @@ def spawn_is_due(trainer: Trainer) -> bool:
     )
 
 
+def watch_loss(trainer: Trainer, logged: Optional[Dict[str, Any]]) -> None:
+    """After an update, let experts that spawn by themselves do so before the next one if its loss says so.
+
+    Args:
+        trainer: fairseq's.
+        logged: what its ``train_step`` returned.
+    """
+    model, update = trainer.get_model(), trainer.get_num_updates()
+    plateau = _plateau(model)
+    # with --amp, trainer.py calls train_step again from within, to try a batch once more
+    if plateau is None or plateau.spawn_update is not None or plateau.update == update:
+        return
+    # trainer.py has just added it up over all ranks and read it; what it returns is rounded
+    meter = metrics.get_meter("train", "loss")
+    loss = math.nan if meter is None else float(meter.val)
+    weight = float((logged or {}).get("sample_size", 0))
+    if plateau.see(update, loss, weight, trainer.get_lr() or 0.0):
+        model.count_from_spawn()
+
+
+def _plateau(model: torch.nn.Module) -> Optional[Plateau]:
+    return getattr(model, "plateau", None)  # a model of somebody else's may have our layers
+
+
+def resume(trainer: Trainer) -> None:
+    """Once a checkpoint is loaded, let experts that spawn by themselves count from this run's updates."""
+    model, update = trainer.get_model(), trainer.get_num_updates()
+    plateau = _plateau(model)
+    if plateau is None:
+        return
+    grown = any(layer.moe.router is not None for _, layer in moe_layers(model))
+    if plateau.resume(update, grown):
+        model.count_from_spawn()
+        if grown:
+            logger.warning(
+                "the checkpoint's experts have spawned already, but not in this count of updates: the gate "
+                "anneals from update 0, as with --moe-spawn-update 0 (to start from the sparse gate, set "
+                "--moe-hard-update 0)"
+            )
+
+
 def spawn(trainer: Trainer) -> None:
     """Spawn the experts of every MoE layer, between two updates; see ``change_experts``."""
     start = time.perf_counter()
     model = trainer.get_model()
+    plateau = _plateau(model)
+    if plateau is not None:
+        logger.info("spawning before update {}: {}".format(trainer.get_num_updates(), plateau.reason()))
+        plateau.spawn_update = trainer.get_num_updates()
+        model.count_from_spawn()
     parameters = count_parameters(model)
     changes: Dict[str, Change] = {}
     for name, layer in moe_layers(model):
@@ -231,3 +280,4 @@ def copy_integers(ema: Any) -> None:
     """Let fairseq's EMA copy the tensors that have no mean, such as a table of experts."""
     state = ema.get_model().state_dict()
     ema.skip_keys.update(key for key, tensor in state.items() if not tensor.is_floating_point())
+    ema.skip_keys.update(Plateau.KEYS)

@@ -10,6 +10,7 @@ from .optimizer_state import Layout
 
 # in a checkpoint under a name of their own, but no parameters
 _BUFFERS = "_float_tensor version table_V origin_E used_E rejected_D rejected updates magnitude_H".split()
+_BUFFERS += ["losses"]
 
 
 class UnknownLayout(ValueError):

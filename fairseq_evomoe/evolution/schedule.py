@@ -26,7 +26,8 @@ class Schedule:
     """When the experts spawn, how the gate's temperature falls and when routing becomes top-1.
 
     Attributes:
-        spawn_update: U, the update before which the experts spawn; 0: there from the start.
+        spawn_update: U, the update before which the experts spawn, at the latest if they spawn by themselves
+            and have not yet; 0: there from the start; infinity: perhaps never.
         temperature_start: temperature at the spawn.
         temperature_end: temperature at the end of the anneal.
         kind: how the temperature falls; ``constant`` stays at the start.
@@ -34,7 +35,7 @@ class Schedule:
         hard_update: updates after the spawn from which routing is top-1; ``None``: 1.2 D; -1: never.
     """
 
-    spawn_update: int = 0
+    spawn_update: float = 0
     temperature_start: float = 2.0
     temperature_end: float = 0.5
     kind: TemperatureSchedule = TemperatureSchedule.linear

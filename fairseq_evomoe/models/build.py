@@ -127,7 +127,8 @@ class _StackBuilder:
         layer.ffn_dim = fc1.out_features
         layer.widths = make.widths(cfg, layer.ffn_dim)
         layer.stack = self.input
-        layer.schedule = make.make_schedule(cfg)
+        layer.make_schedule = partial(make.make_schedule, cfg)
+        layer.schedule = layer.make_schedule()
         layer.loss_weights = make.loss_weights(cfg)
         layer.checkpoint_activations = bool(getattr(cfg, "checkpoint_activations", False))
         layer.offload_activations = bool(getattr(cfg, "offload_activations", False))
@@ -172,7 +173,7 @@ class _StackBuilder:
             router = make.make_router(cfg, moe.experts.dim, moe.spawn, self.vocabulary, {}).eval()
         if cfg.moe_experts == 1:
             return
-        if cfg.moe_spawn_update > 0:
+        if layer.schedule.spawn_update > 0:
             moe.spawn.widths_from(layer.ffn_dim)
         if moe.spawn.makes_gate:
             check_linear_gate(router)

@@ -13,6 +13,7 @@ from fairseq.models.transformer_lm import (
 
 from .build import add_experts
 from .feed_forward import MoEModel
+from .make import make_plateau
 from .options import MoEOptions, complete, set_defaults
 from .rules import check_options
 
@@ -33,6 +34,7 @@ class EvoMoELanguageModel(MoEModel, TransformerLanguageModel):
         check_options(cfg)
         model = super().build_model(cfg, task)
         add_experts(cfg, {"decoder": model.decoder})
+        model.plateau = make_plateau(cfg)
         return model
 
 

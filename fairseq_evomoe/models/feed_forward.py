@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .. import compat
+from ..evolution.plateau import Plateau
 from ..evolution.schedule import Schedule
 from ..moe import MoELayer, RoutingContext
 from ..moe.loading import WIDTHS_OF_SHARE, is_share
@@ -68,6 +69,7 @@ class MoEFeedForward:
     Attributes:
         moe: the MoE layer.
         schedule: phase and temperature at each update.
+        make_schedule: makes it for experts that have spawned by themselves, from the update of the spawn.
         num_updates: the update that fairseq last told; ``None`` before the first.
         rows_routed: how many rows all ranks have routed in this layer in the update that is being made.
         idle: whether the batch is a stand-in (fairseq's dummy batch), which is not to be routed.
@@ -81,6 +83,7 @@ class MoEFeedForward:
 
     moe: MoELayer
     schedule: Schedule
+    make_schedule: Callable[[Optional[int]], Schedule]
     loss_weights: Dict[str, float]
     num_updates: Optional[int] = None
     rows_routed = 0
@@ -267,15 +270,41 @@ class MoEDecoderLayer(MoEFeedForward, TransformerDecoderLayerBase):
 
 
 class MoEModel:
-    """Mixin for a fairseq model whose layers have MoE layers."""
+    """Mixin for a fairseq model whose layers have MoE layers.
+
+    Attributes:
+        plateau: decides when the experts spawn, and is part of the model's state; ``None`` if the options
+            say when.
+    """
+
+    plateau: Optional[Plateau] = None
+
+    def count_from_spawn(self) -> None:
+        """Let the layers' schedules count from the spawn that ``plateau`` tells."""
+        for _, layer in moe_layers(self):
+            layer.schedule = layer.make_schedule(self.plateau.spawn_update)
 
     def upgrade_state_dict_named(self, state_dict, name: str) -> None:
         """See fairseq's ``BaseFairseqModel``."""
         compat.drop_fast_path_copies(state_dict)
         super().upgrade_state_dict_named(state_dict, name)
 
+    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.plateau is not None:
+            destination.update({prefix + key: x for key, x in self.plateau.state().items()})
+
+    def _load_plateau(self, state_dict, prefix: str) -> None:
+        """Take the plateau's state, which there is if the experts of its run spawned by themselves."""
+        keys = [key for key in Plateau.KEYS if prefix + key in state_dict]
+        state = {key: state_dict.pop(prefix + key) for key in keys}
+        if state and self.plateau is not None:
+            self.plateau.load(state)
+            self.count_from_spawn()
+
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
         """Refuse MoE layers in other places than the model's."""
+        self._load_plateau(state_dict, prefix)
         end = ".moe.experts.b2"
         found = {key[: -len(end)] for key in state_dict if key.endswith(end)}
         expected = {prefix + layer for layer, _ in moe_layers(self)}

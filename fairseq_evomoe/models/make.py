@@ -1,12 +1,14 @@
 """The parts of an MoE layer that the options describe."""
 
 import inspect
+import math
 from typing import Any, Dict, List, Optional, Tuple, Type
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ..evolution.plateau import Plateau
 from ..evolution.schedule import Schedule, TemperatureSchedule
 from ..evolution.spawn import Spawn, SpawnMethod
 from ..moe import ROUTERS, Router, Vocabulary
@@ -45,14 +47,42 @@ def _arguments(router: Type[Router]) -> List[str]:
     return names
 
 
-def make_schedule(cfg: Any) -> Schedule:
-    """When the experts spawn, and when the router is in which stage from then on."""
+def spawns_by_itself(cfg: Any) -> bool:
+    """Whether the training loss decides when the experts spawn."""
+    return cfg.moe_spawn_update == "auto"
+
+
+def latest_spawn(cfg: Any) -> float:
+    """The update before which the experts spawn, at the latest if they do it by themselves."""
+    if not spawns_by_itself(cfg):
+        return cfg.moe_spawn_update
+    return max(cfg.max_update // 2, 1) if cfg.max_update > 0 else math.inf
+
+
+def make_plateau(cfg: Any) -> Optional[Plateau]:
+    """What finds out when the experts spawn; ``None`` if the options say it."""
+    if not spawns_by_itself(cfg) or cfg.moe_experts == 1:
+        return None
+    window = cfg.moe_spawn_window
+    if window is None:
+        window = max(cfg.max_update // 20, 10) if cfg.max_update > 0 else 500
+    return Plateau(window, cfg.moe_spawn_plateau)
+
+
+def make_schedule(cfg: Any, spawn_update: Optional[int] = None) -> Schedule:
+    """When the experts spawn, and when the router is in which stage from then on.
+
+    Args:
+        cfg: the options.
+        spawn_update: when experts that spawn by themselves did; ``None``: the latest that the options say.
+    """
+    spawn: float = latest_spawn(cfg) if spawn_update is None else spawn_update
     router = router_class(cfg)
     if not router.anneals:
-        last_stage = stable_update(cfg) - cfg.moe_spawn_update if router.stages else 0
-        return Schedule(cfg.moe_spawn_update, 1.0, 1.0, TemperatureSchedule.constant, 0, last_stage)
+        last_stage = max(stable_update(cfg, spawn) - spawn, 0) if router.stages else 0
+        return Schedule(spawn, 1.0, 1.0, TemperatureSchedule.constant, 0, last_stage)
     return Schedule(
-        spawn_update=cfg.moe_spawn_update,
+        spawn_update=spawn,
         temperature_start=cfg.moe_temperature_start,
         temperature_end=cfg.moe_temperature_end,
         kind=TemperatureSchedule(str(cfg.moe_temperature_schedule)),
@@ -61,11 +91,11 @@ def make_schedule(cfg: Any) -> Schedule:
     )
 
 
-def stable_update(cfg: Any) -> int:
+def stable_update(cfg: Any, spawn_update: float) -> float:
     """The update from which StableMoE's assignment is frozen: by default after a tenth of the run."""
     if cfg.moe_stable_update is not None:
         return cfg.moe_stable_update
-    return cfg.moe_spawn_update + max((cfg.max_update - cfg.moe_spawn_update) // 10, 1)
+    return spawn_update + max((cfg.max_update - spawn_update) // 10, 1)
 
 
 def widths(cfg: Any, ffn_dim: int) -> List[int]:

@@ -11,6 +11,7 @@ from fairseq.modules.transformer_sentence_encoder import init_bert_params
 from .build import add_experts
 from .feed_forward import MoEModel
 from .flat_config import config_from_parser, to_namespace
+from .make import make_plateau
 from .options import MoEOptions, complete, option, set_defaults
 from .rules import check_options
 
@@ -57,6 +58,7 @@ class EvoMoERoberta(MoEModel, RobertaModel):
         args.checkpoint_activations = args.checkpoint_activations or args.offload_activations
         model = super().build_model(args, task)
         add_experts(args, {"encoder": model.encoder.sentence_encoder}, init=init_bert_params)
+        model.plateau = make_plateau(args)
         return model
 
 

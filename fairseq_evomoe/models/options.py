@@ -81,10 +81,22 @@ class MoEOptions(FairseqDataclass):
     )
 
     # the spawn
-    moe_spawn_update: int = option(
+    moe_spawn_update: Any = option(
         0,
         "Update before which the single expert becomes moe-experts experts; with 0 the experts are "
-        "there from the start, each with initial weights of its own.",
+        "there from the start, each with initial weights of its own; with auto they spawn when the training "
+        "loss reaches a plateau, or else after half of max-update.",
+    )
+    moe_spawn_window: Optional[int] = option(
+        None,
+        "Updates whose losses are averaged to find a plateau, with moe-spawn-update auto; a twentieth of "
+        "max-update, but at least 10, if not given, and 500 without max-update.",
+    )
+    moe_spawn_plateau: float = option(
+        0.1,
+        "With moe-spawn-update auto, the experts spawn after the first window whose mean loss is lower than "
+        "that of the window before by less than this share of the greatest such fall so far, unless the "
+        "learning rate has risen.",
     )
     moe_spawn_method: _choices(SpawnMethod) = option(
         "mask",
@@ -288,7 +300,7 @@ def set_defaults(args: Any, **defaults: Any) -> None:
 
 
 def complete(cfg: Any, config: type) -> Any:
-    """Fill in what a configuration lacks from the defaults of its dataclass.
+    """Fill in what a configuration lacks from the defaults of its dataclass, and let a number be one.
 
     fairseq does this for a model's own name but not for its other architectures, which can also be
     named under Hydra (``model: {_name: evomoe_lm_tiny}``).
@@ -298,6 +310,9 @@ def complete(cfg: Any, config: type) -> Any:
         for name, default in vars(config()).items():
             if not safe_hasattr(cfg, name):
                 setattr(cfg, name, default)
+        # an option that can be a word, too, comes from the command line as a word
+        if str(cfg.moe_spawn_update).isdecimal():
+            cfg.moe_spawn_update = int(cfg.moe_spawn_update)
     return cfg
 
 

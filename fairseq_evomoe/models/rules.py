@@ -5,7 +5,7 @@ from dataclasses import fields
 from typing import Any, Callable, List, Tuple
 
 from ..moe import ROUTERS
-from .make import LAYER_LOSSES, router_class, router_options
+from .make import LAYER_LOSSES, latest_spawn, router_class, router_options, spawns_by_itself
 from .options import MoEOptions, flag
 
 logger = logging.getLogger(__name__)
@@ -18,6 +18,9 @@ _ANNEAL = {
     "moe_anneal_updates",
     "moe_hard_update",
 }
+
+# what tells a plateau of the loss
+_PLATEAU = {"moe_spawn_window", "moe_spawn_plateau"}
 
 _UNSUPPORTED = {
     "quant_noise_pq": "quantization noise is not made for experts",
@@ -32,8 +35,17 @@ _RULES = [
     (lambda o: o.moe_experts >= 1, "--moe-experts must be at least 1, but is {0.moe_experts}."),
     (lambda o: o.moe_freq >= 1, "--moe-freq must be at least 1, but is {0.moe_freq}."),
     (
-        lambda o: o.moe_spawn_update >= 0,
-        "--moe-spawn-update must be at least 0 (0: experts from the start), but is {0.moe_spawn_update}.",
+        lambda o: spawns_by_itself(o) or (type(o.moe_spawn_update) is int and o.moe_spawn_update >= 0),
+        "--moe-spawn-update must be at least 0 (0: experts from the start) and a whole number, or auto, but "
+        "is {0.moe_spawn_update}.",
+    ),
+    (
+        lambda o: o.moe_spawn_window is None or o.moe_spawn_window >= 1,
+        "--moe-spawn-window must be at least 1, but is {0.moe_spawn_window}.",
+    ),
+    (
+        lambda o: 0 <= o.moe_spawn_plateau < 1,
+        "--moe-spawn-plateau must be at least 0 and less than 1, but is {0.moe_spawn_plateau}.",
     ),
     (
         lambda o: o.moe_spawn_strength is None or 0 <= o.moe_spawn_strength,
@@ -106,10 +118,21 @@ _RULES = [
         lambda o: (
             str(o.moe_router) != "stable"
             or o.moe_stable_update is None
+            or spawns_by_itself(o)
             or o.moe_stable_update >= o.moe_spawn_update
         ),
         "--moe-stable-update ({0.moe_stable_update}) is before --moe-spawn-update ({0.moe_spawn_update}), "
         "when there is nothing to freeze yet: raise it.",
+    ),
+    (
+        lambda o: (
+            str(o.moe_router) != "stable"
+            or o.moe_stable_update is None
+            or o.moe_stable_update >= latest_spawn(o)
+        ),
+        "--moe-stable-update ({0.moe_stable_update}) may be before the spawn, which --moe-spawn-update auto "
+        "leaves until half of --max-update ({0.max_update}; 0: no limit): raise it, or leave it out and give "
+        "--max-update.",
     ),
     (
         lambda o: not (o.moe_mutual_distillation_weight > 0 and router_class(o).one_expert),
@@ -202,20 +225,24 @@ def _check(rules: List[Tuple[Callable[[Any], bool], str]], cfg: Any) -> None:
 
 
 def warn_of_idle_options(cfg: Any) -> None:
-    """Warn of a schedule for another router's gate.
+    """Warn of a schedule for another router's gate, and of a plateau that nothing waits for.
 
-    That is no error, so that rivals stay one flag away: ``--moe-router``.
+    That is no error, so that rivals stay one flag away: ``--moe-router``, ``--moe-spawn-update``.
 
     Args:
         cfg: anything with the attributes of ``MoEOptions``.
     """
-    idle = [
-        flag(option.name)
-        for option in fields(MoEOptions)
-        if option.name in _ANNEAL and str(getattr(cfg, option.name)) != str(option.default)
-    ]
-    if idle and not router_class(cfg).anneals:
-        logger.warning("no effect with --moe-router {}: {}".format(cfg.moe_router, ", ".join(idle)))
+    for idle, where in (
+        (_ANNEAL if not router_class(cfg).anneals else (), "with --moe-router {}".format(cfg.moe_router)),
+        (_PLATEAU if not spawns_by_itself(cfg) else (), "without --moe-spawn-update auto"),
+    ):
+        given = [
+            flag(option.name)
+            for option in fields(MoEOptions)
+            if option.name in idle and str(getattr(cfg, option.name)) != str(option.default)
+        ]
+        if given:
+            logger.warning("no effect {}: {}".format(where, ", ".join(given)))
 
 
 def _check_weights(cfg: Any) -> None:

@@ -17,6 +17,7 @@ from omegaconf import II
 from .build import add_experts
 from .feed_forward import MoEModel
 from .flat_config import config_from_parser, to_namespace
+from .make import make_plateau
 from .options import MoEOptions, complete, option, set_defaults
 from .rules import check_options
 
@@ -56,6 +57,7 @@ class EvoMoETransformer(MoEModel, TransformerModel):
         check_options(args)
         model = super().build_model(args, task)
         add_experts(args, {"encoder": model.encoder, "decoder": model.decoder})
+        model.plateau = make_plateau(args)
         return model
 
 

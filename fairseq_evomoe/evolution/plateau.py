@@ -1,0 +1,135 @@
+"""When experts spawn by themselves (``--moe-spawn-update auto``): ours, not from the paper."""
+
+import math
+from dataclasses import dataclass
+from typing import Dict, Optional
+
+import torch
+from torch import Tensor
+
+_COUNTS = ("update", "count", "windows")
+_LOSSES = ("loss_sum", "weight_sum", "mean", "fall", "steepest", "lr")
+
+
+@dataclass
+class Plateau:
+    """Finds the first plateau of the training loss.
+
+    Updates are taken in windows of ``window``.  With m_k the mean loss of window k, in which each update
+    weighs its sample size, the loss falls by ``f_k = m_(k-1) - m_k`` in window k >= 2.  The window is a
+    plateau if
+
+    - ``f_k < share * F`` with ``F = max(f_2, ..., f_(k-1)) > 0``: measured in its own steepest fall, the loss
+      falls no more, whatever its unit and however long a window is;
+    - and the learning rate after it is not greater than after window k - 1: while it warms up, a loss that
+      hardly falls says nothing.
+
+    So the third window is the first that can be one.
+
+    A loss of NaN or Inf is left out of its window's mean, and a window that has no other is left out
+    altogether.  All numbers are float64 on the CPU and come from what fairseq has added up over all ranks, so
+    that every rank decides the same, and a run that is resumed from ``state`` goes on as it would have.
+
+    Attributes:
+        window: W, updates in a window.
+        share: see above.
+        update: the last update that was seen.
+        spawn_update: the update before which the experts spawn or have spawned; ``None``: no plateau yet.
+        count: updates in the window that is being filled.
+        windows: how many there were.
+        loss_sum: sum of weight times loss in the window that is being filled.
+        weight_sum: sum of their weights.
+        mean: m_k of the last window, in the unit of fairseq's ``loss`` (bits).
+        fall: its f_k, 0 before the second window.
+        steepest: the greatest fall of a window so far, at least 0.
+        lr: learning rate after the last window.
+    """
+
+    window: int
+    share: float
+    update: int = 0
+    spawn_update: Optional[int] = None
+    count: int = 0
+    windows: int = 0
+    loss_sum: float = 0.0
+    weight_sum: float = 0.0
+    mean: float = 0.0
+    fall: float = 0.0
+    steepest: float = 0.0
+    lr: float = 0.0
+
+    KEYS = ("plateau.updates", "plateau.losses")
+    """Names of the tensors in a model's state."""
+
+    def see(self, update: int, loss: float, weight: float, lr: float) -> bool:
+        """Take in an update; whether it ends a window that is a plateau, so that the experts spawn now.
+
+        Args:
+            update: its number, counted from 1.
+            loss: mean loss of its batch, over all ranks.
+            weight: size of that batch.
+            lr: learning rate of the next update.
+        """
+        self.update = update
+        self.count += 1
+        if math.isfinite(loss) and weight > 0:
+            self.loss_sum += weight * loss
+            self.weight_sum += weight
+        if self.count < self.window:
+            return False
+        found = self.weight_sum > 0 and self._end_window(self.loss_sum / self.weight_sum, lr)
+        self.count, self.loss_sum, self.weight_sum = 0, 0.0, 0.0
+        if found:
+            self.spawn_update = update
+        return found
+
+    def _end_window(self, mean: float, lr: float) -> bool:
+        self.fall = self.mean - mean if self.windows > 0 else 0.0
+        flat = self.steepest > 0 and self.fall < self.share * self.steepest and lr <= self.lr
+        self.steepest = max(self.steepest, self.fall)
+        self.mean, self.lr = mean, lr
+        self.windows += 1
+        return flat
+
+    def reason(self) -> str:
+        """Why the experts spawn now."""
+        if self.spawn_update is None:
+            return "the training loss has reached no plateau in the first half of --max-update"
+        return (
+            "the mean loss of {} updates fell by {:.4g} to {:.4g}, by less than {:g} of its greatest fall "
+            "of {:.4g}".format(self.window, self.fall, self.mean, self.share, self.steepest)
+        )
+
+    def state(self) -> Dict[str, Tensor]:
+        """What a checkpoint needs, by the names in ``KEYS``."""
+        spawn_update = -1 if self.spawn_update is None else self.spawn_update
+        counts = [spawn_update] + [getattr(self, name) for name in _COUNTS]
+        losses = [getattr(self, name) for name in _LOSSES]
+        return dict(zip(self.KEYS, (torch.tensor(counts), torch.tensor(losses, dtype=torch.float64))))
+
+    def load(self, state: Dict[str, Tensor]) -> None:
+        """The inverse of ``state``."""
+        # scripts/average_checkpoints.py makes a mean of whole numbers, too
+        spawn_update, *counts = (round(x) for x in state[self.KEYS[0]].tolist())
+        self.spawn_update = None if spawn_update < 0 else spawn_update
+        vars(self).update(zip(_COUNTS, counts))
+        vars(self).update(zip(_LOSSES, state[self.KEYS[1]].tolist()))
+
+    def resume(self, update: int, grown: bool) -> bool:
+        """Begin anew if a checkpoint was loaded that another run, or another count of updates, left.
+
+        What waits for a plateau forgets that other loss; experts that have spawned count as spawned at 0.
+
+        Args:
+            update: the number of updates that the run has made.
+            grown: whether the experts have spawned.
+
+        Returns:
+            whether it was so.
+        """
+        foreign = update != self.update
+        if grown:
+            foreign = self.spawn_update is None or update < self.spawn_update
+        if foreign:
+            vars(self).update(vars(Plateau(self.window, self.share, update, 0 if grown else None)))
+        return foreign
