@@ -96,10 +96,12 @@ def looked_up_parameters(model: nn.Module) -> int:
 
     These are embeddings that are not the output's weights too, and the word embeddings of StableMoE.
     """
-    multiplied = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
-    tables = {
-        id(module.weight): module.weight for module in model.modules() if isinstance(module, nn.Embedding)
-    }
+    tables, multiplied = {}, set()
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            tables[id(module.weight)] = module.weight
+        else:  # which may have the weights of a table as its own
+            multiplied.update(map(id, module.parameters(recurse=False)))
     stable = [p.numel() for name, p in model.named_parameters() if name.endswith("router.embedding_VL")]
     return sum(p.numel() for key, p in tables.items() if key not in multiplied) + sum(stable)
 

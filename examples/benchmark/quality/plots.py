@@ -11,7 +11,7 @@ matplotlib.use("Agg")
 from bootstrap import difference
 from matplotlib import pyplot
 from protocol import TASKS, Experiment, Task
-from report import Records, mean_curve, of_variant, score
+from tables import Records, mean_curve, of_variant, score
 
 matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "quality", "font.size": 8})
 

@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent / "systems"
 import jobs
 from jobs import Job
 from protocol import EXAMPLES, EXPERIMENTS, HERE, TASKS, UPDATES, Run
+from records import read
 from systems import Settings
 
 EPILOG = """\
@@ -46,12 +47,6 @@ def parser() -> argparse.ArgumentParser:
     add("--smoke", action="store_true", help="a few updates of some systems on README.md's own text")
     add("--list", action="store_true", help="print what would be trained, and train nothing")
     return result
-
-
-def records(folder: Path) -> dict[str, dict]:
-    """What is in the results, by the key of its run."""
-    lines = [line for path in sorted(folder.glob("*.jsonl")) for line in path.read_text().splitlines()]
-    return {record["key"]: record for record in map(json.loads, lines)}
 
 
 def chosen(args: argparse.Namespace) -> list[Run]:
@@ -147,7 +142,7 @@ def main() -> int:
     """Train and evaluate; the exit status tells whether all went well."""
     args = parser().parse_args()
     args.work, args.results = args.work.resolve(), args.results.resolve()
-    known = records(args.results)
+    known = read(args.results)
     runs = [run for run in chosen(args) if run.key not in known]
     if args.list:
         print("\n".join(f"{run.task.id} {run.key} {' '.join(run.arguments)}" for run in runs))

@@ -1,0 +1,24 @@
+"""The results: one JSON line for each run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+
+def read(folder: Path) -> dict[str, dict]:
+    """What is in the results, by the key of its run."""
+    lines = [line for path in sorted(folder.glob("*.jsonl")) for line in path.read_text().splitlines()]
+    return {record["key"]: record for record in map(json.loads, lines)}
+
+
+def differences(known: dict[str, dict], again: dict[str, dict]) -> list[str]:
+    """What is not equal in the runs that two folders of results have in common, or that there are none."""
+    common = known.keys() & again.keys()
+    if not common:
+        return ["no run is in both"]
+    wrong = []
+    for key in sorted(common):
+        one, other = ((r["test"], [[p[0], p[2], p[3]] for p in r["curve"]]) for r in (known[key], again[key]))
+        wrong += [f"{key}: other numbers"] if one != other else []
+    return wrong

@@ -1,0 +1,174 @@
+"""The tables of the results."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+
+from bootstrap import difference
+from protocol import TASKS, Experiment, Task, Variant
+
+Records = list[dict]
+
+
+def of_variant(variant: Variant, task: Task, seeds: Sequence[int], known: dict[str, dict]) -> Records:
+    """What is known of a variant, one record for each seed."""
+    keys = [variant.run(task, seed).key for seed in seeds]
+    return [known[key] for key in keys if key in known]
+
+
+def perplexity(bits: float) -> float:
+    """Of a loss in bits for each token."""
+    return 2**bits
+
+
+def score(record: dict) -> float:
+    """What a run is compared by on the test set."""
+    test = record["test"]
+    return test["bleu"] if "bleu" in test else perplexity(test["loss"])
+
+
+def mean(of: Callable[[dict], float], found: Records) -> float:
+    """The mean over seeds."""
+    return statistics.mean(map(of, found))
+
+
+def spread(of: Callable[[dict], float], found: Records) -> str:
+    """Mean and standard deviation over seeds."""
+    text = f"{mean(of, found):.2f}"
+    return text + (f" ± {statistics.stdev(map(of, found)):.2f}" if len(found) > 1 else "")
+
+
+def tested(name: str, found: Records) -> str:
+    """The mean of a statistic on the test set; nothing where there is none."""
+    return f"{mean(lambda r: r['test'][name], found):.2f}" if name in found[0]["test"] else ""
+
+
+def compared(ours: Records, theirs: Records) -> str:
+    """The paired difference with its interval, bold where that excludes 0."""
+    found = difference(ours, theirs)
+    points = "bleu" in ours[0]["test"]
+    scale, unit = (1, "") if points else (100, "%")
+    text = f"{scale * found.mean:+.2f}{unit} [{scale * found.low:+.2f}, {scale * found.high:+.2f}]"
+    return f"**{text}**" if found.excludes_zero else text
+
+
+def reaches(found: Records, target: float, axis: int) -> float | None:
+    """Where on an axis of its curve (0 updates, 1 seconds, 2 FLOPs) a system reaches a validation loss.
+
+    The mean curve of the seeds, between validations interpolated linearly; `None`: never.
+    """
+    curve = mean_curve(found)
+    for before, after in zip(curve, curve[1:]):
+        if after[3] <= target:
+            part = (before[3] - target) / (before[3] - after[3])
+            return before[axis] + part * (after[axis] - before[axis])
+    return None
+
+
+def mean_curve(found: Records) -> list[list[float]]:
+    """Update, seconds, FLOPs and validation loss in bits at each validation, means over seeds."""
+    return [
+        [statistics.mean(values) for values in zip(*points)]
+        for points in zip(*(record["curve"] for record in found))
+    ]
+
+
+def systems_table(experiment: Experiment, task: Task, known: dict[str, dict]) -> str:
+    """One row for each system, best first."""
+    ours = of_variant(experiment.variants[experiment.reference], task, experiment.seeds, known)
+    heads = ["system", f"test {task.metric}", "ours against it", "valid perplexity", "seeds"]
+    heads += ["experts a token", "active parameters", "parameters", "load entropy", "largest load"]
+    heads += ["seconds/update", "TFLOPs", "MiB"]
+    rows = []
+    for variant in experiment.variants:
+        found = of_variant(variant, task, experiment.seeds, known)
+        if not found:
+            continue
+        test = found[0]["test"]
+        cells = [variant.label, spread(score, found)]
+        cells.append(compared(ours, found) if ours and found is not ours and ours != found else "")
+        cells.append(f"{mean(lambda r: perplexity(r['valid_loss']), found):.2f}")
+        cells.append(str(len(found)))
+        cells.append(f"{test.get('moe_experts', 1):.2f}")
+        cells.append(f"{mean(lambda r: r['test'].get('moe_active_params', r['parameters']), found):,.0f}")
+        cells.append(f"{found[0]['parameters']:,}")
+        cells.append(tested("moe_load_entropy", found))
+        cells.append(tested("moe_load_max", found))
+        cells.append(f"{mean(lambda r: r['seconds_per_update'], found):.3f}")
+        cells.append(f"{mean(lambda r: r['flops'], found) / 1e12:.2f}")
+        cells.append(f"{max(r['peak_mib'] for r in found):,}")
+        rows.append((mean(score, found), cells))
+    rows.sort(key=lambda row: row[0], reverse=task.translates)
+    return table(heads, [cells for _, cells in rows])
+
+
+def reach_table(experiment: Experiment, task: Task, known: dict[str, dict]) -> str:
+    """When each system reaches what Switch has at its end."""
+    by_label = {v.label: of_variant(v, task, experiment.seeds, known) for v in experiment.variants}
+    switch = by_label.get("Switch")
+    if not switch:
+        return ""
+    end = mean_curve(switch)[-1]
+    rows = []
+    for label, found in by_label.items():
+        if not found:
+            continue
+        cells = [label]
+        for axis, text in ((0, "{:.0f} ({:.2f})"), (1, "{:.0f} ({:.2f})"), (2, "{:.2e} ({:.2f})")):
+            value = reaches(found, end[3], axis)
+            cells.append("never" if value is None else text.format(value, value / end[axis]))
+        rows.append(cells)
+    return table(["system", "updates", "seconds", "FLOPs"], rows)
+
+
+def ablation_table(experiment: Experiment, task: Task, known: dict[str, dict]) -> str:
+    """One row for each variant, in the order of the protocol."""
+    reference = of_variant(experiment.variants[experiment.reference], task, experiment.seeds, known)
+    rows = []
+    for variant in experiment.variants:
+        found = of_variant(variant, task, experiment.seeds, known)
+        if not found:
+            continue
+        same = [r for r in reference if r["seed"] in {f["seed"] for f in found}]
+        cells = [variant.label, spread(lambda r: perplexity(r["valid_loss"]), found), str(len(found))]
+        cells.append(compared(found, same) if same and found[0]["key"] != same[0]["key"] else "")
+        cells.append(f"{found[0]['test'].get('moe_experts', 1):.2f}")
+        adaptive = [r for r in found if "adaptive" in r]
+        cells.append(
+            f"{mean(lambda r: perplexity(r['adaptive']['loss']), adaptive):.2f} "
+            f"({mean(lambda r: r['adaptive']['moe_experts'], adaptive):.2f})"
+            if adaptive
+            else ""
+        )
+        cells.append(f"{found[0]['test'].get('moe_load_max', 1):.2f}")
+        cells.append(f"{mean(lambda r: r['flops'], found) / 1e12:.2f}")
+        rows.append(cells)
+    heads = ["variant", "valid perplexity", "seeds", "test, against the first row marked", "experts a token"]
+    heads[3] = f"test, against {experiment.variants[experiment.reference].label}"
+    heads += ["adaptive: test perplexity (experts)", "largest load", "TFLOPs"]
+    return table(heads, rows) if rows else ""
+
+
+def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows]) + "\n"
+
+
+def section(experiment: Experiment, known: dict[str, dict]) -> str:
+    """All tables of an experiment, with its plots."""
+    parts = []
+    for task in (TASKS[name] for name in experiment.tasks):
+        make = systems_table if experiment.compares_systems else ablation_table
+        text = make(experiment, task, known)
+        if text.count("\n") < 3:
+            continue
+        parts.append(f"### {experiment.title}: {task.title}\n\n{experiment.text}\n\n{text}")
+        if experiment.compares_systems:
+            parts.append(
+                f"When each reaches the validation loss that Switch ends with (share of Switch's own):\n\n"
+                f"{reach_table(experiment, task, known)}"
+            )
+        parts.append(f"![{experiment.title}, {task.title}](plots/{experiment.id}-{task.id}.svg)\n")
+    return "\n".join(parts)

@@ -1,0 +1,169 @@
+"""``examples/benchmark/quality``: the protocol, the statistics, the report, and all of it in small."""
+
+import itertools
+import json
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy
+import pytest
+import sacrebleu
+from cli import LM, MASKED_LM, build
+
+QUALITY = Path(__file__).resolve().parent.parent / "examples" / "benchmark" / "quality"
+sys.path.insert(0, str(QUALITY))
+
+import bootstrap  # noqa: E402
+import evaluate  # noqa: E402
+import protocol  # noqa: E402
+import records  # noqa: E402
+import tables  # noqa: E402
+
+KNOWN = records.read(QUALITY / "results")
+
+
+def language(seed, bits, tokens=None):
+    """A record of a language model with a loss in each chunk."""
+    tokens = tokens or [100] * len(bits)
+    return {"seed": seed, "test": {"chunks": [[b * n, n] for b, n in zip(bits, tokens)]}}
+
+
+def test_the_difference_of_perplexities_is_that_of_the_mean_losses():
+    ours = [language(1, [5.0, 6.0], [100, 300]), language(2, [5.5, 6.5], [100, 300])]
+    theirs = [language(2, [6.0, 6.0], [100, 300]), language(1, [5.5, 6.0], [100, 300])]
+    found = bootstrap.difference(ours, theirs)
+    losses = [(5.0 + 3 * 6.0) / 4, (5.5 + 3 * 6.5) / 4], [(5.5 + 3 * 6.0) / 4, 6.0]
+    assert found.seeds == 2
+    assert found.mean == pytest.approx(2 ** (sum(losses[0]) / 2 - sum(losses[1]) / 2) - 1)
+    assert found.low <= found.mean <= found.high and not found.excludes_zero
+
+
+def test_what_is_better_everywhere_excludes_zero():
+    generator = numpy.random.default_rng(1)
+    noise = generator.normal(size=(3, 40))
+    theirs = [language(s, [7 + v for v in noise[s]]) for s in range(3)]
+    ours = [language(s, [6.9 + v for v in noise[s]]) for s in range(3)]  # chunks pair up
+    found = bootstrap.difference(ours, theirs)
+    assert found.excludes_zero and found.low == pytest.approx(found.high) == pytest.approx(2**-0.1 - 1)
+    assert bootstrap.difference(theirs, theirs).mean == 0
+
+
+def test_the_interval_is_that_of_every_possible_draw():
+    """With two seeds and two chunks there are sixteen draws, all as likely."""
+    bits = [[5.0, 5.6], [5.3, 6.4]], [[5.2, 5.5], [5.9, 6.0]]
+    ours, theirs = ([language(s, row) for s, row in enumerate(rows)] for rows in bits)
+    draws = []
+    for seeds in itertools.product(range(2), repeat=2):
+        for chunks in itertools.product(range(2), repeat=2):
+            means = [sum(rows[s][c] for s in seeds for c in chunks) / 4 for rows in bits]
+            draws.append(2 ** (means[0] - means[1]) - 1)
+    found = bootstrap.difference(ours, theirs)
+    assert found.low == pytest.approx(min(draws)) and found.high == pytest.approx(max(draws))
+
+
+def test_bleu_of_the_chunks_is_that_of_the_corpus(tmp_path):
+    generator = numpy.random.default_rng(2)
+    words = "the a cat dog sat ran on under mat tree".split()
+    lines = [" ".join(generator.choice(words, size=generator.integers(4, 12))) for _ in range(40)]
+    outputs = [line.replace("cat", "dog") if i % 3 else line for i, line in enumerate(lines)]
+    (tmp_path / "raw").write_text("\n".join(lines) + "\n")
+    order = generator.permutation(len(outputs))  # fairseq sorts by length
+    (tmp_path / "log").write_text("".join(f"D-{i}\t-0.5\t{outputs[i]}\nH-{i}\t-0.5\tx\n" for i in order))
+    found = evaluate.bleu(tmp_path / "log", tmp_path / "raw")
+    assert found["bleu"] == pytest.approx(sacrebleu.corpus_bleu(outputs, [lines]).score)
+    sums = numpy.array([found["bleu_chunks"]], dtype=float)
+    assert bootstrap._bleu(sums, numpy.ones(1), numpy.ones(sums.shape[1])) == pytest.approx(found["bleu"])
+    assert "tok:13a" in found["signature"]
+
+
+def test_other_texts_and_other_seeds_are_refused():
+    with pytest.raises(ValueError, match="seed"):
+        bootstrap.difference([language(1, [5.0])], [language(2, [5.0])])
+    with pytest.raises(ValueError, match="other texts"):
+        bootstrap.difference([language(1, [5.0])], [language(1, [5.0, 5.0])])
+
+
+def test_when_a_loss_is_reached():
+    curve = [[0, 0, 0, 8.0], [100, 10, 1e9, 7.0], [200, 30, 3e9, 6.0]]
+    found = [{"curve": curve}, {"curve": curve}]
+    assert tables.reaches(found, 6.25, 0) == pytest.approx(175)
+    assert tables.reaches(found, 6.25, 1) == pytest.approx(25)
+    assert tables.reaches(found, 6.25, 2) == pytest.approx(2.5e9)
+    assert tables.reaches(found, 5.9, 0) is None
+
+
+def test_parameters_that_are_looked_up(lm_data):
+    def count(settings, **options):
+        return evaluate.looked_up_parameters(build(lm_data, **{**settings, **options}).model)
+
+    words = build(lm_data, **LM).model.decoder.embed_tokens.weight.shape[0]
+    assert count(LM, share_decoder_input_output_embed=True) == 0
+    assert count(LM) == words * 32  # another matrix multiplies
+    stable = {"moe_router": "stable", "moe_spawn_update": None, "moe_stable_update": 5, "moe_light_dim": 7}
+    idle = {"moe_anneal_updates": None, "moe_hard_update": None}
+    assert count(LM, share_decoder_input_output_embed=True, **stable, **idle) == words * 7
+    assert (
+        count(MASKED_LM)
+        == build(lm_data, **MASKED_LM).model.encoder.sentence_encoder.embed_positions.weight.numel()
+    )
+
+
+def test_runs_have_names_of_their_own():
+    runs = [
+        variant.run(protocol.TASKS[task], seed)
+        for experiment in protocol.EXPERIMENTS.values()
+        for variant in experiment.variants
+        for task in experiment.tasks
+        for seed in experiment.seeds
+    ]
+    commands = {}
+    for run in runs:
+        commands.setdefault(run.key, set()).add((run.task.id, run.system.id, *run.arguments))
+    assert all(len(same) == 1 for same in commands.values())
+    assert not any("/" in argument for run in runs for argument in run.arguments)  # no paths of a machine
+    for experiment in protocol.EXPERIMENTS.values():
+        labels = [variant.label for variant in experiment.variants]
+        assert len(labels) == len(set(labels)), experiment.id
+
+
+@pytest.mark.parametrize("path", sorted((QUALITY / "results").glob("*.jsonl")), ids=lambda path: path.stem)
+def test_results_are_whole(path):
+    seen = set()
+    for line in path.read_text().splitlines():
+        record = json.loads(line)
+        assert record["key"] not in seen
+        seen.add(record["key"])
+        assert record["task"] == path.stem and "/" not in "".join(record["arguments"])
+        assert record["curve"][-1][0] == record["updates"]
+        assert math.isfinite(record["test"]["loss"])
+        bits, tokens = (sum(part) for part in zip(*record["test"]["chunks"]))
+        assert bits / tokens == pytest.approx(record["test"]["loss"], abs=1e-4)
+
+
+def test_the_readme_is_what_the_results_say(tmp_path):
+    """Every table of the README is made again, and has the same rows."""
+    text = (QUALITY / "README.md").read_text(encoding="utf-8")
+    for experiment in protocol.EXPERIMENTS.values():
+        shown = re.search(f"<!-- {experiment.id} -->\n(.*?)<!-- /{experiment.id} -->", text, re.DOTALL)
+        assert shown, experiment.id
+        assert shown.group(1) == tables.section(experiment, KNOWN), experiment.id
+
+
+def test_all_of_it_in_small(tmp_path):
+    command = [sys.executable, str(QUALITY / "run.py"), "--smoke", "--tasks", "lm", "help_de"]
+    command += ["--work", str(tmp_path / "work"), "--results", str(tmp_path / "results")]
+    subprocess.run(command, check=True)
+    found = records.read(tmp_path / "results")
+    assert sorted((r["task"], r["system"]) for r in found.values()) == [
+        (task, system) for task in ("help_de", "lm") for system in ("evomoe", "switch")
+    ]
+    for record in found.values():
+        assert record["curve"][-1][0] == 20 and record["flops"] > 0 and record["peak_mib"] > 100
+        assert ("bleu" in record["test"]) == (record["task"] == "help_de")
+        assert ("adaptive" in record) == (record["system"] == "evomoe")
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert "have all of it already" in done.stdout
+    assert not list(tmp_path.glob("work/runs/*/*.pt"))
