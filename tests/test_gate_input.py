@@ -79,6 +79,31 @@ def test_a_state_of_a_gate_that_saw_the_input_alone_is_loaded():
     assert torch.equal(ours.expert_N, theirs.expert_N) and close(ours.weight_N, theirs.weight_N)
 
 
+@pytest.mark.parametrize("name", ROUTERS)
+def test_a_table_has_logits_for_each_entry_of_the_vocabulary(name):
+    router = make(name, 4, 3, gate_input="table", vocabulary=vocabulary(0)).eval()
+    x, _ = batch()
+    token_T = torch.arange(len(x)) % 11
+    routing = router(x, RoutingContext(token_T=token_T))
+    expected = torch.stack([router.token_weight[:, t] for t in token_T]).softmax(1)
+    assert close(routing.probability_TE, expected.detach())
+    routing.probability_TE[:, 0].sum().backward()  # what is learned is the row of a token that was there
+    assert (router.token_weight.grad.abs().sum(0) > 0).all()
+    with pytest.raises(ValueError, match="table needs the vocabulary index"):
+        router(x, RoutingContext())
+
+
+def test_a_table_starts_as_a_random_hash():
+    many = Vocabulary(20000, torch.zeros(20000))
+    first, again, other = (make("dts", 4, 8, seed=s, gate_input="table", vocabulary=many) for s in (1, 1, 2))
+    assert torch.equal(first.token_weight, again.token_weight)
+    assert first.token_weight.std().item() == pytest.approx(3, abs=0.05)
+    share_E = torch.bincount(first.token_weight.argmax(0), minlength=8) / 20000
+    assert (share_E - 1 / 8).abs().max() < 0.01
+    same = (first.token_weight.argmax(0) == other.token_weight.argmax(0)).float().mean()
+    assert same.item() == pytest.approx(1 / 8, abs=0.02)
+
+
 @pytest.mark.parametrize("missing", ["vocabulary", "width", "embeddings"])
 def test_what_is_missing_is_named(missing):
     with pytest.raises(ValueError, match="gate_input both .* hidden"):
@@ -116,8 +141,9 @@ def test_every_token_goes_where_its_embedding_says(settings, activations, heads,
         assert moe.router.token_weight.grad.abs().sum() > 0
 
 
-def test_generating_step_by_step_routes_like_the_whole(request):
-    model = make_model(request, LM, moe_router="topk", moe_gate_input="both").model.eval()
+@pytest.mark.parametrize("gate_input", ["both", "table"])
+def test_generating_step_by_step_routes_like_the_whole(gate_input, request):
+    model = make_model(request, LM, moe_router="topk", moe_gate_input=gate_input).model.eval()
     tokens = torch.tensor([[5, 6, 7, 8, 9]])
     whole = model(tokens)[0]
     state = {}
@@ -130,8 +156,9 @@ def test_other_routers_refuse_it(lm_data):
         build(lm_data, **{**LM, **PLAIN, "moe_router": "hash", "moe_gate_input": "both"})
 
 
-def test_a_run_grows_and_resumes_with_it(lm_data, tmp_path):
-    options = {**LM, "moe_gate_input": "both", "save_interval_updates": 9}
+@pytest.mark.parametrize("gate_input", ["both", "table"])
+def test_a_run_grows_and_resumes_with_it(gate_input, lm_data, tmp_path):
+    options = {**LM, "moe_gate_input": gate_input, "save_interval_updates": 9}
     call("fairseq-train", lm_data, **options, save_dir=tmp_path / "whole")
     call("fairseq-train", lm_data, **{**options, "max_update": 9}, save_dir=tmp_path / "parts")
     call("fairseq-train", lm_data, **options, save_dir=tmp_path / "parts")

@@ -50,10 +50,12 @@ def test_options_reach_the_router(lm_data):
     assert router.gru.hidden_size == 24
 
 
-@pytest.mark.parametrize("choice, expected", [("auto", False), ("always", True), ("never", False)])
+@pytest.mark.parametrize(
+    "choice, expected", [("auto", "never"), ("always", "always"), ("straight-through", "straight-through")]
+)
 def test_renormalize(choice, expected, lm_data):
     options = {**LM, **PLAIN, "moe_router": "top-p", "moe_renormalize": choice}
-    assert build(lm_data, **options).model.decoder.layers[1].moe.router.renormalize is expected
+    assert build(lm_data, **options).model.decoder.layers[1].moe.router.renormalize == expected
 
 
 @pytest.mark.parametrize("name", ROUTERS)

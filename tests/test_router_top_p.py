@@ -40,7 +40,7 @@ def reference(x, w, top_p, renormalize):
 @pytest.mark.parametrize("top_p", [0.01, 0.4, 0.6, 0.99])
 def test_equals_the_reference(top_p, renormalize):
     torch.manual_seed(1)
-    router = make("top-p", 6, 5, top_p=top_p, renormalize=renormalize)
+    router = make("top-p", 6, 5, top_p=top_p, renormalize="always" if renormalize else "never")
     router.weight.data.mul_(4)
     x = torch.randn(40, 6, dtype=torch.float64)
     routing = router(x, RoutingContext())
@@ -68,7 +68,7 @@ def test_three_tokens_and_two_experts_by_hand():
     assert close(weight, [[0.7, 0.0], [0.5, 0.5], [0.0, 0.8]])
     # of the 4 pairs each expert has 2; mean p = (1.4 / 3, 1.6 / 3): 2 * (.5 * 1.4 / 3 + .5 * 1.6 / 3)
     assert routing.losses["balance"].item() == pytest.approx(1.0)
-    router.renormalize = True
+    router.renormalize = "always"
     weight, _ = dense(router(p.log(), RoutingContext()))
     assert close(weight, [[1.0, 0.0], [0.5, 0.5], [0.0, 1.0]])
 
@@ -84,7 +84,7 @@ def test_the_expert_that_reaches_p_exactly_is_the_last():
 @pytest.mark.parametrize("renormalize", [False, True])
 def test_gradients(renormalize):
     torch.manual_seed(3)
-    router = make("top-p", 4, 3, top_p=0.6, renormalize=renormalize)
+    router = make("top-p", 4, 3, top_p=0.6, renormalize="always" if renormalize else "never")
     router.weight.data.mul_(3)
     assert gradients_are_right(router, torch.randn(7, 4, dtype=torch.float64))
 
@@ -101,7 +101,7 @@ def test_entropy_loss_has_a_gradient_where_a_probability_is_0():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("renormalize", [False, True])
 def test_precision(dtype, renormalize):
-    check_precision("top-p", dtype, renormalize=renormalize)
+    check_precision("top-p", dtype, renormalize="always" if renormalize else "never")
 
 
 def test_initialisation():
@@ -124,7 +124,7 @@ def test_refused(top_p):
     same=st.booleans(),
 )
 def test_the_smallest_set_that_reaches_p(tokens, experts, top_p, scale, renormalize, same):
-    router = make("top-p", 3, experts, top_p=top_p, renormalize=renormalize)
+    router = make("top-p", 3, experts, top_p=top_p, renormalize="always" if renormalize else "never")
     x = torch.randn(1, 3).repeat(tokens, 1) if same else torch.randn(tokens, 3)
     routing = router((scale * x).double(), RoutingContext())
     weight, mask = dense(routing)

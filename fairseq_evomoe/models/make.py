@@ -160,9 +160,7 @@ def make_router(
 def router_option(cfg: Any, name: str) -> Any:
     """The value of a router's option; ``None`` for what the router itself takes by default."""
     value = getattr(cfg, "moe_" + name)
-    if name == "renormalize":
-        return {"auto": None, "always": True, "never": False}[str(value)]
-    return None if name == "gate_input" and str(value) == "auto" else value
+    return None if name in ("renormalize", "gate_input") and str(value) == "auto" else value
 
 
 def make_wire(cfg: Any, spawn: Spawn) -> Wire:

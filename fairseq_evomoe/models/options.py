@@ -13,8 +13,8 @@ from .. import compat
 from ..evolution.schedule import TemperatureSchedule
 from ..evolution.spawn import SpawnMethod
 from ..moe import ROUTERS
-from ..moe.routers.dts import EvalRouting, GateWeight
-from ..moe.routers.router import GateInput
+from ..moe.routers.dts import EvalRouting, GateNoise, GateWeight
+from ..moe.routers.router import GateInput, Renormalize
 
 
 def _values(enum) -> List[str]:
@@ -28,14 +28,6 @@ def _choices(enum) -> ChoiceEnum:
 def option(default: Any, text: str) -> Any:
     """A field with a default and a help text."""
     return field(default=default, metadata={"help": text})
-
-
-class Renormalize(str, Enum):
-    """Whether the weights of a token's experts are divided by their sum."""
-
-    auto = "auto"
-    always = "always"
-    never = "never"
 
 
 class ExpertActivation(str, Enum):
@@ -139,10 +131,16 @@ class MoEOptions(FairseqDataclass):
         "Probability that weighs an expert's output while training: softmax is that of the plain "
         "logits, gumbel that of the logits with noise and temperature.",
     )
+    moe_gate_noise: _choices(GateNoise) = option(
+        "always",
+        "Stages of training in which the Dense-To-Sparse gate has noise: always, as published, or in the "
+        "soft stage only.",
+    )
     moe_gate_input: ChoiceEnum(["auto", *_values(GateInput)]) = option(
         "auto",
-        "What a linear gate sees: the layer's input (hidden), the embedding of the token (token), both, or "
-        "what the router was published with (auto).",
+        "What a linear gate sees: the layer's input (hidden), the embedding of the token (token), both, "
+        "the token's index alone (table: a logit for each entry of the vocabulary), or what the router was "
+        "published with (auto).",
     )
     moe_eval_routing: _choices(EvalRouting) = option(
         "top1",
@@ -152,10 +150,10 @@ class MoEOptions(FairseqDataclass):
 
     # the other routers
     moe_top_k: int = option(2, "Number of experts of each token; for comet, number of trees.")
-    moe_renormalize: _choices(Renormalize) = option(
+    moe_renormalize: ChoiceEnum(["auto", *_values(Renormalize)]) = option(
         "auto",
-        "Whether the weights of a token's experts are divided by their sum: always, never, or as the "
-        "router was published (auto).",
+        "Whether the weights of a token's experts are divided by their sum: always, never, straight-through "
+        "(divided, but with the gradient of undivided ones), or as the router was published (auto).",
     )
     moe_random_second: bool = option(
         False,

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..losses import balance_loss
 from ..routing import Routing, RoutingContext
-from .router import LinearRouter, entropy_sum
+from .router import LinearRouter, Renormalize, divisor, entropy_sum
 
 
 class GateWeight(str, Enum):
@@ -16,6 +16,13 @@ class GateWeight(str, Enum):
 
     softmax = "softmax"
     gumbel = "gumbel"
+
+
+class GateNoise(str, Enum):
+    """In which stages of training the gate has noise."""
+
+    always = "always"
+    soft = "soft"
 
 
 class EvalRouting(str, Enum):
@@ -35,15 +42,18 @@ class DenseToSparseRouter(LinearRouter):
         mask = the best expert of each token by y                        (hard stage)
         weight = softmax(logits), or y with ``gate_weight="gumbel"``
 
-    Weights are not renormalised after masking.  In evaluation there is no noise: ``top1`` sends a token
-    to the argmax of ``softmax(logits)``, ``adaptive`` to every expert with ``softmax(logits / tau) > c``
-    (and to the argmax in any case).
+    As published, weights are not renormalised after masking, and there is noise in both stages.  In
+    evaluation there is no noise: ``top1`` sends a token to the argmax of ``softmax(logits)``, ``adaptive`` to
+    every expert with ``softmax(logits / tau) > c`` (and to the argmax in any case).
 
     Args:
         dim: D, width of a token.
         experts: E, number of experts.
         threshold: c, in [0, 1).
         gate_weight: see above.
+        gate_noise: ``soft`` leaves the noise out in the hard stage, so that a token goes where it goes in
+            evaluation; ours.
+        renormalize: divide the weights of a token's experts by their sum, see ``router.divisor``; ours.
         eval_routing: see above.
         options: those of ``LinearRouter``.
     """
@@ -58,6 +68,8 @@ class DenseToSparseRouter(LinearRouter):
         experts: int,
         threshold: float = 0.001,
         gate_weight: GateWeight = GateWeight.softmax,
+        gate_noise: GateNoise = GateNoise.always,
+        renormalize: Renormalize = Renormalize.never,
         eval_routing: EvalRouting = EvalRouting.top1,
         **options: Any,
     ) -> None:
@@ -66,6 +78,8 @@ class DenseToSparseRouter(LinearRouter):
             raise ValueError("threshold must be in [0, 1), but is {}".format(threshold))
         self.threshold = threshold
         self.gate_weight = GateWeight(gate_weight)
+        self.gate_noise = GateNoise(gate_noise)
+        self.renormalize = Renormalize(renormalize)
         self.eval_routing = EvalRouting(eval_routing)
 
     def forward(self, x_TD: Tensor, context: RoutingContext) -> Routing:
@@ -73,8 +87,12 @@ class DenseToSparseRouter(LinearRouter):
         logits_TE = self.logits(x_TD, context)
         probability_TE = logits_TE.softmax(-1)
         if self.training:
-            y_TE = ((logits_TE + gumbel(logits_TE, context)) / context.temperature).softmax(-1)
             top1 = context.hard
+            if not top1 or self.gate_noise == GateNoise.always:
+                y_TE = logits_TE + gumbel(logits_TE, context)
+            else:
+                y_TE = logits_TE
+            y_TE = (y_TE / context.temperature).softmax(-1)
         else:
             top1 = self.eval_routing == EvalRouting.top1
             y_TE = probability_TE if top1 else (logits_TE / context.temperature).softmax(-1)
@@ -88,10 +106,14 @@ class DenseToSparseRouter(LinearRouter):
             token_N, expert_N = mask_TE.nonzero(as_tuple=True)
 
         weight_TE = y_TE if self.gate_weight == GateWeight.gumbel else probability_TE
+        weight_N = weight_TE[token_N, expert_N]
+        if self.renormalize != Renormalize.never:
+            total_T = weight_N.new_zeros(x_TD.shape[0]).index_add(0, token_N, weight_N)
+            weight_N = weight_N / divisor(total_T, self.renormalize)[token_N]
         routing = Routing(
             token_N=token_N,
             expert_N=expert_N,
-            weight_N=weight_TE[token_N, expert_N],
+            weight_N=weight_N,
             tokens=x_TD.shape[0],
             experts=self.experts,
             probability_TE=probability_TE,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..routing import Routing, RoutingContext, Vocabulary
-from .router import Router, float32, top1_routing
+from .router import Router, float32, need_tokens, need_vocabulary, top1_routing
 
 
 class HashKind(str, Enum):
@@ -94,23 +94,3 @@ def balanced_table(count_V: Tensor, experts: int) -> Tensor:
             turn += 1
         table[index] = expert
     return torch.tensor(table, dtype=torch.long)
-
-
-def need_vocabulary(vocabulary: Optional[Vocabulary], router: str) -> Vocabulary:
-    """``vocabulary``, or ``ValueError`` if there is none."""
-    if vocabulary is None:
-        raise ValueError(
-            "The router {0} needs the vocabulary of its tokens: give {0} a vocabulary or choose another "
-            "router.".format(router)
-        )
-    return vocabulary
-
-
-def need_tokens(context: RoutingContext, router: str) -> Tensor:
-    """The tokens' vocabulary indices, or ``ValueError`` if there are none."""
-    if context.token_T is None:
-        raise ValueError(
-            "The router {} needs the vocabulary index of each token: call the model with tokens instead of "
-            "embeddings or choose another router.".format(router)
-        )
-    return context.token_T

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
 from ..routing import Routing, RoutingContext
-from .router import fill_uniform, linear32
+from .router import Renormalize, fill_uniform, linear32
 from .topk import TopKRouter
 
 
@@ -27,7 +27,7 @@ class RecurrentRouter(TopKRouter):
         dim: D, width of a token.
         experts: E, number of experts.
         top_k: k, from 1 to E.
-        renormalize: whether the weights of a token sum to 1.
+        renormalize: whether the weights of a token sum to 1; see ``router.divisor``.
         recurrent_dim: width of x' and h.
         shared: where the routers of a stack of layers keep the GRU, as ``gru``; ``None``: a GRU of its own.
     """
@@ -39,7 +39,7 @@ class RecurrentRouter(TopKRouter):
         dim: int,
         experts: int,
         top_k: int = 2,
-        renormalize: bool = True,
+        renormalize: Renormalize = Renormalize.always,
         recurrent_dim: int = 128,
         shared: Optional[Dict[str, Any]] = None,
     ) -> None:

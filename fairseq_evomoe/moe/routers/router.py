@@ -67,6 +67,15 @@ class GateInput(str, Enum):
     hidden = "hidden"
     token = "token"
     both = "both"
+    table = "table"
+
+
+class Renormalize(str, Enum):
+    """Whether the weights of a token's experts are divided by their sum."""
+
+    never = "never"
+    always = "always"
+    straight_through = "straight-through"
 
 
 class LinearRouter(Router):
@@ -78,9 +87,11 @@ class LinearRouter(Router):
         logits = x W^T              gate_input="hidden", as published everywhere
         logits = e U^T              "token"
         logits = x W^T + e U^T      "both"
+        logits = row t of U^T       "table", with t the token's index in the vocabulary
 
     That the gate sees the token itself is ours.  A state without ``U``, of a gate that saw the input alone,
-    is that of ``both`` with ``U = 0``.
+    is that of ``both`` with ``U = 0``.  The table starts at random, N(0, 9), as a random hash layer
+    (arXiv 2106.04426) whose assignment is learned further.
 
     Args:
         dim: D, width of a token.
@@ -104,11 +115,13 @@ class LinearRouter(Router):
         self.gate_input = GateInput(gate_input)
         self.register_parameter("weight", None)
         self.register_parameter("token_weight", None)
-        if self.gate_input != GateInput.token:
+        if self.gate_input in (GateInput.hidden, GateInput.both):
             self.weight = nn.Parameter(torch.empty(experts, dim))
         else:
             self.linear_gate = False  # of the input there is none
-        if self.gate_input != GateInput.hidden:
+        if self.gate_input == GateInput.table:
+            self.token_weight = nn.Parameter(torch.empty(experts, need_vocabulary(vocabulary, "table").size))
+        elif self.gate_input != GateInput.hidden:
             if vocabulary is None or vocabulary.dim < 1:
                 raise ValueError(
                     "gate_input {} needs the width of the embeddings of tokens: give a vocabulary that has "
@@ -119,6 +132,9 @@ class LinearRouter(Router):
     @torch.no_grad()
     def initialize(self, generator: torch.Generator) -> None:
         """Fill the gate as ``nn.Linear`` would, U(-1/sqrt(D), 1/sqrt(D)), from ``generator``."""
+        if self.gate_input == GateInput.table:
+            self.token_weight.copy_(3 * torch.randn(self.token_weight.shape, generator=generator))
+            return
         for weight in (self.weight, self.token_weight):
             if weight is not None:
                 fill_uniform(weight, weight.shape[1] ** -0.5, generator)
@@ -127,10 +143,12 @@ class LinearRouter(Router):
         """The gate's logits, float32, shape (T, E), whatever the precision of the model is.
 
         Raises:
-            ValueError: the gate sees the token, and the context has no embeddings.
+            ValueError: the gate sees the token, and the context does not have it.
         """
         if self.token_weight is None:
             return linear32(x_TD, self.weight)
+        if self.gate_input == GateInput.table:
+            return float32(self.token_weight.index_select(1, need_tokens(context, "table")).t())
         e_TC = context.embedding_TC
         if e_TC is None:
             raise ValueError(
@@ -176,6 +194,35 @@ def topk_routing(expert_TK: Tensor, weight_TK: Tensor, experts: int) -> Routing:
     tokens, k = expert_TK.shape
     token_T = torch.arange(tokens, device=expert_TK.device)
     return Routing(token_T.repeat(k), expert_TK.t().reshape(-1), weight_TK.t().reshape(-1), tokens, experts)
+
+
+def need_vocabulary(vocabulary: Optional[Vocabulary], router: str) -> Vocabulary:
+    """``vocabulary``, or ``ValueError`` if there is none."""
+    if vocabulary is None:
+        raise ValueError(
+            "The router {0} needs the vocabulary of its tokens: give {0} a vocabulary or choose another "
+            "router.".format(router)
+        )
+    return vocabulary
+
+
+def need_tokens(context: RoutingContext, router: str) -> Tensor:
+    """The tokens' vocabulary indices, or ``ValueError`` if there are none."""
+    if context.token_T is None:
+        raise ValueError(
+            "The router {} needs the vocabulary index of each token: call the model with tokens instead of "
+            "embeddings or choose another router.".format(router)
+        )
+    return context.token_T
+
+
+def divisor(total: Tensor, how: Renormalize) -> Tensor:
+    """What the weights of a token are divided by, given their sum.
+
+    ``straight-through``: with the sum as a constant, so that they sum to 1 and yet get the gradient that they
+    would have, divided by the sum; a single expert's weight is 1 and its gate goes on learning.
+    """
+    return total.detach() if how == Renormalize.straight_through else total
 
 
 def check_top_k(top_k: int, experts: int) -> None:

@@ -10,8 +10,7 @@ from ..losses import mean
 from ..ranks import ALONE, Ranks
 from ..routing import Routing, RoutingContext, Vocabulary
 from .base import CentroidRouter, fill_orthogonal
-from .hash import need_tokens, need_vocabulary
-from .router import linear32
+from .router import linear32, need_tokens, need_vocabulary
 
 
 class StableRouter(CentroidRouter):

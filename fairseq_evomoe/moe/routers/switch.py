@@ -7,7 +7,7 @@ from torch import Tensor
 from ..capacity import limit_load
 from ..losses import top1_balance_loss, z_loss
 from ..routing import Routing, RoutingContext
-from .router import LinearRouter, entropy_sum, float32, top1_routing
+from .router import LinearRouter, Renormalize, divisor, entropy_sum, float32, top1_routing
 
 
 class SwitchRouter(LinearRouter):
@@ -22,6 +22,7 @@ class SwitchRouter(LinearRouter):
         jitter: while training, the gate's input is multiplied by U(1 - jitter, 1 + jitter).
         capacity_factor: c: an expert takes at most ``ceil(c T / E)`` tokens, the first ones; for the others
             only the residual connection is left.  0: no limit.
+        renormalize: with ``always`` or ``straight-through`` the weight is 1, see ``router.divisor``; ours.
         options: those of ``LinearRouter``.
     """
 
@@ -29,10 +30,17 @@ class SwitchRouter(LinearRouter):
     one_expert = True
 
     def __init__(
-        self, dim: int, experts: int, jitter: float = 0.01, capacity_factor: float = 0.0, **options: Any
+        self,
+        dim: int,
+        experts: int,
+        jitter: float = 0.01,
+        capacity_factor: float = 0.0,
+        renormalize: Renormalize = Renormalize.never,
+        **options: Any,
     ) -> None:
         super().__init__(dim, experts, **options)
         self.jitter = jitter
+        self.renormalize = Renormalize(renormalize)
         self.capacity_factor = capacity_factor
 
     def forward(self, x_TD: Tensor, context: RoutingContext) -> Routing:
@@ -43,6 +51,8 @@ class SwitchRouter(LinearRouter):
         logits_TE = self.logits(x_TD, context)
         probability_TE = logits_TE.softmax(-1)
         weight_T, expert_T = probability_TE.max(-1)
+        if self.renormalize != Renormalize.never:
+            weight_T = weight_T / divisor(weight_T, self.renormalize)
         routing = top1_routing(expert_T, weight_T, self.experts)
         limit_load(routing, self.capacity_factor, ranks=context.ranks)
         routing.probability_TE = probability_TE

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from ..losses import active_balance_loss, mean_entropy, z_loss
 from ..routing import Routing, RoutingContext
-from .router import LinearRouter, entropy_sum
+from .router import LinearRouter, Renormalize, divisor, entropy_sum
 
 
 class TopPRouter(LinearRouter):
@@ -15,28 +15,34 @@ class TopPRouter(LinearRouter):
 
     With ``p = softmax(x W^T)``, experts are taken from the largest p on, up to and including the one with
     which the sum of their p reaches ``top_p``; a token has at least one.  The weight of an expert is its p,
-    divided by the sum over the chosen ones if ``renormalize``.  Losses: ``balance``, ``E * sum_e f_e P_e``
-    with f the share of the active pairs; ``entropy``, the mean entropy of p, which keeps the number of
-    experts low; ``z``, ST-MoE's z-loss.  HMoE (arXiv 2408.10681) uses ``top_p`` 0.6 and ``renormalize``.
+    divided by the sum over the chosen ones unless ``renormalize`` is ``never``.  Losses: ``balance``,
+    ``E * sum_e f_e P_e`` with f the share of the active pairs; ``entropy``, the mean entropy of p, which
+    keeps the number of experts low; ``z``, ST-MoE's z-loss.  HMoE (arXiv 2408.10681) uses ``top_p`` 0.6 and
+    ``always``.
 
     Args:
         dim: D, width of a token.
         experts: E, number of experts.
         top_p: the probability to reach, greater than 0, at most 1.
-        renormalize: whether the weights of a token sum to 1.
+        renormalize: whether the weights of a token sum to 1; see ``router.divisor``.
         options: those of ``LinearRouter``.
     """
 
     loss_weights = {"balance": 0.01, "entropy": 1e-4, "z": 0.0}
 
     def __init__(
-        self, dim: int, experts: int, top_p: float = 0.4, renormalize: bool = False, **options: Any
+        self,
+        dim: int,
+        experts: int,
+        top_p: float = 0.4,
+        renormalize: Renormalize = Renormalize.never,
+        **options: Any,
     ) -> None:
         super().__init__(dim, experts, **options)
         if not 0 < top_p <= 1:
             raise ValueError("top_p must be greater than 0 and at most 1, but is {}".format(top_p))
         self.top_p = top_p
-        self.renormalize = renormalize
+        self.renormalize = Renormalize(renormalize)
 
     def forward(self, x_TD: Tensor, context: RoutingContext) -> Routing:
         """Route tokens; see the class."""
@@ -47,8 +53,9 @@ class TopPRouter(LinearRouter):
         before_TE = F.pad(sorted_TE.detach().cumsum(-1)[:, :-1], (1, 0))
         chosen_TE = before_TE < self.top_p
         weight_TE = sorted_TE
-        if self.renormalize:
-            weight_TE = weight_TE / (weight_TE * chosen_TE).sum(-1, keepdim=True)
+        if self.renormalize != Renormalize.never:
+            total_T1 = (weight_TE * chosen_TE).sum(-1, keepdim=True)
+            weight_TE = weight_TE / divisor(total_T1, self.renormalize)
 
         token_N, rank_N = chosen_TE.nonzero(as_tuple=True)
         routing = Routing(

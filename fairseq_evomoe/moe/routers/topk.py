@@ -8,21 +8,22 @@ from torch import Tensor
 from ..capacity import keep_pairs, limit_load
 from ..losses import mean_entropy, top1_balance_loss, z_loss
 from ..routing import Routing, RoutingContext
-from .router import LinearRouter, check_top_k, entropy_sum, topk_routing
+from .router import LinearRouter, Renormalize, check_top_k, divisor, entropy_sum, topk_routing
 
 
 class TopKRouter(LinearRouter):
     """Each token to the k experts of the highest gate probability.
 
     With ``p = softmax(x W^T)``, the weight of a chosen expert is its p, divided by the sum over the chosen
-    ones if ``renormalize``.  Losses: ``balance``, the one of Switch and GShard; ``entropy``, the mean entropy
-    of p; ``z``, ST-MoE's z-loss.
+    ones unless ``renormalize`` is ``never``.  Losses: ``balance``, the one of Switch and GShard; ``entropy``,
+    the mean entropy of p; ``z``, ST-MoE's z-loss.
 
     Args:
         dim: D, width of a token.
         experts: E, number of experts.
         top_k: k, from 1 to E.
-        renormalize: whether the weights of a token sum to 1, as in GShard and Mixtral.
+        renormalize: whether the weights of a token sum to 1, as in GShard and Mixtral; see
+            ``router.divisor``.
         random_second: while training, keep a second expert with probability ``min(1, 2 w)``, where w is its
             weight, as GShard does; needs k = 2 and ``renormalize``.
         capacity_factor: c: an expert takes at most ``ceil(c k T / E)`` tokens, best experts first, then
@@ -37,17 +38,17 @@ class TopKRouter(LinearRouter):
         dim: int,
         experts: int,
         top_k: int = 2,
-        renormalize: bool = True,
+        renormalize: Renormalize = Renormalize.always,
         random_second: bool = False,
         capacity_factor: float = 0.0,
         **options: Any,
     ) -> None:
         super().__init__(dim, experts, **options)
         check_top_k(top_k, experts)
-        if random_second and not (top_k == 2 and renormalize):
+        self.renormalize = Renormalize(renormalize)
+        if random_second and not (top_k == 2 and self.renormalize != Renormalize.never):
             raise ValueError("random_second needs top_k 2 and renormalize")
         self.top_k = top_k
-        self.renormalize = renormalize
         self.random_second = random_second
         self.capacity_factor = capacity_factor
 
@@ -56,8 +57,8 @@ class TopKRouter(LinearRouter):
         logits_TE = self.logits(x_TD, context)
         probability_TE = logits_TE.softmax(-1)
         weight_TK, expert_TK = probability_TE.topk(self.top_k, dim=-1)
-        if self.renormalize:
-            weight_TK = weight_TK / weight_TK.sum(-1, keepdim=True)
+        if self.renormalize != Renormalize.never:
+            weight_TK = weight_TK / divisor(weight_TK.sum(-1, keepdim=True), self.renormalize)
         routing = topk_routing(expert_TK, weight_TK, self.experts)
         if self.random_second and self.training:
             self._draw_second(routing, context)
