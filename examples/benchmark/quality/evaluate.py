@@ -25,6 +25,8 @@ from fairseq import utils as fairseq_utils
 from torch import nn
 
 import fairseq_evomoe
+from fairseq_evomoe.moe.routers.router import GateInput, LinearRouter
+from fairseq_evomoe.moe.routers.stable import StableRouter
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent / "systems"))
 
@@ -94,7 +96,8 @@ def losses(checkpoint: Path, data: Path, options: dict[str, Any]) -> dict[str, A
 def looked_up_parameters(model: nn.Module) -> int:
     """Number of parameters that are looked up and multiplied with nothing.
 
-    These are embeddings that are not the output's weights too, and the word embeddings of StableMoE.
+    These are embeddings that are not the output's weights too, and what a router has for each entry of the
+    vocabulary: StableMoE's word embeddings, and the table of ``--moe-gate-input table``.
     """
     tables, multiplied = {}, set()
     for module in model.modules():
@@ -102,8 +105,13 @@ def looked_up_parameters(model: nn.Module) -> int:
             tables[id(module.weight)] = module.weight
         else:  # which may have the weights of a table as its own
             multiplied.update(map(id, module.parameters(recurse=False)))
-    stable = [p.numel() for name, p in model.named_parameters() if name.endswith("router.embedding_VL")]
-    return sum(p.numel() for key, p in tables.items() if key not in multiplied) + sum(stable)
+    routers = 0
+    for module in model.modules():
+        if isinstance(module, StableRouter):
+            routers += module.embedding_VL.numel()
+        elif isinstance(module, LinearRouter) and module.gate_input == GateInput.table:
+            routers += module.token_weight.numel()
+    return sum(p.numel() for key, p in tables.items() if key not in multiplied) + routers
 
 
 def bleu(generated: Path, references: Path) -> dict[str, Any]:
@@ -140,14 +148,14 @@ def evaluate(folder: Path, data: Path, references: Path | None = None) -> dict[s
     run = json.loads((folder / "run.json").read_text())
     checkpoint = folder / "checkpoint_last.pt"
     test = losses(checkpoint, data / "bin", {})
-    log = logs.read(
-        folder / "train.log", "valid_nll_loss" if references else "valid_loss", test.pop("looked_up")
-    )
+    looked_up = test.pop("looked_up")
+    log = logs.read(folder / "train.log", "valid_nll_loss" if references else "valid_loss", looked_up)
     record = {
         **run,
         "versions": versions(),
         "parameters": log.parameters,
-        "active_parameters": log.active_parameters,
+        "active_parameters": log.active_parameters - looked_up,
+        "looked_up_parameters": looked_up,
         "seconds": round(log.seconds, 2),
         "seconds_per_update": round(log.seconds_per_update, 5),
         "flops": log.flops,

@@ -63,9 +63,7 @@ def _curves(experiment: Experiment, task: Task, found: dict[str, Records]) -> py
 
 def _differences(axis, task: Task, found: dict[str, Records], reference: str, styles: dict) -> None:
     """What each system has more than the reference on the test set, with intervals."""
-    if reference not in found:
-        axis.set_axis_off()
-        return
+    reference = reference if reference in found else next(iter(found))
     order = sorted(found, key=lambda label: sum(map(score, found[label])) / len(found[label]))
     for row, label in enumerate(order):
         if label == reference:
@@ -76,6 +74,8 @@ def _differences(axis, task: Task, found: dict[str, Records], reference: str, st
         axis.plot([scale * d.mean], [row], "o", color=styles[label]["color"], markersize=4)
     axis.axvline(0, color="black", linewidth=0.5)
     axis.set_yticks(range(len(order)), order)
+    for text, label in zip(axis.get_yticklabels(), order):
+        text.set_color(styles[label]["color"])  # which makes it the legend of the curves, too
     axis.yaxis.tick_right()
     unit = "BLEU" if task.translates else "perplexity, %"
     axis.set_xlabel(f"test {unit}, against {reference}")

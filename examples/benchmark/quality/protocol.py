@@ -195,6 +195,9 @@ def _ablation(
     return Experiment(name, title, text, rows, **more)
 
 
+_EQUAL = {"moe_expert_sizes": "uniform", "moe_penalty_weight": 0}
+_DIFFERENT = {"moe_spawn_method": "slice", "moe_expert_sizes": "arithmetic"}
+_GATE = {"moe_gate_input": "table", "moe_renormalize": "straight-through"}
 _SYSTEMS = (
     Variant("EvoMoE", "evomoe"),
     Variant("EvoMoE, published", "evomoe_published"),
@@ -208,6 +211,81 @@ _SYSTEMS = (
     Variant("HMoE, Top-P", "hmoe_topp"),
     Variant("HMoE, Top-K", "hmoe_topk"),
     Variant("equal experts, Top-K", "mixtral"),
+    Variant("equal experts, Top-P", "hmoe_topp", {**_EQUAL, "moe_balance_weight": 0.01}),
+    Variant("EvoMoE into different sizes", "evomoe", _DIFFERENT),
+    Variant("Switch, EvoMoE's gate", "switch", _GATE),
+    Variant("GShard, EvoMoE's gate", "gshard", {"moe_gate_input": "table"}),
+    Variant("EvoMoE, half as long", "evomoe", share=0.5),
+)
+
+
+def _soft(length: str) -> dict[str, Any]:
+    """A soft stage of so many updates, at whose end the temperature is the lowest."""
+    return {"moe_anneal_updates": length, "moe_hard_update": length}
+
+
+_ABLATIONS = (
+    _ablation(
+        "gate_input",
+        "What the gate sees",
+        "The layer's input, the embedding of the token, both, or a learned table of the vocabulary.",
+        {
+            "table": {},
+            "token's embedding": {"moe_gate_input": "token"},
+            "both": {"moe_gate_input": "both"},
+            "hidden state": {"moe_gate_input": "hidden"},
+        },
+    ),
+    _ablation(
+        "soft_stage",
+        "Length of the soft stage",
+        "How long tokens go to several experts after the spawn, while the temperature falls from 2 to 0.5.",
+        {"none": {}, "2% of the updates": _soft("0.02u"), "10%": _soft("0.1u"), "40%": _soft("0.4u")},
+    ),
+    _ablation(
+        "weights",
+        "The weight of the one expert",
+        "Its probability, 1, or 1 with the gradient of the probability.",
+        {
+            "straight-through": {},
+            "probability": {"moe_renormalize": "never"},
+            "1, without gradient": {"moe_renormalize": "always"},
+        },
+    ),
+    _ablation(
+        "spawn_when",
+        "When the experts spawn",
+        "As a share of the updates, or on a plateau of the loss.",
+        {
+            "at the start": {"moe_spawn_update": 0},
+            "2%": {},
+            "5%": {"moe_spawn_update": "0.05u"},
+            "10%": {"moe_spawn_update": "0.1u"},
+            "20%": {"moe_spawn_update": "0.2u"},
+            "40%": {"moe_spawn_update": "0.4u"},
+            "auto": {"moe_spawn_update": "auto"},
+        },
+        reference=1,
+    ),
+    _ablation(
+        "spawn_how",
+        "How the experts spawn",
+        "What is done to each copy of the base expert, with the strength in brackets.",
+        {
+            "mask (0.1)": {},
+            "mask (0.3)": {"moe_spawn_strength": 0.3},
+            "mask (0.5)": {"moe_spawn_strength": 0.5},
+            "noise (0.1)": {"moe_spawn_method": "noise"},
+            "reinit (0.5)": {"moe_spawn_method": "reinit"},
+            "copy": {"moe_spawn_method": "copy"},
+        },
+    ),
+    _ablation(
+        "balance",
+        "A balance loss",
+        "Its weight, with and without the published gate.",
+        {"0": {}, "0.01": {"moe_balance_weight": 0.01}, "0.1": {"moe_balance_weight": 0.1}},
+    ),
 )
 EXPERIMENTS = {
     experiment.id: experiment
@@ -221,5 +299,6 @@ EXPERIMENTS = {
             seeds=SEEDS,
             compares_systems=True,
         ),
+        *_ABLATIONS,
     )
 }

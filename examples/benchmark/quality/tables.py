@@ -39,6 +39,11 @@ def spread(of: Callable[[dict], float], found: Records) -> str:
     return text + (f" ± {statistics.stdev(map(of, found)):.2f}" if len(found) > 1 else "")
 
 
+def active_parameters(record: dict) -> float:
+    """Parameters that are multiplied with a token of the test set, on average."""
+    return record["test"].get("moe_active_params", record["parameters"]) - record["looked_up_parameters"]
+
+
 def tested(name: str, found: Records) -> str:
     """The mean of a statistic on the test set; nothing where there is none."""
     return f"{mean(lambda r: r['test'][name], found):.2f}" if name in found[0]["test"] else ""
@@ -91,7 +96,7 @@ def systems_table(experiment: Experiment, task: Task, known: dict[str, dict]) ->
         cells.append(f"{mean(lambda r: perplexity(r['valid_loss']), found):.2f}")
         cells.append(str(len(found)))
         cells.append(f"{test.get('moe_experts', 1):.2f}")
-        cells.append(f"{mean(lambda r: r['test'].get('moe_active_params', r['parameters']), found):,.0f}")
+        cells.append(f"{mean(active_parameters, found):,.0f}")
         cells.append(f"{found[0]['parameters']:,}")
         cells.append(tested("moe_load_entropy", found))
         cells.append(tested("moe_load_max", found))
@@ -106,19 +111,20 @@ def systems_table(experiment: Experiment, task: Task, known: dict[str, dict]) ->
 def reach_table(experiment: Experiment, task: Task, known: dict[str, dict]) -> str:
     """When each system reaches what Switch has at its end."""
     by_label = {v.label: of_variant(v, task, experiment.seeds, known) for v in experiment.variants}
-    switch = by_label.get("Switch")
-    if not switch:
-        return ""
-    end = mean_curve(switch)[-1]
+    switch = {record["seed"]: record for record in by_label.get("Switch", [])}
     rows = []
     for label, found in by_label.items():
+        found = [record for record in found if record["seed"] in switch]
         if not found:
             continue
+        end = mean_curve([switch[record["seed"]] for record in found])[-1]
         cells = [label]
         for axis, text in ((0, "{:.0f} ({:.2f})"), (1, "{:.0f} ({:.2f})"), (2, "{:.2e} ({:.2f})")):
             value = reaches(found, end[3], axis)
             cells.append("never" if value is None else text.format(value, value / end[axis]))
         rows.append(cells)
+    if not rows:
+        return ""
     return table(["system", "updates", "seconds", "FLOPs"], rows)
 
 
