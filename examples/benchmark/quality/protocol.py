@@ -287,6 +287,56 @@ _ABLATIONS = (
         {"0": {}, "0.01": {"moe_balance_weight": 0.01}, "0.1": {"moe_balance_weight": 0.1}},
     ),
 )
+_LEARNING_RATES = ("0.001", "0.004")
+_GRID: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
+    "dense": ("dense", {}),
+    "Switch": (
+        "switch",
+        {"balance 0.001": {"moe_balance_weight": 0.001}, "no limit": {"moe_capacity_factor": 0}},
+    ),
+    "GShard": (
+        "gshard",
+        {"balance 0.001": {"moe_balance_weight": 0.001}, "never drawn": {"moe_random_second": False}},
+    ),
+    "BASE": ("base", {}),
+    "Hash": ("hash_random", {"balanced": {"moe_hash": "balanced"}}),
+    "StableMoE": (
+        "stable",
+        {"frozen at 5%": {"moe_stable_update": "0.05u"}, "frozen at 20%": {"moe_stable_update": "0.2u"}},
+    ),
+    "HMoE, Top-P": ("hmoe_topp", {"p 0.4": {"moe_top_p": 0.4}, "p 0.8": {"moe_top_p": 0.8}}),
+    "HMoE, Top-K": (
+        "hmoe_topk",
+        {"penalty 0.01": {"moe_penalty_weight": 0.01}, "hybrid": {"moe_expert_sizes": "hybrid"}},
+    ),
+    "EvoMoE, published": (
+        "evomoe_published",
+        {
+            "spawn at 5%, top-1 at 23%": {
+                "moe_spawn_update": "0.05u",
+                "moe_anneal_updates": "0.15u",
+                "moe_hard_update": "0.18u",
+            },
+            "balance 0.01": {"moe_balance_weight": 0.01},
+        },
+    ),
+    "EvoMoE": (
+        "evomoe",
+        {"mask 0.5": {"moe_spawn_strength": 0.5}, "balance 0.01": {"moe_balance_weight": 0.01}},
+    ),
+}
+
+
+def _tuning() -> tuple[Variant, ...]:
+    """For each system its published options, two other learning rates, and two options of its own."""
+    rows = []
+    for name, (system, options) in _GRID.items():
+        rows.append(Variant(f"{name}: as it is", system))
+        rows += [Variant(f"{name}: lr {lr}", system, flags=("--lr", lr)) for lr in _LEARNING_RATES]
+        rows += [Variant(f"{name}: {label}", system, changed) for label, changed in options.items()]
+    return tuple(rows)
+
+
 EXPERIMENTS = {
     experiment.id: experiment
     for experiment in (
@@ -299,6 +349,7 @@ EXPERIMENTS = {
             seeds=SEEDS,
             compares_systems=True,
         ),
+        Experiment("tuning", "Tuning", "The grid of each system, for choosing on valid.", _tuning()),
         *_ABLATIONS,
     )
 }
