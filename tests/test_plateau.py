@@ -175,7 +175,12 @@ def reference_of_log(result, **rule):
 
 
 RUNS = {
-    "slice": {"moe_spawn_method": "slice", "moe_expert_sizes": "1,2,4,1", "store_ema": True},
+    "slice": {
+        "moe_spawn_method": "slice",
+        "moe_expert_sizes": "1,2,4,1",
+        "store_ema": True,
+        "ema_fp32": True,
+    },
     "update-freq, stable": {
         "update_freq": 3,
         "batch_size": 3,

@@ -25,7 +25,7 @@ def plot(experiment: Experiment, known: dict[str, dict], folder: Path) -> None:
             for variant in experiment.variants
             if (records := of_variant(variant, task, experiment.seeds, known))
         }
-        if len(found) < 2:
+        if len(found) < experiment.least:
             continue
         draw = _curves if experiment.compares_systems else _dots
         figure = draw(experiment, task, found)

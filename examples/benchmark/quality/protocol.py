@@ -175,6 +175,7 @@ class Experiment:
         seeds: the seeds of each row.
         reference: number of the row that the others are compared with.
         compares_systems: whether the rows are systems, of which more is reported, and not variants of one.
+        least: number of rows from which on there is something to show.
     """
 
     id: str
@@ -185,6 +186,7 @@ class Experiment:
     seeds: tuple[int, ...] = (1,)
     reference: int = 0
     compares_systems: bool = False
+    least: int = 2
 
 
 def _ablation(
@@ -349,7 +351,9 @@ EXPERIMENTS = {
             seeds=SEEDS,
             compares_systems=True,
         ),
-        Experiment("tuning", "Tuning", "The grid of each system, for choosing on valid.", _tuning()),
+        Experiment(
+            "tuning", "Tuning", "The grid of each system, for choosing on valid.", _tuning(), least=20
+        ),
         *_ABLATIONS,
     )
 }

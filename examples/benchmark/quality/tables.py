@@ -168,7 +168,7 @@ def section(experiment: Experiment, known: dict[str, dict]) -> str:
     for task in (TASKS[name] for name in experiment.tasks):
         make = systems_table if experiment.compares_systems else ablation_table
         text = make(experiment, task, known)
-        if text.count("\n") < 3:
+        if text.count("\n") < 2 + experiment.least:
             continue
         parts.append(f"### {experiment.title}: {task.title}\n\n{experiment.text}\n\n{text}")
         if experiment.compares_systems:
