@@ -223,7 +223,7 @@ def test_without_a_plateau_they_spawn_half_way(lm_data, tmp_path):
     check_resume(lm_data, tmp_path, settings, (8, 9, 10))
 
 
-@pytest.mark.parametrize("updates, window", [(0, 500), (100, 10), (400, 20), (409, 20), (100000, 5000)])
+@pytest.mark.parametrize("updates, window", [(0, 500), (100, 10), (800, 20), (839, 20), (100000, 2500)])
 def test_the_usual_window(updates, window, lm_data):
     setup = build(lm_data, **{**AUTO, "moe_spawn_window": None, "max_update": updates})
     assert setup.model.plateau.window == window

@@ -65,7 +65,7 @@ def make_plateau(cfg: Any) -> Optional[Plateau]:
         return None
     window = cfg.moe_spawn_window
     if window is None:
-        window = max(cfg.max_update // 20, 10) if cfg.max_update > 0 else 500
+        window = max(cfg.max_update // 40, 10) if cfg.max_update > 0 else 500
     return Plateau(window, cfg.moe_spawn_plateau)
 
 

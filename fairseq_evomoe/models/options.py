@@ -81,11 +81,11 @@ class MoEOptions(FairseqDataclass):
     )
     moe_spawn_window: Optional[int] = option(
         None,
-        "Updates whose losses are averaged to find a plateau, with moe-spawn-update auto; a twentieth of "
+        "Updates whose losses are averaged to find a plateau, with moe-spawn-update auto; a fortieth of "
         "max-update, but at least 10, if not given, and 500 without max-update.",
     )
     moe_spawn_plateau: float = option(
-        0.1,
+        0.2,
         "With moe-spawn-update auto, the experts spawn after the first window whose mean loss is lower than "
         "that of the window before by less than this share of the greatest such fall so far, unless the "
         "learning rate has risen.",
