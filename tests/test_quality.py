@@ -152,6 +152,35 @@ def test_the_readme_is_what_the_results_say(tmp_path):
         assert shown.group(1) == tables.section(experiment, KNOWN), experiment.id
 
 
+def test_the_first_page_says_the_same():
+    """The table of the main README, whose numbers are copied."""
+    text = (QUALITY.parents[2] / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| \**([^|*]+?)\** \| \**(\d+\.\d+)\** \| *([^|]*?) *\|$", text, re.MULTILINE)
+    assert len(rows) == 8
+    labels = {"EvoMoE, our options": "EvoMoE", "EvoMoE, as published": "EvoMoE, published"}
+    labels["GShard, two experts a token"] = "GShard, top-2"
+    experiment, task = protocol.EXPERIMENTS["systems"], protocol.TASKS["lm"]
+    of = {v.label: tables.of_variant(v, task, experiment.seeds, KNOWN) for v in experiment.variants}
+    for name, perplexity, difference in rows:
+        found = of[labels.get(name, name)]
+        assert f"{tables.mean(tables.score, found):.2f}" == perplexity, name
+        if name != "EvoMoE, our options":
+            d = bootstrap.difference(of["EvoMoE"], found)
+            assert difference == f"{abs(100 * d.mean):.1f}% {'more' if d.mean > 0 else 'less'}", name
+            assert d.excludes_zero and d.seeds == 3
+
+
+def test_other_numbers_are_noticed():
+    key, record = next(iter(KNOWN.items()))
+    changed = json.loads(json.dumps(record))
+    assert records.differences(KNOWN, {key: changed}) == []
+    changed["seconds"] += 1  # of the machine, not of the run
+    assert records.differences(KNOWN, {key: changed}) == []
+    changed["test"]["chunks"][3][0] += 0.001
+    assert records.differences(KNOWN, {key: changed}) == [f"{key}: other numbers"]
+    assert records.differences(KNOWN, {"another": record}) == ["no run is in both"]
+
+
 def test_all_of_it_in_small(tmp_path):
     command = [sys.executable, str(QUALITY / "run.py"), "--smoke", "--tasks", "lm", "help_de"]
     command += ["--work", str(tmp_path / "work"), "--results", str(tmp_path / "results")]

@@ -118,6 +118,14 @@ def _take(origin: Origin, name: str, old: Tensor) -> Tensor:
 def check_linear_gate(router: nn.Module) -> None:
     """Raise ``ValueError`` unless a router has a gate with one row of weights for each expert."""
     if not router.linear_gate:
+        gate_input = getattr(router, "gate_input", None)
+        if gate_input is not None and type(router).linear_gate:
+            raise ValueError(
+                "--moe-spawn-method split makes the rows of a gate that sees the layer's input, which "
+                "--moe-gate-input {} does not: use hidden or both, or another method.".format(
+                    gate_input.value
+                )
+            )
         name = {cls: name for name, cls in ROUTERS.items()}.get(type(router), type(router).__name__)
         raise ValueError(
             "--moe-spawn-method split makes the rows of a linear gate, which --moe-router {} has not: use "

@@ -2,8 +2,8 @@
 
 Two systems have been trained with the same seeds and tested on the same chunks of text, so that both seeds
 and chunks pair up. A draw of the bootstrap takes as many seeds and as many chunks as there are, with
-replacement and independently of each other, the same ones for both systems (Efron & Tibshirani 1993, chapter
-16; crossed factors as in Owen 2007, "The pigeonhole bootstrap"). The interval is that of the percentiles.
+replacement and independently of each other, the same ones for both systems (for crossed
+factors: Owen 2007, "The pigeonhole bootstrap"). The interval is that of the percentiles.
 """
 
 from __future__ import annotations
