@@ -17,6 +17,9 @@ _END = ".moe.experts.b2"
 # Routers whose weight for a single expert is not 1, so that a layer cannot do without them.
 _NEED_TWO = ("base", "stable", "soft")
 
+# Options that say how many experts a token has, and the routers that have them
+_AT_LEAST = {"moe_top_k": ("topk", "laplace", "recurrent"), "moe_hard_experts": ("dts",)}
+
 
 @dataclass
 class Layer:
@@ -168,10 +171,17 @@ def _check(layers: List[Layer], options: Any, experts: int, align: bool) -> None
             )
         )
     router = str(_get(options, "moe_router", "dts"))
-    if router in ("topk", "laplace", "recurrent") and experts < _get(options, "moe_top_k", 1):
+    for name, routers in _AT_LEAST.items():
+        least = _get(options, name, 1) if router in routers else 1
+        if experts < least:
+            raise MergeError(
+                "The checkpoint's --{} sends each token to {} experts: --experts must be at least as many, "
+                "but is {}.".format(name.replace("_", "-"), least, experts)
+            )
+    if router == "hash" and _get(options, "moe_hashes", 1) > 1:
         raise MergeError(
-            "The checkpoint's --moe-top-k sends each token to {} experts: --experts must be at least as "
-            "many, but is {}.".format(_get(options, "moe_top_k", 1), experts)
+            "The checkpoint's --moe-hashes send each token to different experts, which must not become one: "
+            "only a hash layer with one hash can be merged."
         )
     for name, found in (
         ("--moe-router " + router, router in _NEED_TWO),

@@ -162,6 +162,7 @@ class _StackBuilder:
             shared_expert=cfg.moe_shared_expert,
             make_hyper_adapter=make_hyper_adapter,
             losses=losses,
+            scaling_factor=cfg.moe_scaling_factor,
         )
         moe.wire = make.make_wire(cfg, spawn)
         return moe

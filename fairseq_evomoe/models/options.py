@@ -118,7 +118,7 @@ class MoEOptions(FairseqDataclass):
     moe_anneal_updates: int = option(5000, "Length of the anneal in updates, counted from the spawn.")
     moe_hard_update: Optional[int] = option(
         None,
-        "Updates after the spawn from which each token goes to one expert only; 1.2 times "
+        "Updates after the spawn from which each token goes to moe-hard-experts experts only; 1.2 times "
         "moe-anneal-updates if not given, and -1 for never.",
     )
     moe_threshold: float = option(
@@ -142,10 +142,18 @@ class MoEOptions(FairseqDataclass):
         "the token's index alone (table: a logit for each entry of the vocabulary), or what the router was "
         "published with (auto).",
     )
+    moe_table_std: float = option(
+        3.0, "Standard deviation of the logits that a gate with moe-gate-input table starts with."
+    )
     moe_eval_routing: _choices(EvalRouting) = option(
         "top1",
-        "Routing in evaluation, which has no noise: top1 sends a token to its best expert, adaptive to "
-        "every expert over the threshold at the temperature reached.",
+        "Routing in evaluation, which has no noise: top1 sends a token to its best expert (to its "
+        "moe-hard-experts best), adaptive to every expert over the threshold at the temperature reached.",
+    )
+    moe_hard_experts: int = option(
+        1,
+        "Experts of each token from the hard update on, and in evaluation: for narrow experts, of which a "
+        "token gets several for the cost of one.",
     )
 
     # the other routers
@@ -175,6 +183,11 @@ class MoEOptions(FairseqDataclass):
     moe_hash: ChoiceEnum(["random", "balanced"]) = option(
         "random",
         "How a hash layer assigns the vocabulary: at random, or balanced by the counts of the dictionary.",
+    )
+    moe_hashes: int = option(
+        1,
+        "Number of hashes of a hash layer, each with its own part of the experts: MultiHash, for narrow "
+        "experts.",
     )
     moe_stable_update: Optional[int] = option(
         None,
@@ -248,6 +261,11 @@ class MoEOptions(FairseqDataclass):
         "model",
         "Activation function of the experts; model is that of the other layers, and the gated ones "
         "(swiglu, geglu, reglu) have a third matrix.",
+    )
+    moe_scaling_factor: float = option(
+        1.0,
+        "Factor of the routed experts' output, as in DeepSeek-V2; the number of narrow experts that are as "
+        "wide as the feed-forward layer makes up for weights that sum to 1.",
     )
     moe_shared_expert: bool = option(
         False,

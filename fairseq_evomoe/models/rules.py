@@ -135,6 +135,10 @@ _RULES = [
         "--max-update.",
     ),
     (
+        lambda o: o.moe_scaling_factor > 0,
+        "--moe-scaling-factor must be greater than 0, but is {0.moe_scaling_factor}.",
+    ),
+    (
         lambda o: not (o.moe_mutual_distillation_weight > 0 and router_class(o).one_expert),
         "--moe-mutual-distillation-weight compares the experts of a token, of which --moe-router "
         "{0.moe_router} gives only one: choose another router or leave it out.",

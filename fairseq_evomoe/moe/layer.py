@@ -57,6 +57,7 @@ class MoELayer(nn.Module):
         make_hyper_adapter: builds and initialises the adapter when the layer grows.
         losses: which of the losses that are the layer's, not the router's, to compute: ``penalty`` (HMoE),
             ``mutual_distillation`` (MoDE).
+        scaling_factor: of the routed experts' output (DeepSeek-V2, arXiv 2405.04434).
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class MoELayer(nn.Module):
         shared_expert: bool = False,
         make_hyper_adapter: Optional[Callable[[], HyperAdapter]] = None,
         losses: Collection[str] = (),
+        scaling_factor: float = 1.0,
     ) -> None:
         super().__init__()
         self.experts = experts
@@ -85,6 +87,7 @@ class MoELayer(nn.Module):
         self.shared_expert = shared_expert
         self.make_hyper_adapter = make_hyper_adapter
         self.losses = frozenset(losses)
+        self.scaling_factor = scaling_factor
         self.ranks: Ranks = ALONE
         self.wire = Wire()
         self.routing: Optional[Routing] = None
@@ -315,7 +318,7 @@ class MoELayer(nn.Module):
             journey = depart(x_TD, routing, self.experts, self.ranks, wire)
             routing.sent_bytes = journey.sent_bytes
             beside_TD = self._beside(x_TD, routing, context)  # while tokens travel
-            y_TD = journey.arrive()
+            y_TD = self._scaled(journey.arrive())
             return y_TD if beside_TD is None else y_TD + beside_TD
         if "mutual_distillation" in self.losses:
             y_TD, routing.losses["mutual_distillation"] = dispatch_and_compare(
@@ -323,8 +326,12 @@ class MoELayer(nn.Module):
             )
         else:
             y_TD = dispatch(x_TD, routing, self.experts)
+        y_TD = self._scaled(y_TD)
         beside_TD = self._beside(x_TD, routing, context)
         return y_TD if beside_TD is None else y_TD + beside_TD
+
+    def _scaled(self, y_TD: Tensor) -> Tensor:
+        return y_TD if self.scaling_factor == 1 else y_TD * self.scaling_factor
 
     def _beside(self, x_TD: Tensor, routing: Routing, context: RoutingContext) -> Optional[Tensor]:
         """What the modules beside the experts add to their output; the layer's own loss is computed too."""

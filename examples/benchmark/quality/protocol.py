@@ -57,7 +57,10 @@ class Task:
 
 _ENGLISH = ("english", "--vocab-size", "2000")
 _LANGUAGE = ("--dropout", "0")
-_TRANSLATION = ("--dropout", "0.1", "--max-tokens", "1536")
+_TRANSLATION = (
+    *("--dropout", "0.1", "--max-tokens", "1024", "--encoder-embed-dim", "64", "--decoder-embed-dim", "64"),
+    *("--encoder-ffn-embed-dim", "128", "--decoder-ffn-embed-dim", "128"),
+)
 TASKS = {
     task.id: task
     for task in (
@@ -76,7 +79,7 @@ TASKS = {
             "translation",
             ("libreoffice", "--target", "de", "--vocab-size", "6000"),
             _TRANSLATION,
-            ("--encoder-ffn-embed-dim", "384", "--decoder-ffn-embed-dim", "384"),
+            ("--encoder-ffn-embed-dim", "192", "--decoder-ffn-embed-dim", "192"),
         ),
         Task(
             "bible_fr",
@@ -84,7 +87,7 @@ TASKS = {
             "translation",
             ("bible", "--target", "fr", "--vocab-size", "6000"),
             _TRANSLATION,
-            ("--encoder-ffn-embed-dim", "384", "--decoder-ffn-embed-dim", "384"),
+            ("--encoder-ffn-embed-dim", "192", "--decoder-ffn-embed-dim", "192"),
         ),
     )
 }
@@ -199,9 +202,21 @@ def _ablation(
 
 _EQUAL = {"moe_expert_sizes": "uniform", "moe_penalty_weight": 0}
 _DIFFERENT = {"moe_spawn_method": "slice", "moe_expert_sizes": "arithmetic"}
+_NARROW = {"moe_experts": 32, "moe_total_ffn_dim": 1024}
+_TOP4 = {
+    **_NARROW,
+    "moe_expert_activation": "model",
+    "moe_top_k": 4,
+    "moe_scaling_factor": 4,
+    "moe_gate_input": "table",
+    "moe_table_std": 1,
+    "moe_renormalize": "straight-through",
+    "moe_balance_weight": 0,
+}
 _GATE = {"moe_gate_input": "table", "moe_renormalize": "straight-through"}
 _SYSTEMS = (
-    Variant("EvoMoE", "evomoe"),
+    Variant("EvoMoE", "evomoe_fine"),
+    Variant("EvoMoE, 8 wide experts", "evomoe"),
     Variant("EvoMoE, published", "evomoe_published"),
     Variant("Switch", "switch"),
     Variant("Hash", "hash_random"),
@@ -217,8 +232,15 @@ _SYSTEMS = (
     Variant("EvoMoE into different sizes", "evomoe", _DIFFERENT),
     Variant("Switch, EvoMoE's gate", "switch", _GATE),
     Variant("GShard, EvoMoE's gate", "gshard", {"moe_gate_input": "table"}),
-    Variant("EvoMoE, half as long", "evomoe", share=0.5),
+    Variant("EvoMoE, half as long", "evomoe_fine", share=0.5),
+    Variant("Hash, 4 of 32 narrow experts", "hash_random", {**_NARROW, "moe_hashes": 4}),
+    Variant("Top-4 of 32 narrow experts", "mixtral", _TOP4),
 )
+
+
+def _experts(number: int) -> dict[str, Any]:
+    """So many experts, of which a token gets an eighth, of the width that costs the same."""
+    return {"moe_experts": number, "moe_hard_experts": number // 8, "moe_scaling_factor": number // 8}
 
 
 def _soft(length: str) -> dict[str, Any]:
@@ -355,5 +377,11 @@ EXPERIMENTS = {
             "tuning", "Tuning", "The grid of each system, for choosing on valid.", _tuning(), least=20
         ),
         *_ABLATIONS,
+        Experiment(
+            "granularity",
+            "How narrow the experts are",
+            "Experts of a token and of the layer, at equal parameters and cost.",
+            tuple(Variant(f"{n // 8} of {n}", "evomoe_fine", _experts(n)) for n in (32, 16, 8, 64)),
+        ),
     )
 }

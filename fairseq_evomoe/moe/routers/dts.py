@@ -26,7 +26,7 @@ class GateNoise(str, Enum):
 
 
 class EvalRouting(str, Enum):
-    """How many experts a token has in evaluation."""
+    """How many experts a token has in evaluation: as in the hard stage, or as in the soft one."""
 
     top1 = "top1"
     adaptive = "adaptive"
@@ -38,13 +38,13 @@ class DenseToSparseRouter(LinearRouter):
     In training, with noise ``g ~ Gumbel(0, 1)``, temperature ``tau`` and threshold ``c``::
 
         y_te = softmax_e((logits_te + g_te) / tau)
-        mask = y > c, and the best expert of each token in any case      (soft stage)
-        mask = the best expert of each token by y                        (hard stage)
+        mask = y > c, and the k best experts of each token in any case   (soft stage)
+        mask = the k best experts of each token by y, k = 1 as published (hard stage)
         weight = softmax(logits), or y with ``gate_weight="gumbel"``
 
     As published, weights are not renormalised after masking, and there is noise in both stages.  In
-    evaluation there is no noise: ``top1`` sends a token to the argmax of ``softmax(logits)``, ``adaptive`` to
-    every expert with ``softmax(logits / tau) > c`` (and to the argmax in any case).
+    evaluation there is no noise: ``top1`` sends a token to the k best experts by ``softmax(logits)``,
+    ``adaptive`` to every expert with ``softmax(logits / tau) > c`` (and to the k best in any case).
 
     Args:
         dim: D, width of a token.
@@ -55,6 +55,8 @@ class DenseToSparseRouter(LinearRouter):
             evaluation; ours.
         renormalize: divide the weights of a token's experts by their sum, see ``router.divisor``; ours.
         eval_routing: see above.
+        hard_experts: k, from 1 to E: more than the published 1 are for narrow experts, of which a token
+            gets as many for the same cost (arXiv 2401.06066); ours.
         options: those of ``LinearRouter``.
     """
 
@@ -71,6 +73,7 @@ class DenseToSparseRouter(LinearRouter):
         gate_noise: GateNoise = GateNoise.always,
         renormalize: Renormalize = Renormalize.never,
         eval_routing: EvalRouting = EvalRouting.top1,
+        hard_experts: int = 1,
         **options: Any,
     ) -> None:
         super().__init__(dim, experts, **options)
@@ -81,28 +84,33 @@ class DenseToSparseRouter(LinearRouter):
         self.gate_noise = GateNoise(gate_noise)
         self.renormalize = Renormalize(renormalize)
         self.eval_routing = EvalRouting(eval_routing)
+        if not 1 <= hard_experts <= experts:
+            raise ValueError(
+                "hard_experts must be from 1 to the {} experts, but is {}".format(experts, hard_experts)
+            )
+        self.hard_experts = hard_experts
 
     def forward(self, x_TD: Tensor, context: RoutingContext) -> Routing:
         """Route tokens; see the class.  Losses: ``balance``."""
         logits_TE = self.logits(x_TD, context)
         probability_TE = logits_TE.softmax(-1)
         if self.training:
-            top1 = context.hard
-            if not top1 or self.gate_noise == GateNoise.always:
+            hard = context.hard
+            if not hard or self.gate_noise == GateNoise.always:
                 y_TE = logits_TE + gumbel(logits_TE, context)
             else:
                 y_TE = logits_TE
             y_TE = (y_TE / context.temperature).softmax(-1)
         else:
-            top1 = self.eval_routing == EvalRouting.top1
-            y_TE = probability_TE if top1 else (logits_TE / context.temperature).softmax(-1)
+            hard = self.eval_routing == EvalRouting.top1
+            y_TE = probability_TE if hard else (logits_TE / context.temperature).softmax(-1)
 
-        best_T = y_TE.argmax(-1)
-        if top1:
-            token_N = torch.arange(x_TD.shape[0], device=x_TD.device)
-            expert_N = best_T
+        best_TK = y_TE.topk(self.hard_experts).indices if self.hard_experts > 1 else y_TE.argmax(-1, True)
+        if hard:
+            token_N = torch.arange(x_TD.shape[0], device=x_TD.device).repeat_interleave(self.hard_experts)
+            expert_N = best_TK.flatten()
         else:
-            mask_TE = (y_TE > self.threshold).scatter(1, best_T.unsqueeze(1), True)
+            mask_TE = (y_TE > self.threshold).scatter(1, best_TK, True)
             token_N, expert_N = mask_TE.nonzero(as_tuple=True)
 
         weight_TE = y_TE if self.gate_weight == GateWeight.gumbel else probability_TE

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..routing import Routing, RoutingContext, Vocabulary
-from .router import Router, float32, need_tokens, need_vocabulary, top1_routing
+from .router import Router, float32, need_tokens, need_vocabulary, topk_routing
 
 
 class HashKind(str, Enum):
@@ -21,21 +21,25 @@ class HashKind(str, Enum):
 class HashRouter(Router):
     """Each token to the expert that a fixed table has for its vocabulary index, with weight 1.
 
+    With several hashes each has a table of its own, which shares the vocabulary out among its own part of the
+    experts, E / h of them (the paper's MultiHash, with h times as many experts, each a h-th as wide).
+
     ``random``: each entry of the vocabulary has an expert drawn at random.  ``balanced``: in the order of
     their frequency, most frequent first, each entry goes to the expert with the fewest occurrences so far;
     entries that never occur are dealt out in turn, and so are all if the dictionary has no counts.
 
-    Nothing is learned; the table is a part of the checkpoint.
+    Nothing is learned; the table, of shape (V,) or (V, h), is a part of the checkpoint.
 
     Args:
         dim: D, width of a token.
         experts: E, number of experts.
         vocabulary: the dictionary that the layer's tokens are from.
         hash: see above.
+        hashes: h, a divisor of E; ``balanced`` has one, since others would be the same.
     """
 
     needs_tokens = True
-    one_expert = True
+    one_expert = True  # with one hash
     table_V: Tensor
 
     def __init__(
@@ -44,17 +48,27 @@ class HashRouter(Router):
         experts: int,
         vocabulary: Optional[Vocabulary] = None,
         hash: HashKind = HashKind.random,
+        hashes: int = 1,
     ) -> None:
         super().__init__(dim, experts)
         self.vocabulary = need_vocabulary(vocabulary, "hash")
         self.hash = HashKind(hash)
-        self.register_buffer("table_V", torch.zeros(self.vocabulary.size, dtype=torch.long))
+        if hashes < 1 or experts % hashes:
+            raise ValueError("hashes must be a divisor of the {} experts, but is {}".format(experts, hashes))
+        if hashes > 1 and self.hash == HashKind.balanced:
+            raise ValueError("hashes must be 1 with hash balanced, but is {}".format(hashes))
+        self.hashes = hashes
+        shape = (self.vocabulary.size,) + ((hashes,) if hashes > 1 else ())
+        self.register_buffer("table_V", torch.zeros(shape, dtype=torch.long))
 
     @torch.no_grad()
     def initialize(self, generator: torch.Generator) -> None:
         """Fill the table; ``balanced`` has nothing random."""
         if self.hash == HashKind.random:
-            table_V = torch.randint(self.experts, self.table_V.shape, generator=generator)
+            part = self.experts // self.hashes
+            table_V = torch.randint(part, self.table_V.shape, generator=generator)
+            if self.hashes > 1:
+                table_V += part * torch.arange(self.hashes)
         else:
             table_V = balanced_table(self.vocabulary.count_V, self.experts)
         self.table_V.copy_(table_V)
@@ -65,8 +79,8 @@ class HashRouter(Router):
         Raises:
             ValueError: the context has no vocabulary indices.
         """
-        expert_T = self.table_V[need_tokens(context, "hash")]
-        return top1_routing(expert_T, float32(x_TD).new_ones(expert_T.shape), self.experts)
+        expert_TK = self.table_V[need_tokens(context, "hash")].view(-1, self.hashes)
+        return topk_routing(expert_TK, float32(x_TD).new_ones(expert_TK.shape), self.experts)
 
 
 def balanced_table(count_V: Tensor, experts: int) -> Tensor:

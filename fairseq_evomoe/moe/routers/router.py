@@ -90,14 +90,16 @@ class LinearRouter(Router):
         logits = row t of U^T       "table", with t the token's index in the vocabulary
 
     That the gate sees the token itself is ours.  A state without ``U``, of a gate that saw the input alone,
-    is that of ``both`` with ``U = 0``.  The table starts at random, N(0, 9), as a random hash layer
-    (arXiv 2106.04426) whose assignment is learned further.
+    is that of ``both`` with ``U = 0``.  The table starts at random, N(0, s^2), as a random
+    hash layer (arXiv 2106.04426) whose assignment is learned further; the smaller s, the sooner it changes,
+    and the more alike are the weights of a token's experts.
 
     Args:
         dim: D, width of a token.
         experts: E, number of experts.
         gate_input: see above.
         vocabulary: the dictionary that the layer's tokens are from; needed unless ``hidden``.
+        table_std: s, at least 0.
     """
 
     linear_gate = True
@@ -110,9 +112,13 @@ class LinearRouter(Router):
         experts: int,
         gate_input: GateInput = GateInput.hidden,
         vocabulary: Optional[Vocabulary] = None,
+        table_std: float = 3.0,
     ) -> None:
         super().__init__(dim, experts)
+        if table_std < 0:
+            raise ValueError("table_std must be at least 0, but is {}".format(table_std))
         self.gate_input = GateInput(gate_input)
+        self.table_std = table_std
         self.register_parameter("weight", None)
         self.register_parameter("token_weight", None)
         if self.gate_input in (GateInput.hidden, GateInput.both):
@@ -133,7 +139,8 @@ class LinearRouter(Router):
     def initialize(self, generator: torch.Generator) -> None:
         """Fill the gate as ``nn.Linear`` would, U(-1/sqrt(D), 1/sqrt(D)), from ``generator``."""
         if self.gate_input == GateInput.table:
-            self.token_weight.copy_(3 * torch.randn(self.token_weight.shape, generator=generator))
+            noise = torch.randn(self.token_weight.shape, generator=generator)
+            self.token_weight.copy_(self.table_std * noise)
             return
         for weight in (self.weight, self.token_weight):
             if weight is not None:
