@@ -117,6 +117,7 @@ def test_a_token_s_output_does_not_depend_on_the_batch(routing, translation_data
     [{}, {"decoder_normalize_before": True}]
     + [{"moe_router": router} for router in ROUTERS if router not in ("dts", "soft")]
     + [{"moe_heads": 2}, {"moe_shared_expert": True, "moe_expert_activation": "swiglu"}]
+    + [{"moe_router": "hash", "moe_hashes": 2}, {"moe_hard_experts": 2, "moe_scaling_factor": 2.0}]
     + [{"moe_hyper_adapter": True}, {"moe_expert_sizes": "arithmetic"}],
     ids=str,
 )

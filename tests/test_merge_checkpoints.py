@@ -354,6 +354,8 @@ def test_other_checkpoints_are_refused(lm, tmp_path, capsys):
         assert "checkpoint" in capsys.readouterr().err
     for changes, part in (
         ({"moe_router": "topk", "moe_top_k": 3}, "--moe-top-k"),
+        ({"moe_hard_experts": 2}, "--moe-hard-experts"),
+        ({"moe_router": "hash", "moe_hashes": 2}, "--moe-hashes"),
         ({"moe_router": "base"}, "--moe-router base"),
         ({"moe_shared_expert": True}, "--moe-shared-expert"),
     ):

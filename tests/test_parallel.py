@@ -97,6 +97,16 @@ EXACT_JOBS = {
     # passes the threshold
     "MH-MoE": {**SENTENCES, **SHARED, "moe_heads": 4, "seed": 2},
     "dts, five experts": {**SENTENCES, **SHARED, "moe_experts": 5, "ddp_backend": "legacy_ddp"},
+    "narrow experts": {
+        **SENTENCES,
+        **SHARED,
+        "moe_total_ffn_dim": 64,
+        "moe_spawn_method": "slice",
+        "moe_hard_experts": 2,
+        "moe_scaling_factor": 2.0,
+        "moe_gate_input": "table",
+        "moe_renormalize": "straight-through",
+    },
     "activations recomputed": {**SENTENCES, **SHARED, "checkpoint_activations": True},
 }
 DYNMOE = {"moe_router": "dynmoe", "moe_dynmoe_window": 3, "moe_max_experts": 6, "moe_spawn_update": 0}
@@ -205,6 +215,7 @@ KINDS = [
     {"moe_router": "soft", "task": "masked_lm"},
     {"moe_hyper_adapter": True, "moe_shared_expert": True},
     {"moe_heads": 4},
+    {"moe_router": "hash", "moe_hashes": 2},
     {"moe_expert_activation": "swiglu", "activation_dropout": 0.1, "moe_expert_sizes": "arithmetic"},
 ]
 
