@@ -57,6 +57,7 @@ class Task:
 
 _ENGLISH = ("english", "--vocab-size", "2000")
 _LANGUAGE = ("--dropout", "0")
+_MASKED = (*_LANGUAGE, "--mask-prob", "0.3", "--tokens-per-sample", "16", "--batch-size", "128")
 _TRANSLATION = (
     *("--dropout", "0.1", "--max-tokens", "1024", "--encoder-embed-dim", "64", "--decoder-embed-dim", "64"),
     *("--encoder-ffn-embed-dim", "128", "--decoder-ffn-embed-dim", "128"),
@@ -70,7 +71,7 @@ TASKS = {
             "masked LM",
             "masked_lm",
             _ENGLISH,
-            _LANGUAGE,
+            _MASKED,
             ("--encoder-ffn-embed-dim", "192"),
         ),
         Task(
