@@ -150,6 +150,8 @@ def test_the_readme_is_what_the_results_say(tmp_path):
         shown = re.search(f"<!-- {experiment.id} -->\n(.*?)<!-- /{experiment.id} -->", text, re.DOTALL)
         assert shown, experiment.id
         assert shown.group(1) == tables.section(experiment, KNOWN), experiment.id
+    shown = re.search("<!-- speed -->\n(.*?)<!-- /speed -->", text, re.DOTALL)
+    assert shown.group(1) == tables.speed_table(records.read_speed(QUALITY / "results" / "speed"))
 
 
 def test_the_first_page_says_the_same():
@@ -170,6 +172,14 @@ def test_the_first_page_says_the_same():
             assert d.excludes_zero and d.seeds == 3
 
 
+def test_seconds_are_compared_within_a_round():
+    found = {"lm": {"Switch": {0: 0.1, 1: 0.2, 2: 0.1}, "Hash": {0: 0.05, 1: 0.1, 2: 0.08}}}
+    assert tables.speed_table(found).splitlines()[4:] == [
+        "| Hash | 0.0800 | 0.50 (0.50-0.80) | 3 |",
+        "| Switch | 0.1000 | 1.00 (1.00-1.00) | 3 |",
+    ]
+
+
 def test_other_numbers_are_noticed():
     key, record = next(iter(KNOWN.items()))
     changed = json.loads(json.dumps(record))
@@ -187,12 +197,12 @@ def test_all_of_it_in_small(tmp_path):
     subprocess.run(command, check=True)
     found = records.read(tmp_path / "results")
     assert sorted((r["task"], r["system"]) for r in found.values()) == [
-        (task, system) for task in ("help_de", "lm") for system in ("evomoe", "switch")
+        (task, system) for task in ("help_de", "lm") for system in ("evomoe_fine", "switch")
     ]
     for record in found.values():
         assert record["curve"][-1][0] == 20 and record["flops"] > 0 and record["peak_mib"] > 100
         assert ("bleu" in record["test"]) == (record["task"] == "help_de")
-        assert ("adaptive" in record) == (record["system"] == "evomoe")
+        assert ("adaptive" in record) == (record["system"] == "evomoe_fine")
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     assert "have all of it already" in done.stdout
     assert not list(tmp_path.glob("work/runs/*/*.pt"))

@@ -12,6 +12,16 @@ def read(folder: Path) -> dict[str, dict]:
     return {record["key"]: record for record in map(json.loads, lines)}
 
 
+def read_speed(folder: Path) -> dict[str, dict[str, dict[int, float]]]:
+    """What `speed.py` has timed: seconds an update, by task, label and round."""
+    found: dict[str, dict[str, dict[int, float]]] = {}
+    for path in sorted(folder.glob("*.jsonl")):
+        for line in map(json.loads, path.read_text().splitlines()):
+            of_task = found.setdefault(path.stem, {})
+            of_task.setdefault(line["label"], {})[line["round"]] = line["seconds_per_update"]
+    return found
+
+
 def differences(known: dict[str, dict], again: dict[str, dict]) -> list[str]:
     """What is not equal in the runs that two folders of results have in common, or that there are none."""
     common = known.keys() & again.keys()

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import plots
 from protocol import EXPERIMENTS, HERE
-from records import differences, read
-from tables import section
+from records import differences, read, read_speed
+from tables import section, speed_table
 
 
 def parser() -> argparse.ArgumentParser:
@@ -47,6 +47,7 @@ def main() -> None:
     for experiment in EXPERIMENTS.values():
         fill(args.out / "README.md", experiment.id, section(experiment, known))
         plots.plot(experiment, known, args.out / "plots")
+    fill(args.out / "README.md", "speed", speed_table(read_speed(args.results / "speed")))
 
 
 if __name__ == "__main__":

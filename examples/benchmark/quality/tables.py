@@ -156,6 +156,25 @@ def ablation_table(experiment: Experiment, task: Task, known: dict[str, dict]) -
     return table(heads, rows) if rows else ""
 
 
+def speed_table(found: dict[str, dict[str, dict[int, float]]]) -> str:
+    """Seconds an update of each system, as `speed.py` has timed them side by side.
+
+    Args:
+        found: by task, label and round; see `records.read_speed`.
+    """
+    parts = []
+    for task, systems in found.items():
+        rows = []
+        for label, seconds in systems.items():
+            ratios = [seconds[i] / systems["Switch"][i] for i in seconds if i in systems.get("Switch", {})]
+            ratio = f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})" if ratios else ""
+            rows.append((statistics.median(seconds.values()), label, ratio, str(len(seconds))))
+        cells = [[label, f"{median:.4f}", ratio, rounds] for median, label, ratio, rounds in sorted(rows)]
+        heads = ["system", "seconds an update", "against Switch in the same round", "rounds"]
+        parts.append(f"{TASKS[task].title}:\n\n{table(heads, cells)}")
+    return "\n".join(parts)
+
+
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table."""
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
