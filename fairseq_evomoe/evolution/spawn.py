@@ -52,7 +52,8 @@ class Spawn:
     - ``mask``: each weight of ``w1``, ``w2`` and ``w3`` is set to zero with probability ``strength``.
     - ``noise``: Gaussian noise is added to them, its standard deviation ``strength`` times the tensor's own.
     - ``reinit``: a random share ``strength`` of the hidden units is drawn anew from the mean and standard
-      deviation of ``w1``, ``b1``, ``w2`` and ``w3``.
+      deviation of ``w1``, ``b1``, ``w2`` and ``w3``.  An expert narrower than the base has a random choice
+      of its hidden units (ours).
     - ``slice``: an expert narrower than the base keeps its most useful hidden units (see ``usefulness``),
       but for a share ``strength`` of them, chosen at random from the others, so that experts of equal widths
       differ.  A wider one has all of them and new ones that leave its function as it is: their rows of
@@ -127,11 +128,14 @@ class Spawn:
         expected = [base // self.experts if split else base] * self.experts
         if self.widths is None:
             return expected
-        if self.method != SpawnMethod.slice and list(self.widths) != expected:
+        narrower = self.method == SpawnMethod.reinit and max(self.widths) <= base
+        if not narrower and self.method != SpawnMethod.slice and list(self.widths) != expected:
             raise ValueError(
                 "--moe-spawn-method {} makes experts of {} hidden units out of a base of {}, but they are to "
-                "have {}: use --moe-spawn-method slice, or leave out --moe-expert-sizes and "
-                "--moe-total-ffn-dim.".format(self.method_name, expected[0], base, list(self.widths))
+                "have {}: use --moe-spawn-method slice, or reinit if none is wider, or leave out "
+                "--moe-expert-sizes and --moe-total-ffn-dim.".format(
+                    self.method_name, expected[0], base, list(self.widths)
+                )
             )
         return list(self.widths)
 
@@ -148,7 +152,14 @@ class Spawn:
             return self._slice(usefulness(base, activity_H), widths)
         if self.method == SpawnMethod.split:
             return self._split(base["w1"])
-        return Plan([Origin(0, torch.arange(units))] * self.experts, self._diversify)
+        origins = [Origin(0, self._units(e, units, width)) for e, width in enumerate(widths)]
+        return Plan(origins, self._diversify)
+
+    def _units(self, expert: int, units: int, width: int) -> Tensor:
+        """All hidden units of the base, or a random choice for an expert that is narrower."""
+        if width == units:
+            return torch.arange(units)
+        return torch.randperm(units, generator=self.generator(expert, "choice"))[:width].sort().values
 
     def generator(self, *key) -> torch.Generator:
         """A generator of its own for each key."""
