@@ -233,6 +233,7 @@ _SYSTEMS = (
     Variant("EvoMoE into different sizes", "evomoe", _DIFFERENT),
     Variant("Switch, EvoMoE's gate", "switch", _GATE),
     Variant("GShard, EvoMoE's gate", "gshard", {"moe_gate_input": "table"}),
+    Variant("EvoMoE, gate on state and token", "evomoe_fine", {"moe_gate_input": "both"}),
     Variant("EvoMoE, half as long", "evomoe_fine", share=0.5),
     Variant("Hash, 4 of 32 narrow experts", "hash_random", {**_NARROW, "moe_hashes": 4}),
     Variant("Top-4 of 32 narrow experts", "mixtral", _TOP4),
