@@ -31,8 +31,8 @@ class RoutingContext:
 
     Attributes:
         temperature: temperature of the gate at this update, > 0.
-        hard: whether training has reached the router's last stage: top-1 for the Dense-To-Sparse gate, the
-            frozen assignment for StableMoE.
+        hard: whether training has reached the router's last stage: the fewest experts for the
+            Dense-To-Sparse gate, the frozen assignment for StableMoE.
         token_T: int64, vocabulary index of each token; ``None`` if nobody asked for it or knows it.
         embedding_TC: embedding of each token as the stack of layers looked it up, without gradient; ``None``
             like ``token_T``.
