@@ -5,7 +5,7 @@ place, and touch fresh memory for each intermediate result, which on a CPU costs
 Here every product writes to its place, one group of experts after another in buffers that stay in the cache.
 """
 
-from typing import Any, Dict, Iterator, List, Optional
+from typing import Any, Dict, Iterator, List, Optional, Sequence
 
 import torch
 from torch import Tensor
@@ -117,7 +117,7 @@ class _FusedExperts(torch.autograd.Function):
         for group in _groups(token, counts, widths, x.shape[0]):
             rows, width = group.shape
             pre = saved[group.kept].view(rows, width) if keep else scratch.get("pre", rows, width)
-            own_x = group.gather(x)
+            own_x = group.gather(x, scratch)
             group.rows_by_expert(b1, own_x, w1, pre)
             hidden = activation.forward(pre, pre if activation.in_place else scratch.get("act", rows, width))
             if w3 is not None:
@@ -149,16 +149,16 @@ class _FusedExperts(torch.autograd.Function):
             if w3 is not None:
                 factor = saved3[group.kept].view(rows, width)
                 hidden = torch.mul(act, factor, out=scratch.get("hidden", rows, width))
-            g = group.gather(grad)
+            g = group.gather(grad, scratch)
             # d loss / d hidden before the weight, from which the weight's own gradient follows
             g_hidden = group.rows_by_expert(None, g, w2, scratch.get("g_hidden", rows, width))
             grad_weight[group.pairs] = _row_dots(g_hidden, hidden).add_(group.dot_own(g, b2)).to(weight.dtype)
             own_weight = weight[group.pairs].to(x.dtype).unsqueeze(1)
-            g = g * own_weight
+            g = torch.mul(g, own_weight, out=scratch.get("g", *g.shape))
             group.outer(hidden, g, grad_w2)
             group.sum(g, grad_b2[group.experts])
             g_hidden.mul_(own_weight)
-            own_x, g_x = group.gather(x), scratch.get("out", *g.shape)
+            own_x, g_x = group.gather(x, scratch), scratch.get("out", *g.shape)
             if w3 is not None:
                 g_factor = torch.mul(g_hidden, act, out=hidden)
                 group.outer(g_factor, own_x, grad_w3)
@@ -196,9 +196,12 @@ class _Group:
         self.kept = slice(kept, kept + rows * width)
         self.token: Optional[Tensor] = None
 
-    def gather(self, x: Tensor) -> Tensor:
-        """The group's rows of x."""
-        return x if self.token is None else x.index_select(0, self.token)
+    def gather(self, x: Tensor, scratch: "_Scratch") -> Tensor:
+        """The group's rows of x; one at a time."""
+        if self.token is None:
+            return x
+        out = scratch.get("rows", self.shape[0], x.shape[1])
+        return torch.index_select(x, 0, self.token, out=out)
 
     def scatter(self, y: Tensor, rows: Tensor) -> None:
         """Add the group's rows to y."""
@@ -226,11 +229,11 @@ class _Group:
             else:
                 torch.baddbmm(bias.unsqueeze(1), x, w, out=y)
             return out
-        for e, (x_, y) in enumerate(zip(x.split(self.counts), out.split(self.counts))):
+        for e, (x_, w_, y) in enumerate(zip(self._parts(x), w.unbind(), self._parts(out))):
             if x_.shape[0] and bias is None:
-                torch.mm(x_, w[e], out=y)
+                torch.mm(x_, w_, out=y)
             elif x_.shape[0]:
-                torch.addmm(bias[e], x_, w[e], out=y)
+                torch.addmm(bias[e], x_, w_, out=y)
         return out
 
     def outer(self, hidden: Tensor, rows: Tensor, grad_w: Tensor) -> None:
@@ -240,7 +243,7 @@ class _Group:
         if self.even and experts > 1:
             torch.bmm(self._batched(hidden).transpose(1, 2), self._batched(rows), out=grad_w)
             return
-        for a, b, out in zip(hidden.split(self.counts), rows.split(self.counts), grad_w):
+        for a, b, out in zip(self._parts(hidden), self._parts(rows), grad_w.unbind()):
             if a.shape[0]:
                 torch.mm(a.t(), b, out=out)
             else:
@@ -251,8 +254,12 @@ class _Group:
         if self.even:
             torch.sum(self._batched(rows), 1, out=out)
             return
-        for part, total in zip(rows.split(self.counts), out):
+        for part, total in zip(self._parts(rows), out):
             torch.sum(part, 0, out=total)
+
+    def _parts(self, rows: Tensor) -> Sequence[Tensor]:
+        """The rows of each expert; ``Tensor.split`` takes as long again before it calls this."""
+        return rows.split_with_sizes(self.counts)
 
     def _batched(self, rows: Tensor) -> Tensor:
         return rows.view(len(self.counts), self.counts[0], rows.shape[1])
