@@ -94,27 +94,25 @@ class DenseToSparseRouter(LinearRouter):
         """Route tokens; see the class.  Losses: ``balance``."""
         logits_TE = self.logits(x_TD, context)
         probability_TE = logits_TE.softmax(-1)
-        if self.training:
-            hard = context.hard
-            if not hard or self.gate_noise == GateNoise.always:
-                y_TE = logits_TE + gumbel(logits_TE, context)
-            else:
-                y_TE = logits_TE
-            y_TE = (y_TE / context.temperature).softmax(-1)
+        hard = context.hard if self.training else self.eval_routing == EvalRouting.top1
+        if self.training and (not hard or self.gate_noise == GateNoise.always):
+            y_TE = ((logits_TE + gumbel(logits_TE, context)) / context.temperature).softmax(-1)
+        elif hard and (self.gate_weight == GateWeight.softmax or not self.training):
+            y_TE = probability_TE  # the k best are the same at any temperature
         else:
-            hard = self.eval_routing == EvalRouting.top1
-            y_TE = probability_TE if hard else (logits_TE / context.temperature).softmax(-1)
+            y_TE = (logits_TE / context.temperature).softmax(-1)
+        weight_TE = y_TE if self.gate_weight == GateWeight.gumbel else probability_TE
 
-        best_TK = y_TE.topk(self.hard_experts).indices if self.hard_experts > 1 else y_TE.argmax(-1, True)
+        k = self.hard_experts
+        best_TK = y_TE.topk(k).indices if k > 1 else y_TE.argmax(-1, True)
         if hard:
-            token_N = torch.arange(x_TD.shape[0], device=x_TD.device).repeat_interleave(self.hard_experts)
+            token_N = torch.arange(x_TD.shape[0], device=x_TD.device).repeat_interleave(k)
             expert_N = best_TK.flatten()
+            weight_N = weight_TE.gather(1, best_TK).flatten()
         else:
             mask_TE = (y_TE > self.threshold).scatter(1, best_TK, True)
             token_N, expert_N = mask_TE.nonzero(as_tuple=True)
-
-        weight_TE = y_TE if self.gate_weight == GateWeight.gumbel else probability_TE
-        weight_N = weight_TE[token_N, expert_N]
+            weight_N = weight_TE[token_N, expert_N]
         if self.renormalize != Renormalize.never:
             total_T = weight_N.new_zeros(x_TD.shape[0]).index_add(0, token_N, weight_N)
             weight_N = weight_N / divisor(total_T, self.renormalize)[token_N]
