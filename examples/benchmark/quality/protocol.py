@@ -312,6 +312,29 @@ _ABLATIONS = (
         "Its weight, with and without the published gate.",
         {"0": {}, "0.01": {"moe_balance_weight": 0.01}, "0.1": {"moe_balance_weight": 0.1}},
     ),
+    _ablation(
+        "experts",
+        "How many experts",
+        "All as wide as the dense layer; a token gets one, so that they cost the same.",
+        {"8": {}, "4": {"moe_experts": 4}, "16": {"moe_experts": 16}, "64": {"moe_experts": 64}},
+    ),
+    _ablation(
+        "layers",
+        "How many layers have experts",
+        "Of the four: every second one, all, or the last.",
+        {"every second": {}, "all": {"moe_freq": 1}, "the last": {"moe_freq": 4}},
+    ),
+    _ablation(
+        "temperature",
+        "Threshold and temperature of a soft stage",
+        "Both say how many experts a token has after the spawn, in a soft stage of 10% of the updates.",
+        {
+            "2 to 0.5, threshold 0.001": _soft("0.1u"),
+            "threshold 0.01": {**_soft("0.1u"), "moe_threshold": 0.01},
+            "threshold 0.1": {**_soft("0.1u"), "moe_threshold": 0.1},
+            "1 to 0.2": {**_soft("0.1u"), "moe_temperature_start": 1, "moe_temperature_end": 0.2},
+        },
+    ),
 )
 _LEARNING_RATES = ("0.001", "0.004")
 _GRID: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
