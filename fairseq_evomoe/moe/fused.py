@@ -197,7 +197,7 @@ class _Group:
         self.token: Optional[Tensor] = None
 
     def gather(self, x: Tensor, scratch: "_Scratch") -> Tensor:
-        """The group's rows of x; one at a time."""
+        """The group's rows of x, in a buffer that the next call overwrites."""
         if self.token is None:
             return x
         out = scratch.get("rows", self.shape[0], x.shape[1])
