@@ -127,6 +127,7 @@ def evaluate(name: str, out: Path) -> str:
     command = [str(SCRIPTS / "fairseq-eval-lm"), str(out / "data/bin")]
     command += f"--path {out / name}/checkpoint_last.pt --gen-subset test --batch-size 64".split()
     command += f"--user-dir {PLUGIN} --tokens-per-sample 64 --context-window 0".split()
+    command += ["--required-batch-size-multiple", "1"]  # or else up to seven blocks are left out
     result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if result.returncode != 0:
         sys.exit(f"{result.stdout}\ndemo.py: evaluating the {name} model failed.")

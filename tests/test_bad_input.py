@@ -245,7 +245,7 @@ def test_optimizer_state_of_one_expert_for_many(lm_data, checkpoint, refuses, tm
 
 def test_nan_in_a_gate_names_the_layer(lm_data, checkpoint, tmp_path):
     state = torch.load(checkpoint)
-    state["model"]["decoder.layers.1.moe.router.weight"][0, 0] = float("nan")
+    state["model"]["decoder.layers.1.moe.router.token_weight"][0] = float("nan")
     torch.save(state, tmp_path / "poisoned.pt")
     with pytest.raises(FloatingPointError) as error:
         call(

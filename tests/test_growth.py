@@ -92,7 +92,7 @@ def check_inherited(plan, name, before, after):
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_every_expert_inherits_the_statistics(optimizer, method, lm_data):
     trainer = grow(lm_data, **{**OPTIMIZERS[optimizer], **METHODS[method], "optimizer": optimizer})
-    router = trainer.get_model().decoder.layers[1].moe.router.weight
+    (router,) = trainer.get_model().decoder.layers[1].moe.router.parameters()
     state = trainer.optimizer.optimizer.state.get(router, {})
     assert not any(torch.as_tensor(value).any() for value in state.values())  # Adagrad makes zeros at once
     assert any(p is router for group in trainer.optimizer.optimizer.param_groups for p in group["params"])
@@ -130,10 +130,9 @@ def test_it_trains_on_in_mixed_precision(precision, lm_data, flat_fp16_on_cpu):
     losses = [trainer.train_step([batch])["loss"] for batch in setup.batches()[:6] for _ in range(3)]
     assert trainer.get_model().decoder.layers[1].moe.grown
     assert losses[-1] < losses[0]
-    router = trainer.get_model().decoder.layers[1].moe.router
-    initial = type(router)(32, 4)
-    initial.initialize(trainer.get_model().decoder.layers[1].moe.spawn.generator("router"))
-    assert not torch.equal(router.weight, initial.weight.to(router.weight.dtype))
+    (gate,) = trainer.get_model().decoder.layers[1].moe.router.parameters()
+    (initial,) = trainer.get_model().decoder.layers[1].moe.make_router().parameters()
+    assert not torch.equal(gate, initial.to(gate.dtype))
 
 
 def test_fp16_resumes(lm_data, tmp_path):
@@ -176,7 +175,7 @@ def test_ema_grows_with_the_model(ema_fp32, lm_data):
     spawn(trainer)
     ema, moe = (m.decoder.layers[1].moe for m in (trainer.ema.get_model(), trainer.get_model()))
     assert torch.equal(ema.experts.w1, plan.weights("w1", base))
-    assert torch.equal(ema.router.weight, moe.router.weight)
+    assert torch.equal(*(part.router.token_weight for part in (ema, moe)))
     assert not any(p.requires_grad for p in ema.parameters())
     trainer.train_step([setup.batches()[3]])
     expected = 0.5 * plan.weights("w1", base) + 0.5 * moe.experts.w1

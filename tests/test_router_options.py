@@ -4,7 +4,7 @@ import inspect
 
 import pytest
 import torch
-from cli import LM, TRANSLATION, build, call
+from cli import LM, MASKED_LM, TRANSLATION, build, call
 from test_generation import PLAIN
 
 from fairseq_evomoe.models import make
@@ -56,6 +56,28 @@ def test_options_reach_the_router(lm_data):
 def test_renormalize(choice, expected, lm_data):
     options = {**LM, **PLAIN, "moe_router": "top-p", "moe_renormalize": choice}
     assert build(lm_data, **options).model.decoder.layers[1].moe.router.renormalize == expected
+
+
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        ({"moe_router": "dts"}, ("table", "straight-through")),
+        ({"moe_router": "dts", "moe_gate_input": "hidden"}, ("hidden", "straight-through")),
+        ({"moe_router": "dts", "moe_renormalize": "never"}, ("table", "never")),
+        ({"moe_router": "dts", "moe_spawn_method": "split"}, ("hidden", "straight-through")),
+        ({"moe_router": "switch"}, ("hidden", "never")),
+        ({"moe_router": "topk"}, ("hidden", "always")),
+    ],
+    ids=str,
+)
+def test_auto_is_what_measured_best_for_our_gate_and_as_published_for_the_others(options, expected, lm_data):
+    router = build(lm_data, **{**LM, **PLAIN, **options}).model.decoder.layers[1].moe.router
+    assert (router.gate_input, router.renormalize) == expected
+
+
+def test_auto_sees_the_state_of_masked_tokens(lm_data):
+    router = build(lm_data, **{**MASKED_LM, **PLAIN}).model.encoder.sentence_encoder.layers[1].moe.router
+    assert (router.gate_input, router.renormalize) == ("both", "straight-through")
 
 
 @pytest.mark.parametrize("name", ROUTERS)

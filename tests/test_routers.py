@@ -44,7 +44,7 @@ def test_training_matches_the_formulas(monkeypatch, gate, stage, tau):
     x = torch.randn(40, 6, dtype=torch.float64)
     noise = gumbel(torch.empty(40, 5, dtype=torch.float64), RoutingContext())
     monkeypatch.setattr(dts, "gumbel", lambda like, context: noise)
-    router = make(6, 5, threshold=0.03, gate_weight=gate).train()
+    router = make(6, 5, threshold=0.03, gate_weight=gate, gate_noise="always").train()
     routing = router(x, RoutingContext(temperature=tau, hard=stage == "hard"))
     expected = reference(x, router.weight, noise, tau, 0.03, stage, gate)
     weight, mask = dense(routing)

@@ -97,7 +97,7 @@ def test_exact_values(lm_data):
 
 
 def test_gate_entropy_is_that_of_the_plain_logits(lm_data):
-    setup = build(lm_data, **GROWN)
+    setup = build(lm_data, **GROWN, moe_gate_input="hidden")
     moe = setup.model.decoder.layers[1].moe
     seen = []
     moe.register_forward_pre_hook(lambda _, args: seen.append((args[0], args[2])))
@@ -164,7 +164,7 @@ def test_the_reported_loss_has_no_auxiliary_loss(lm_data, tmp_path):
     plain, heavy = (result.log("train_inner")[0] for result in results)
     for name in ("loss", "ppl", "moe_balance", "wpb"):
         assert plain[name] == heavy[name], name
-    assert heavy["gnorm"] > 100 * plain["gnorm"]
+    assert heavy["gnorm"] > 50 * plain["gnorm"]
 
 
 @pytest.mark.parametrize(

@@ -104,7 +104,7 @@ def layer_of(size: Size, experts: int, grown: bool = True) -> MoELayer:
     base.set_expert(0, nn.Linear(size.dim, size.hidden), nn.Linear(size.hidden, size.dim))
 
     def router() -> DenseToSparseRouter:
-        gate = DenseToSparseRouter(size.dim, experts)
+        gate = DenseToSparseRouter(size.dim, experts, gate_noise="always")  # as published
         gate.initialize(torch.Generator().manual_seed(0))
         return gate
 

@@ -26,4 +26,5 @@ fairseq-train "$data" --user-dir "$plugin" \
     --log-format json --log-interval $((updates / 20)) --save-dir "$save_dir" "$@"
 
 fairseq-eval-lm "$data" --user-dir "$plugin" --path "$save_dir/checkpoint_best.pt" \
-    --gen-subset "$subset" --batch-size 64 --tokens-per-sample 64 --context-window 0
+    --gen-subset "$subset" --batch-size 64 --required-batch-size-multiple 1 \
+    --tokens-per-sample 64 --context-window 0

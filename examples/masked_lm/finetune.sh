@@ -30,4 +30,4 @@ fairseq-train "$data" --user-dir "$plugin" --finetune-from-model "$pretrained" \
 fairseq-validate "$data" --user-dir "$plugin" --task sentence_prediction --num-classes 2 \
     --criterion evomoe_sentence_prediction \
     --init-token 0 --separator-token 2 --path "$save_dir/checkpoint_best.pt" \
-    --valid-subset "$subset" --batch-size 64 --log-format json
+    --valid-subset "$subset" --batch-size 64 --required-batch-size-multiple 1 --log-format json

@@ -27,4 +27,4 @@ fairseq-train "$data" --user-dir "$plugin" \
 
 fairseq-validate "$data" --user-dir "$plugin" --task masked_lm --criterion evomoe_masked_lm \
     --path "$save_dir/checkpoint_best.pt" \
-    --valid-subset "$subset" --batch-size 64 --log-format json
+    --valid-subset "$subset" --batch-size 64 --required-batch-size-multiple 1 --log-format json

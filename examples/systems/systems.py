@@ -220,4 +220,6 @@ class Settings:
         """The command that translates the test set and scores it."""
         command = [str(SCRIPTS / "fairseq-generate"), str(self.data), "--user-dir", str(PLUGIN)]
         command += ["--path", str(checkpoint), "--gen-subset", "test", "--beam", "4", "--batch-size", "64"]
-        return command + ["--remove-bpe", "sentencepiece", "--scoring", "sacrebleu", "--num-workers", "0"]
+        # with a multiple of 8, its default, fairseq leaves out what is left over, up to seven sentences
+        command += ["--required-batch-size-multiple", "1", "--num-workers", "0"]
+        return command + ["--remove-bpe", "sentencepiece", "--scoring", "sacrebleu"]

@@ -27,6 +27,7 @@ fairseq-train "$data" --user-dir "$plugin" \
     --log-format json --log-interval $((updates / 20)) --save-dir "$save_dir" "$@"
 
 fairseq-generate "$data" --user-dir "$plugin" --path "$save_dir/checkpoint_best.pt" \
-    --gen-subset "$subset" --beam 4 --batch-size 64 --remove-bpe sentencepiece --scoring sacrebleu \
+    --gen-subset "$subset" --beam 4 --batch-size 64 --required-batch-size-multiple 1 \
+    --remove-bpe sentencepiece --scoring sacrebleu \
     > "$save_dir/generated.txt"
 tail -n 1 "$save_dir/generated.txt"

@@ -25,6 +25,9 @@ LAYER_LOSSES = ("penalty", "mutual_distillation")
 
 _FROM_MODEL = ("self", "dim", "experts", "vocabulary", "shared")
 
+# What ``auto`` is where it is not what was published; measured in examples/benchmark/quality.
+_PREFERRED = {"dts": {"gate_input": "table", "renormalize": "straight-through"}}
+
 
 def router_class(cfg: Any) -> Type[Router]:
     """The class of the router that ``--moe-router`` names."""
@@ -160,7 +163,11 @@ def make_router(
 def router_option(cfg: Any, name: str) -> Any:
     """The value of a router's option; ``None`` for what the router itself takes by default."""
     value = getattr(cfg, "moe_" + name)
-    return None if name in ("renormalize", "gate_input") and str(value) == "auto" else value
+    if name not in ("renormalize", "gate_input") or str(value) != "auto":
+        return value
+    if name == "gate_input" and str(cfg.moe_spawn_method) == "split":
+        return None  # a split makes the rows of a gate that sees the layer's input
+    return _PREFERRED.get(str(cfg.moe_router), {}).get(name)
 
 
 def make_wire(cfg: Any, spawn: Spawn) -> Wire:

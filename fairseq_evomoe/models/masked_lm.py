@@ -52,6 +52,9 @@ class EvoMoERoberta(MoEModel, RobertaModel):
     def build_model(cls, cfg, task):
         """Build the model that the configuration describes."""
         args = to_namespace(complete(cfg, EvoMoERobertaConfig))
+        if (str(args.moe_router), str(args.moe_gate_input)) == ("dts", "auto"):
+            # masked tokens are one entry of the vocabulary: a table would send them all to the same expert
+            args.moe_gate_input = "both"
         check_options(args)
         if args.max_positions is None:  # fairseq 0.12.2's masked_lm does not tell max_positions()
             args.max_positions = task.max_positions() or task.cfg.tokens_per_sample

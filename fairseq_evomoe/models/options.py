@@ -132,15 +132,15 @@ class MoEOptions(FairseqDataclass):
         "logits, gumbel that of the logits with noise and temperature.",
     )
     moe_gate_noise: _choices(GateNoise) = option(
-        "always",
-        "Stages of training in which the Dense-To-Sparse gate has noise: always, as published, or in the "
-        "soft stage only.",
+        "soft",
+        "Stages of training in which the Dense-To-Sparse gate has noise: in the soft stage only, or always, "
+        "as published.",
     )
     moe_gate_input: ChoiceEnum(["auto", *_values(GateInput)]) = option(
         "auto",
         "What a linear gate sees: the layer's input (hidden), the embedding of the token (token), both, "
-        "the token's index alone (table: a logit for each entry of the vocabulary), or what the router was "
-        "published with (auto).",
+        "the token's index alone (table: a logit for each entry of the vocabulary), or auto: hidden, as "
+        "published, but for dts, with which it is table, and both in evomoe_roberta.",
     )
     moe_table_std: float = option(
         3.0, "Standard deviation of the logits that a gate with moe-gate-input table starts with."
@@ -161,7 +161,8 @@ class MoEOptions(FairseqDataclass):
     moe_renormalize: ChoiceEnum(["auto", *_values(Renormalize)]) = option(
         "auto",
         "Whether the weights of a token's experts are divided by their sum: always, never, straight-through "
-        "(divided, but with the gradient of undivided ones), or as the router was published (auto).",
+        "(divided, but with the gradient of undivided ones), or straight-through for dts and as published "
+        "for the other routers (auto).",
     )
     moe_random_second: bool = option(
         False,

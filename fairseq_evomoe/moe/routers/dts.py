@@ -42,17 +42,17 @@ class DenseToSparseRouter(LinearRouter):
         mask = the k best experts of each token by y, k = 1 as published (hard stage)
         weight = softmax(logits), or y with ``gate_weight="gumbel"``
 
-    As published, weights are not renormalised after masking, and there is noise in both stages.  In
-    evaluation there is no noise: ``top1`` sends a token to the k best experts by ``softmax(logits)``,
-    ``adaptive`` to every expert with ``softmax(logits / tau) > c`` (and to the k best in any case).
+    As published, weights are not renormalised after masking.  In evaluation there is no noise: ``top1``
+    sends a token to the k best experts by ``softmax(logits)``, ``adaptive`` to every expert with
+    ``softmax(logits / tau) > c`` (and to the k best in any case).
 
     Args:
         dim: D, width of a token.
         experts: E, number of experts.
         threshold: c, in [0, 1).
         gate_weight: see above.
-        gate_noise: ``soft`` leaves the noise out in the hard stage, so that a token goes where it goes in
-            evaluation; ours.
+        gate_noise: ``soft``, ours, leaves the noise out in the hard stage, so that a token goes where it
+            goes in evaluation; ``always`` is as published.
         renormalize: divide the weights of a token's experts by their sum, see ``router.divisor``; ours.
         eval_routing: see above.
         hard_experts: k, from 1 to E: more than the published 1 are for narrow experts, of which a token
@@ -70,7 +70,7 @@ class DenseToSparseRouter(LinearRouter):
         experts: int,
         threshold: float = 0.001,
         gate_weight: GateWeight = GateWeight.softmax,
-        gate_noise: GateNoise = GateNoise.always,
+        gate_noise: GateNoise = GateNoise.soft,
         renormalize: Renormalize = Renormalize.never,
         eval_routing: EvalRouting = EvalRouting.top1,
         hard_experts: int = 1,

@@ -125,15 +125,17 @@ class LinearRouter(Router):
             self.weight = nn.Parameter(torch.empty(experts, dim))
         else:
             self.linear_gate = False  # of the input there is none
-        if self.gate_input == GateInput.table:
-            self.token_weight = nn.Parameter(torch.empty(experts, need_vocabulary(vocabulary, "table").size))
-        elif self.gate_input != GateInput.hidden:
-            if vocabulary is None or vocabulary.dim < 1:
+        if self.gate_input != GateInput.hidden:
+            table = self.gate_input == GateInput.table
+            size = 0 if vocabulary is None else vocabulary.size if table else vocabulary.dim
+            if size < 1:
                 raise ValueError(
-                    "gate_input {} needs the width of the embeddings of tokens: give a vocabulary that has "
-                    "it, or choose hidden".format(self.gate_input.value)
+                    "gate_input {} needs the {}: give a vocabulary that has it, or choose hidden".format(
+                        self.gate_input.value,
+                        "size of the vocabulary" if table else "width of the embeddings",
+                    )
                 )
-            self.token_weight = nn.Parameter(torch.empty(experts, vocabulary.dim))
+            self.token_weight = nn.Parameter(torch.empty(experts, size))
 
     @torch.no_grad()
     def initialize(self, generator: torch.Generator) -> None:
@@ -154,15 +156,17 @@ class LinearRouter(Router):
         """
         if self.token_weight is None:
             return linear32(x_TD, self.weight)
-        if self.gate_input == GateInput.table:
-            return float32(self.token_weight.index_select(1, need_tokens(context, "table")).t())
-        e_TC = context.embedding_TC
-        if e_TC is None:
+        table = self.gate_input == GateInput.table
+        if (context.token_T if table else context.embedding_TC) is None:
             raise ValueError(
-                "gate_input {} needs the embedding of each token: call the model with tokens instead of "
-                "embeddings or choose gate_input hidden.".format(self.gate_input.value)
+                "gate_input {} needs the {} of each token: call the model with tokens instead of embeddings "
+                "or choose gate_input hidden (--moe-gate-input hidden).".format(
+                    self.gate_input.value, "vocabulary index" if table else "embedding"
+                )
             )
-        e_TC = float32(e_TC.detach()).to(x_TD.device)
+        if table:
+            return float32(self.token_weight.index_select(1, context.token_T).t())
+        e_TC = float32(context.embedding_TC.detach()).to(x_TD.device)
         logits_TE = linear32(F.layer_norm(e_TC, e_TC.shape[-1:]), self.token_weight)
         return logits_TE if self.weight is None else logits_TE + linear32(x_TD, self.weight)
 
