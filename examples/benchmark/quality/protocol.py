@@ -279,6 +279,12 @@ _ABLATIONS = (
         },
     ),
     _ablation(
+        "noise",
+        "Noise once routing is sparse",
+        "Gumbel noise while training with one expert a token, at a temperature of 0.5; none in evaluation.",
+        {"none": {}, "as published": {"moe_gate_noise": "always"}},
+    ),
+    _ablation(
         "spawn_when",
         "When the experts spawn",
         "As a share of the updates, or on a plateau of the loss.",
