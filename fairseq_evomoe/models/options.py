@@ -140,7 +140,7 @@ class MoEOptions(FairseqDataclass):
         "auto",
         "What a linear gate sees: the layer's input (hidden), the embedding of the token (token), both, "
         "the token's index alone (table: a logit for each entry of the vocabulary), or auto: hidden, as "
-        "published, but for dts, with which it is table, and both in evomoe_roberta.",
+        "published, but with dts it is table, or both in evomoe_roberta, or hidden to spawn by split.",
     )
     moe_table_std: float = option(
         3.0, "Standard deviation of the logits that a gate with moe-gate-input table starts with."

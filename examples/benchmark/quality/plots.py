@@ -56,7 +56,7 @@ def _curves(experiment: Experiment, task: Task, found: dict[str, Records]) -> py
     for axis in axes[:3]:
         axis.set_ylim(lowest - 0.05 * (second - lowest), second)
     axes[0].set_ylabel("validation loss, bits per token")
-    reference = experiment.variants[experiment.reference].label
+    reference = experiment.compared(task).label
     _differences(axes[3], task, found, reference, styles)
     return figure
 

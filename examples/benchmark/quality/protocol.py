@@ -178,6 +178,7 @@ class Experiment:
         tasks: names of tasks.
         seeds: the seeds of each row.
         reference: number of the row that the others are compared with.
+        references: label of that row for tasks that have another one.
         compares_systems: whether the rows are systems, of which more is reported, and not variants of one.
         least: number of rows from which on there is something to show.
     """
@@ -189,8 +190,14 @@ class Experiment:
     tasks: tuple[str, ...] = ("lm",)
     seeds: tuple[int, ...] = (1,)
     reference: int = 0
+    references: dict[str, str] = field(default_factory=dict)
     compares_systems: bool = False
     least: int = 2
+
+    def compared(self, task: Task) -> Variant:
+        """The row that the others are compared with."""
+        label = self.references.get(task.id, self.variants[self.reference].label)
+        return next(variant for variant in self.variants if variant.label == label)
 
 
 def _ablation(
@@ -402,6 +409,7 @@ EXPERIMENTS = {
             _SYSTEMS,
             tasks=tuple(TASKS),
             seeds=SEEDS,
+            references={"masked_lm": "EvoMoE, gate on state and token"},  # the default there
             compares_systems=True,
         ),
         Experiment(

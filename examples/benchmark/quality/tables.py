@@ -81,7 +81,7 @@ def mean_curve(found: Records) -> list[list[float]]:
 
 def systems_table(experiment: Experiment, task: Task, known: dict[str, dict]) -> str:
     """One row for each system, best first."""
-    ours = of_variant(experiment.variants[experiment.reference], task, experiment.seeds, known)
+    ours = of_variant(experiment.compared(task), task, experiment.seeds, known)
     heads = ["system", f"test {task.metric}", "ours against it", "valid perplexity", "seeds"]
     heads += ["experts a token", "active parameters", "parameters", "load entropy", "largest load"]
     heads += ["seconds/update", "TFLOPs", "MiB"]
@@ -130,7 +130,7 @@ def reach_table(experiment: Experiment, task: Task, known: dict[str, dict]) -> s
 
 def ablation_table(experiment: Experiment, task: Task, known: dict[str, dict]) -> str:
     """One row for each variant, in the order of the protocol."""
-    reference = of_variant(experiment.variants[experiment.reference], task, experiment.seeds, known)
+    reference = of_variant(experiment.compared(task), task, experiment.seeds, known)
     rows = []
     for variant in experiment.variants:
         found = of_variant(variant, task, experiment.seeds, known)
@@ -151,7 +151,7 @@ def ablation_table(experiment: Experiment, task: Task, known: dict[str, dict]) -
         cells.append(f"{mean(lambda r: r['flops'], found) / 1e12:.2f}")
         rows.append(cells)
     heads = ["variant", "valid perplexity", "seeds", "test, against the first row marked", "experts a token"]
-    heads[3] = f"test, against {experiment.variants[experiment.reference].label}"
+    heads[3] = f"test, against {experiment.compared(task).label}"
     heads += ["adaptive: test perplexity (experts)", "largest load", "TFLOPs"]
     return table(heads, rows) if rows else ""
 
