@@ -33,6 +33,7 @@ EQUAL = {**SENTENCES, "sample_break_mode": "none", "tokens_per_sample": 16, "bat
 PAIRS = {**TRANSLATION, **EXACT}
 
 SHARED = {"moe_expert_parallel": 2}
+PUBLISHED = {"moe_gate_input": "hidden", "moe_renormalize": "never", "moe_gate_noise": "always"}
 HMOE = {
     **SHARED,
     "moe_expert_sizes": "arithmetic",
@@ -97,13 +98,12 @@ EXACT_JOBS = {
     # with the seed 1, 4 ranks differ by up to 2e-4, presumably where rounding decides whether an expert
     # passes the threshold
     "MH-MoE": {**SENTENCES, **SHARED, "moe_heads": 4, "seed": 2},
+    "dts as published": {**SENTENCES, **SHARED, **PUBLISHED},
     "dts as published, five experts": {
         **SENTENCES,
         **SHARED,
+        **PUBLISHED,
         "moe_experts": 5,
-        "moe_gate_input": "hidden",
-        "moe_renormalize": "never",
-        "moe_gate_noise": "always",
         "ddp_backend": "legacy_ddp",
     },
     "narrow experts": {
@@ -146,8 +146,9 @@ OTHER_JOBS = {
     "lsh": {
         **SENTENCES,
         **SHARED,
+        **PUBLISHED,  # with a table, tokens of an expert are less alike, and so coarse a hash loses more
         "moe_a2a_compress": "lsh",
-        "moe_lsh_hashes": 2,
+        "moe_lsh_hashes": 1,
         "moe_lsh_dim": 2,
     },
 }
@@ -215,10 +216,9 @@ def test_the_bytes_on_the_way_are_reported(trained):
 @pytest.mark.parametrize("name", OTHER_JOBS)
 def test_less_on_the_way_trains_nearly_the_same(name, trained):
     results = trained[1]
-    # such coarse hashes average tokens that are not very similar
-    tolerance = 0.3 if name == "lsh" else 0.1
-    assert losses(results[name])[-1] == pytest.approx(losses(results["dts"])[-1], abs=tolerance)
-    assert losses(results[name])[8:] != losses(results["dts"])[8:]
+    whole = results["dts as published" if name == "lsh" else "dts"]
+    assert losses(results[name])[-1] == pytest.approx(losses(whole)[-1], abs=0.1)
+    assert losses(results[name])[8:] != losses(whole)[8:]
 
 
 KINDS = [

@@ -157,6 +157,7 @@ def test_update_freq_reports_the_whole_update(lm_data, tmp_path):
 
 def test_the_reported_loss_has_no_auxiliary_loss(lm_data, tmp_path):
     settings = {**LM, "moe_spawn_update": 0, "moe_hard_update": 0, "max_update": 1}
+    settings.update(moe_gate_input="hidden", moe_renormalize="never")  # whose gradient is large
     results = [
         call("fairseq-train", lm_data, save_dir=tmp_path / str(weight), moe_balance_weight=weight, **settings)
         for weight in (0.0, 1000.0)
@@ -164,7 +165,7 @@ def test_the_reported_loss_has_no_auxiliary_loss(lm_data, tmp_path):
     plain, heavy = (result.log("train_inner")[0] for result in results)
     for name in ("loss", "ppl", "moe_balance", "wpb"):
         assert plain[name] == heavy[name], name
-    assert heavy["gnorm"] > 50 * plain["gnorm"]
+    assert heavy["gnorm"] > 100 * plain["gnorm"]
 
 
 @pytest.mark.parametrize(
