@@ -67,6 +67,19 @@ def test_groups_of_experts_of_any_loads(rows, counts, activation, gated, monkeyp
     )
 
 
+def test_weights_without_gradient_cost_none(monkeypatch):
+    torch.manual_seed(0)
+    experts, routing = make_experts(5, [4] * 4), routing_of(7, [2, 0, 5, 1])
+    x = torch.randn(7, 5, dtype=torch.float64, requires_grad=True)
+    expected = with_gradients(dispatch, x, routing, experts)
+    routing.weight_N = routing.weight_N.detach()
+    monkeypatch.setattr(fused._Group, "dot_own", None)
+    y = dispatch(x, routing, experts)
+    direction = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)
+    got = torch.autograd.grad((y * direction).sum(), [x, *experts.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip([y, *got], expected[:2] + expected[3:]))
+
+
 @has_grouped
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("counts", [[3, 3, 3], [2, 0, 5], [0, 0, 0], [0, 7, 0]])

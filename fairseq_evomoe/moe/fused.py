@@ -136,7 +136,11 @@ class _FusedExperts(torch.autograd.Function):
         x, weight, w1, b1, w2, b2, w3, token, saved, saved3 = ctx.saved_tensors
         activation = ctx.activation
         grad = grad.to(x.dtype)
-        grad_x, grad_weight = torch.zeros_like(x), torch.zeros_like(weight)
+        grad_x = torch.zeros_like(x)
+        grad_weight = expert = None
+        if ctx.needs_input_grad[1]:
+            grad_weight = torch.empty_like(weight)
+            expert = torch.arange(len(ctx.counts)).repeat_interleave(torch.tensor(ctx.counts))
         grad_w1, grad_b1, grad_w2, grad_b2, grad_w3 = (
             None if p is None else memory.empty(*p.shape, like=p, reuse=True) for p in (w1, b1, w2, b2, w3)
         )
@@ -152,7 +156,8 @@ class _FusedExperts(torch.autograd.Function):
             g = group.gather(grad, scratch)
             # d loss / d hidden before the weight, from which the weight's own gradient follows
             g_hidden = group.rows_by_expert(None, g, w2, scratch.get("g_hidden", rows, width))
-            grad_weight[group.pairs] = _row_dots(g_hidden, hidden).add_(group.dot_own(g, b2)).to(weight.dtype)
+            if grad_weight is not None:
+                grad_weight[group.pairs] = _row_dots(g_hidden, hidden).add_(group.dot_own(g, b2, expert))
             own_weight = weight[group.pairs].to(x.dtype).unsqueeze(1)
             g = torch.mul(g, own_weight, out=scratch.get("g", *g.shape))
             group.outer(hidden, g, grad_w2)
@@ -264,11 +269,11 @@ class _Group:
     def _batched(self, rows: Tensor) -> Tensor:
         return rows.view(len(self.counts), self.counts[0], rows.shape[1])
 
-    def dot_own(self, rows: Tensor, b: Tensor) -> Tensor:
-        """The product of each row with its expert's row of b, (E, D)."""
+    def dot_own(self, rows: Tensor, b: Tensor, expert: Tensor) -> Tensor:
+        """The product of each row with its expert's row of b, (E, D); expert: that of each pair."""
         if len(self.counts) == 1:
             return torch.mv(rows, b[self.experts.start])
-        own = torch.arange(len(self.counts)).repeat_interleave(torch.tensor(self.counts)).unsqueeze(1)
+        own = expert[self.pairs].sub(self.experts.start).unsqueeze(1)
         return torch.mm(rows, b[self.experts].t()).gather(1, own).squeeze(1)
 
 
