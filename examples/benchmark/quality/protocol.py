@@ -268,6 +268,7 @@ _ABLATIONS = (
             "both": {"moe_gate_input": "both"},
             "hidden state": {"moe_gate_input": "hidden"},
         },
+        seeds=SEEDS,  # it made a default
     ),
     _ablation(
         "soft_stage",
@@ -284,12 +285,14 @@ _ABLATIONS = (
             "probability": {"moe_renormalize": "never"},
             "1, without gradient": {"moe_renormalize": "always"},
         },
+        seeds=SEEDS,  # it made a default
     ),
     _ablation(
         "noise",
         "Noise once routing is sparse",
         "Gumbel noise while training with one expert a token, at a temperature of 0.5; none in evaluation.",
         {"none": {}, "as published": {"moe_gate_noise": "always"}},
+        seeds=SEEDS,  # it made a default
     ),
     _ablation(
         "spawn_when",
