@@ -8,6 +8,7 @@ factors: Owen 2007, "The pigeonhole bootstrap"). The interval is that of the per
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -68,39 +69,49 @@ def difference(ours: Sequence[dict[str, Any]], theirs: Sequence[dict[str, Any]])
     score = _bleu if name == "bleu_chunks" else _bits
     compare = _points if name == "bleu_chunks" else _relative_perplexity
 
-    generator = numpy.random.default_rng(0)
-    draws = numpy.empty(DRAWS)
     count, chunks = sums[0].shape[:2]
-    for draw in range(DRAWS):
-        seed_weights = numpy.bincount(generator.integers(count, size=count), minlength=count)
-        chunk_weights = numpy.bincount(generator.integers(chunks, size=chunks), minlength=chunks)
-        draws[draw] = compare(*(score(each, seed_weights, chunk_weights) for each in sums))
-    ones = numpy.ones(count), numpy.ones(chunks)
+    draws = compare(*(score(each, *_weights(count, chunks)) for each in sums))
+    ones = numpy.ones((1, count)), numpy.ones((1, chunks))
+    mean = compare(*(score(each, *ones) for each in sums)).item()
     low, high = numpy.quantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Difference(compare(*(score(each, *ones) for each in sums)), low, high, count)
+    return Difference(mean, low, high, count)
 
 
-def _bits(sums_SCK: numpy.ndarray, seed_weights: numpy.ndarray, chunk_weights: numpy.ndarray) -> float:
-    """Mean over seeds of the bits for each token."""
-    totals_SK = numpy.tensordot(sums_SCK, chunk_weights, axes=(1, 0))
-    return float(numpy.average(totals_SK[:, 0] / totals_SK[:, 1], weights=seed_weights))
-
-
-def _bleu(sums_SCK: numpy.ndarray, seed_weights: numpy.ndarray, chunk_weights: numpy.ndarray) -> float:
-    """Mean over seeds of BLEU."""
-    totals_SK = numpy.tensordot(sums_SCK, chunk_weights, axes=(1, 0))
-    scores = [
-        BLEU.compute_bleu(
-            correct=list(k[:4]), total=list(k[4:8]), sys_len=int(k[8]), ref_len=int(k[9]), smooth_method="exp"
-        ).score
-        for k in totals_SK
+@functools.lru_cache(maxsize=8)
+def _weights(seeds: int, chunks: int) -> tuple[numpy.ndarray, numpy.ndarray]:
+    """How often each draw of the bootstrap takes each seed, (draws, S), and each chunk, (draws, C)."""
+    generator = numpy.random.default_rng(0)
+    drawn = [
+        [numpy.bincount(generator.integers(n, size=n), minlength=n) for n in (seeds, chunks)]
+        for _ in range(DRAWS)
     ]
-    return float(numpy.average(scores, weights=seed_weights))
+    return tuple(numpy.array(weights, dtype=float) for weights in zip(*drawn))
 
 
-def _relative_perplexity(ours: float, theirs: float) -> float:
+def _bits(sums_SCK: numpy.ndarray, seed_DS: numpy.ndarray, chunk_DC: numpy.ndarray) -> numpy.ndarray:
+    """Mean over seeds of the bits for each token, (D,)."""
+    totals_DSK = numpy.tensordot(chunk_DC, sums_SCK, axes=(1, 1))
+    return numpy.average(totals_DSK[..., 0] / totals_DSK[..., 1], axis=1, weights=seed_DS)
+
+
+def _bleu(sums_SCK: numpy.ndarray, seed_DS: numpy.ndarray, chunk_DC: numpy.ndarray) -> numpy.ndarray:
+    """Mean over seeds of BLEU, (D,)."""
+    totals_DSK = numpy.tensordot(chunk_DC, sums_SCK, axes=(1, 1)).astype(int).tolist()
+    scores_DS = [
+        [
+            BLEU.compute_bleu(
+                correct=k[:4], total=k[4:8], sys_len=k[8], ref_len=k[9], smooth_method="exp"
+            ).score
+            for k in totals_SK
+        ]
+        for totals_SK in totals_DSK
+    ]
+    return numpy.average(scores_DS, axis=1, weights=seed_DS)
+
+
+def _relative_perplexity(ours: numpy.ndarray, theirs: numpy.ndarray) -> numpy.ndarray:
     return 2 ** (ours - theirs) - 1
 
 
-def _points(ours: float, theirs: float) -> float:
+def _points(ours: numpy.ndarray, theirs: numpy.ndarray) -> numpy.ndarray:
     return ours - theirs
