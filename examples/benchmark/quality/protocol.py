@@ -430,7 +430,7 @@ EXPERIMENTS = {
             compares_systems=True,
         ),
         Experiment(
-            "tuning", "Tuning", "The grid of each system, for choosing on valid.", _tuning(), least=20
+            "tuning", "Tuning", "The grid of each system, for choosing on valid.", _tuning(), least=15
         ),
         *_ABLATIONS,
         Experiment(
