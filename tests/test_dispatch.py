@@ -36,7 +36,7 @@ def routing_of(tokens, counts, dtype=torch.float64):
     """So many pairs for each expert, of random tokens, in random order."""
     expert = torch.tensor([e for e, n in enumerate(counts) for _ in range(n)], dtype=torch.long)
     order = torch.randperm(len(expert))
-    token = torch.cat([torch.randperm(tokens)[:n] for n in counts])
+    token = torch.cat([torch.empty(0, dtype=torch.long)] + [torch.randperm(tokens)[:n] for n in counts])
     weight = torch.rand(len(expert), dtype=dtype, requires_grad=True)
     return Routing(token[order], expert[order], weight, tokens, len(counts))
 
@@ -78,6 +78,15 @@ def test_weights_without_gradient_cost_none(monkeypatch):
     direction = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)
     got = torch.autograd.grad((y * direction).sum(), [x, *experts.parameters()])
     assert all(torch.equal(a, b) for a, b in zip([y, *got], expected[:2] + expected[3:]))
+
+
+def test_a_rank_that_has_no_expert():
+    experts = make_experts(5, [4, 4])
+    experts.resize([4, 4], own=[])
+    x = torch.randn(7, 5, dtype=torch.float64, requires_grad=True)
+    y, *gradients = with_gradients(dispatch, x, routing_of(7, []), experts)
+    assert torch.equal(y, torch.zeros_like(x)) and gradients[1].shape == (0,)
+    assert all(gradient.abs().sum() == 0 for gradient in gradients)
 
 
 @has_grouped

@@ -140,7 +140,9 @@ class _FusedExperts(torch.autograd.Function):
         grad_weight = expert = None
         if ctx.needs_input_grad[1]:
             grad_weight = torch.empty_like(weight)
-            expert = torch.arange(len(ctx.counts)).repeat_interleave(torch.tensor(ctx.counts))
+            expert = torch.arange(len(ctx.counts)).repeat_interleave(
+                torch.tensor(ctx.counts, dtype=torch.long)
+            )
         grad_w1, grad_b1, grad_w2, grad_b2, grad_w3 = (
             None if p is None else memory.empty(*p.shape, like=p, reuse=True) for p in (w1, b1, w2, b2, w3)
         )
