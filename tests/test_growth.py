@@ -151,6 +151,17 @@ def test_fp16_resumes(lm_data, tmp_path):
         assert torch.allclose(tensor.float(), resumed[name].float(), atol=0.02), name
 
 
+@pytest.mark.filterwarnings("ignore:torch.cuda.amp.GradScaler")  # without a GPU it leaves losses as they are
+def test_amp_keeps_its_scaler(lm_data):
+    setup = build(lm_data, **{**LM, "amp": True})
+    trainer = setup.train(updates=3)
+    scaler = trainer.optimizer.scaler
+    spawn(trainer)
+    assert trainer.optimizer.scaler is scaler
+    losses = [trainer.train_step([batch])["loss"] for batch in setup.batches()[3:6] for _ in range(3)]
+    assert losses[-1] < losses[0]
+
+
 def test_learning_rate_loss_scale_and_counter_carry_over(lm_data):
     setup = build(lm_data, **{**LM, **MIXED["fp16"], "lr_scheduler": "inverse_sqrt", "warmup_updates": 10})
     trainer = setup.train(updates=3)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Callable, Iterator
 
 import torch
@@ -17,11 +17,22 @@ from fairseq_evomoe.moe.routers import DenseToSparseRouter
 
 @dataclass
 class Size:
-    """Tokens, model width and hidden width."""
+    """Tokens, model width and hidden width; where they are, and of what kind."""
 
     tokens: int = 4096
     dim: int = 512
     hidden: int = 2048
+    device: str = "cpu"
+    dtype: str = "float32"
+
+    def __str__(self) -> str:
+        numbers = "T = {}, d = {}, h = {}".format(self.tokens, self.dim, self.hidden)
+        return numbers + (", {} on {}".format(self.dtype, self.device) if self.device != "cpu" else "")
+
+    @property
+    def like(self) -> dict:
+        """Where to make a tensor of activations, for PyTorch's functions."""
+        return {"device": self.device, "dtype": getattr(torch, self.dtype)}
 
 
 @dataclass
@@ -41,17 +52,18 @@ class Case:
 def dense(size: Size, rows: int, hidden: int | None = None) -> Callable[[], None]:
     """The floor: Linear, ReLU, Linear on so many rows."""
     ffn = ffn_of(size, hidden)
-    x = torch.randn(rows, size.dim, requires_grad=True)
-    return step(lambda: ffn(x), [x, *ffn.parameters()], torch.randn(rows, size.dim))
+    x = torch.randn(rows, size.dim, **size.like, requires_grad=True)
+    return step(lambda: ffn(x), [x, *ffn.parameters()], torch.randn(rows, size.dim, **size.like))
 
 
 def ffn_of(size: Size, hidden: int | None = None) -> nn.Sequential:
     hidden = hidden or size.hidden
-    return nn.Sequential(nn.Linear(size.dim, hidden), nn.ReLU(), nn.Linear(hidden, size.dim))
+    layers = nn.Linear(size.dim, hidden), nn.ReLU(), nn.Linear(hidden, size.dim)
+    return nn.Sequential(*layers).to(**size.like)
 
 
 def experts_of(size: Size, widths: list[int]) -> Experts:
-    experts = Experts(size.dim, widths)
+    experts = Experts(size.dim, widths).to(**size.like)
     for parameter in experts.parameters():
         nn.init.normal_(parameter, std=0.02)
     return experts
@@ -59,13 +71,13 @@ def experts_of(size: Size, widths: list[int]) -> Experts:
 
 def sparse(size: Size, mask: torch.Tensor, widths: list[int] | None = None) -> Callable[[], None]:
     """Dispatch, experts and weighted sum for a T x E mask of active pairs."""
-    token, expert = mask.nonzero(as_tuple=True)
+    token, expert = mask.to(size.device).nonzero(as_tuple=True)
     experts = experts_of(size, widths or [size.hidden] * mask.shape[1])
-    x = torch.randn(mask.shape[0], size.dim, requires_grad=True)
-    weight = torch.rand(len(token), requires_grad=True)
+    x = torch.randn(mask.shape[0], size.dim, **size.like, requires_grad=True)
+    weight = torch.rand(len(token), device=size.device, requires_grad=True)
     routing = Routing(token, expert, weight, *mask.shape)
     run = lambda: dispatch(x, routing, experts)  # noqa: E731
-    return step(run, [x, weight, *experts.parameters()], torch.randn(mask.shape[0], size.dim))
+    return step(run, [x, weight, *experts.parameters()], torch.randn(mask.shape[0], size.dim, **size.like))
 
 
 def top(size: Size, experts: int, k: int) -> torch.Tensor:
@@ -108,7 +120,7 @@ def layer_of(size: Size, experts: int, grown: bool = True) -> MoELayer:
         gate.initialize(torch.Generator().manual_seed(0))
         return gate
 
-    layer = MoELayer(base, experts, router, Spawn(experts, method="copy"))
+    layer = MoELayer(base, experts, router, Spawn(experts, method="copy")).to(**size.like)
     if grown:
         layer.grow()
     return layer
@@ -116,19 +128,19 @@ def layer_of(size: Size, experts: int, grown: bool = True) -> MoELayer:
 
 def whole(size: Size, layer: MoELayer, context: RoutingContext) -> Callable[[], None]:
     """Forward and backward of a whole layer, gate and balance loss included."""
-    x = torch.randn(size.tokens, size.dim, requires_grad=True)
+    x = torch.randn(size.tokens, size.dim, **size.like, requires_grad=True)
 
     def run() -> torch.Tensor:
         y = layer(x, context)
         # the loss has a gradient of its own; weight 0, as in the authors' scripts, still computes it
         return y + 0 * layer.routing.losses["balance"] if layer.router is not None else y
 
-    return step(run, [x, *layer.parameters()], torch.randn(size.tokens, size.dim))
+    return step(run, [x, *layer.parameters()], torch.randn(size.tokens, size.dim, **size.like))
 
 
 def decoding(size: Size) -> tuple[Callable[[], None], Callable[[], None]]:
     """One token through a layer of 64 experts in evaluation, gate included, and through a dense FFN."""
-    layer, ffn, x = layer_of(size, 64).eval(), ffn_of(size), torch.randn(1, size.dim)
+    layer, ffn, x = layer_of(size, 64).eval(), ffn_of(size), torch.randn(1, size.dim, **size.like)
 
     def repeat(function: Callable) -> Callable[[], None]:
         @torch.no_grad()
@@ -168,12 +180,11 @@ def cases(size: Size, quick: bool) -> Iterator[Case]:
     yield case("DTS dense stage, 8 of 8", 1.05, soft(size, 8, 8.0))
     yield case("HMoE arithmetic widths, top-2 of 8", 1.20, top(size, 8, 2), arithmetic(size, 8))
     yield Case("one token, E = 64, evaluation, with its gate", 2.0, *decoding(size), calls=50)
-    one = Size(1, size.dim, size.hidden)
+    one = replace(size, tokens=1)
     yield Case("one token, E = 64, forward and backward", None, sparse(one, top(one, 64, 1)), dense(one, 1))
-    large = Size(16384, size.dim, size.hidden)
-    yield Case(
-        "16384 tokens, top-1, E = 64", None, sparse(large, balanced(large, 64)), dense(large, large.tokens)
-    )
+    large = replace(size, tokens=4 * size.tokens)
+    name = f"{large.tokens} tokens, top-1, E = 64"
+    yield Case(name, None, sparse(large, balanced(large, 64)), dense(large, large.tokens))
 
 
 def measure(case: Case, repeats: int) -> dict:
@@ -189,9 +200,9 @@ def measure(case: Case, repeats: int) -> dict:
     }
 
 
-def run(quick: bool, repeats: int) -> dict:
-    """All cases, the figures of each printed as they come."""
-    size = Size(tokens=2048, hidden=1024) if quick else Size()
+def run(quick: bool, repeats: int, **sizes: int | str) -> dict:
+    """All cases, the figures of each printed as they come; ``sizes`` are fields of `Size`."""
+    size = Size(**{**({"tokens": 2048, "hidden": 1024} if quick else {}), **sizes})
     rows = []
     for case in cases(size, quick):
         row = measure(case, repeats)
@@ -199,4 +210,4 @@ def run(quick: bool, repeats: int) -> dict:
         print("  {}: {}".format(case.name, {k: round(v, 2) for k, v in row["ratio"].items()}), flush=True)
         del case
         clean_up()
-    return {"size": vars(size), "repeats": repeats, "rows": rows}
+    return {"size": str(size), "repeats": repeats, "rows": rows}

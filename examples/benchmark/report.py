@@ -42,9 +42,8 @@ def layer(result: dict) -> str:
         ]
         for row in result["rows"]
     ]
-    size = "T = {tokens}, d = {dim}, h = {hidden}".format(**result["size"])
     return "## The layer\n\n{}, {} repeats; times in units of the floor's\n\n{}".format(
-        size, result["repeats"], table(head, rows)
+        result["size"], result["repeats"], table(head, rows)
     )
 
 

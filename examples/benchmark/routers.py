@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from typing import Callable
 
 import torch
 from layer import Size, dense
@@ -11,25 +12,24 @@ from timing import clean_up, interleave, ratios
 from fairseq_evomoe.moe.routers import ROUTERS, Router
 from fairseq_evomoe.moe.routing import RoutingContext, Vocabulary
 
-SIZE = Size()
 EXPERTS, WORDS, SEQUENCES = 8, 8000, 32
 
 
-def make(name: str) -> Router:
+def make(name: str, size: Size) -> Router:
     """A router in training with the defaults of its options."""
     router = ROUTERS[name]
     accepted = inspect.signature(router.__init__).parameters
     offered = {"vocabulary": Vocabulary(WORDS, torch.rand(WORDS)), "shared": {}}
-    made = router(SIZE.dim, EXPERTS, **{key: value for key, value in offered.items() if key in accepted})
+    made = router(size.dim, EXPERTS, **{key: value for key, value in offered.items() if key in accepted})
     made.initialize(torch.Generator().manual_seed(0))
-    return made.train()
+    return made.to(**size.like).train()
 
 
-def deciding(router: Router):
+def deciding(router: Router, size: Size) -> Callable[[], None]:
     """A function that routes T tokens and goes back through weights and losses."""
-    x = torch.randn(SIZE.tokens, SIZE.dim, requires_grad=True)
-    token_T = torch.randint(WORDS, (SIZE.tokens,))
-    sequence_T = torch.arange(SIZE.tokens) % SEQUENCES
+    x = torch.randn(size.tokens, size.dim, **size.like, requires_grad=True)
+    token_T = torch.randint(WORDS, (size.tokens,), device=size.device)
+    sequence_T = torch.arange(size.tokens, device=size.device) % SEQUENCES
 
     def run() -> None:
         x.grad = None
@@ -42,13 +42,14 @@ def deciding(router: Router):
     return run
 
 
-def run(repeats: int) -> dict:
-    """Each router's time in units of a step of a dense FFN on the same tokens."""
-    functions = {"dense FFN": dense(SIZE, SIZE.tokens)}
+def run(repeats: int, **sizes: int | str) -> dict:
+    """Each router's time in units of a step of a dense FFN on the same tokens; sizes: fields of `Size`."""
+    size = Size(**sizes)
+    functions = {"dense FFN": dense(size, size.tokens)}
     errors = {}
     for name in ROUTERS:
         try:
-            function = deciding(make(name))
+            function = deciding(make(name, size), size)
             function()
             functions[name] = function
         except Exception as error:  # it belongs into the table
@@ -61,7 +62,5 @@ def run(repeats: int) -> dict:
     for row in rows:
         print("  {}: {}".format(row["name"], {k: round(v, 3) for k, v in row["share"].items()}), flush=True)
     clean_up()
-    note = "T = {}, d = {}, E = {}; in units of a dense FFN's step, h = {}".format(
-        SIZE.tokens, SIZE.dim, EXPERTS, SIZE.hidden
-    )
+    note = "{}, E = {}; in units of a dense FFN's step".format(size, EXPERTS)
     return {"note": note, "rows": rows, "errors": errors}

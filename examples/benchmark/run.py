@@ -30,6 +30,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=7, help="timed runs of each function")
     parser.add_argument("--rounds", type=int, default=3, help="timed runs of each whole program")
     parser.add_argument("--quick", action="store_true", help="three small cases of the layer: half a minute")
+    for name, what in (("tokens", "a batch"), ("dim", "width of a token"), ("hidden", "of an expert")):
+        parser.add_argument("--" + name, type=int, help="{}, of the parts layer and routers".format(what))
+    parser.add_argument("--device", help="of the part layer, such as cuda (cpu)")
+    parser.add_argument("--dtype", help="of the part layer, such as bfloat16 (float32)")
     parser.add_argument("--limit", type=float, help="factor of a layer case's target that is still accepted")
     parser.add_argument("--lm-data", type=Path, help="binarised text for language models; made up if missing")
     parser.add_argument("--translation-data", type=Path, help="binarised pairs; made up if missing")
@@ -63,16 +67,18 @@ def main() -> int:
     old = args.out / "results.json" if args.out else None
     if old is not None and old.exists():  # parts can be measured one at a time
         results = {**json.loads(old.read_text()), **results}
+    named = {name: getattr(args, name) for name in ("tokens", "dim", "hidden", "device", "dtype")}
+    sizes = {name: value for name, value in named.items() if value is not None}
     for part in ["layer"] if args.quick else args.parts or PARTS:
         print(part, flush=True)
         if part == "layer":
             import layer
 
-            results[part] = layer.run(args.quick, args.repeats)
+            results[part] = layer.run(args.quick, args.repeats, **sizes)
         elif part == "routers":
             import routers
 
-            results[part] = routers.run(args.repeats)
+            results[part] = routers.run(args.repeats, **sizes)
         elif part == "peers":
             import peers
 

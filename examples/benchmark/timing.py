@@ -47,8 +47,10 @@ def interleave(functions: dict[str, Callable[[], None]], repeats: int) -> dict[s
     cpu: dict[str, list[float]] = {name: [] for name in functions}
     for repeat in range(repeats + 1):
         for name, function in functions.items():
+            _wait_for_device()
             cpu_start, start = time.process_time(), time.perf_counter()
             function()
+            _wait_for_device()
             end, cpu_end = time.perf_counter(), time.process_time()
             if repeat:
                 wall[name].append(end - start)
@@ -62,6 +64,11 @@ def interleave(functions: dict[str, Callable[[], None]], repeats: int) -> dict[s
         }
         for name in functions
     }
+
+
+def _wait_for_device() -> None:
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 def ratios(times: dict[str, dict], name: str, base: str) -> dict[str, float]:
@@ -80,9 +87,14 @@ def peak_memory(function: Callable[[], None]) -> float | None:
     """MiB that a call needs at its peak beyond what is in use before it; ``None`` where Linux is not there.
 
     Gradients of the call before count as in use, so that those of this call, which replace them, do not
-    count as needed.
+    count as needed.  Once a GPU is in use, its memory is meant.
     """
     gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
     try:
         ctypes.CDLL(None).malloc_trim(0)  # what is free counts as free
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew

@@ -126,8 +126,9 @@ def take_over_settings(old: FairseqOptimizer, new: FairseqOptimizer) -> None:
     """Give a rebuilt optimizer the learning rate, other group settings and loss scaler of the old one."""
     for old_group, new_group in zip(old.optimizer.param_groups, new.optimizer.param_groups):
         new_group.update({name: value for name, value in old_group.items() if name != "params"})
-    if getattr(old, "scaler", None) is not None:
-        new.scaler = old.scaler
+    for name in ("scaler", "_grad_scaler"):  # of --fp16, and of --amp, where ``scaler`` is a property of it
+        if name in vars(old):
+            setattr(new, name, getattr(old, name))
 
 
 def repoint(scheduler: Any, old: FairseqOptimizer, new: FairseqOptimizer) -> None:

@@ -1,0 +1,198 @@
+"""On a GPU: it computes what the CPU computes, in every router, precision and phase.
+
+Skipped where there is none; ``pytest tests/test_gpu.py`` on a machine that has one.  Sums of floating point
+numbers have another order on each run there, so that results are compared with tolerances.
+"""
+
+import copy
+
+import pytest
+import torch
+from cli import LM, MASKED_LM, TRANSLATION, build, call, parameters, run
+from test_generation import EVALUATION, PLAIN, hypotheses
+from test_layer import make_experts, random_routing, slow_dispatch
+from test_training import DATA, TASKS, check_phases
+from torch.nn import functional as F
+
+from fairseq_evomoe.moe import ROUTERS, Hidden
+from fairseq_evomoe.moe.dispatch import dispatch
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+
+CPU = {"cpu": True}
+
+
+def error(ours, exact):
+    """The norm of the difference, as a share of the norm."""
+    exact = exact.double().cpu()
+    return float((ours.double().cpu() - exact).norm() / exact.norm().clamp(min=1e-30))
+
+
+@pytest.mark.parametrize(
+    "dtype, tolerance",
+    [(torch.float64, 1e-12), (torch.float32, 2e-3), (torch.float16, 1e-2), (torch.bfloat16, 8e-2)],
+    ids=["float64", "float32", "float16", "bfloat16"],
+)
+@pytest.mark.parametrize("widths", [[32], [48] * 4, [16, 48, 8, 64]], ids=str)
+@pytest.mark.parametrize("density", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("activation", [torch.relu, F.gelu])
+def test_dispatch_equals_a_loop_over_pairs(dtype, tolerance, widths, density, activation):
+    torch.manual_seed(1)
+    experts = make_experts(32, widths, dtype, Hidden(activation))
+    routing = random_routing(50, len(widths), density)
+    routing.weight_N = routing.weight_N.to(torch.float64 if dtype == torch.float64 else torch.float32)
+    x, direction = torch.randn(50, 32).to(dtype), torch.randn(50, 32).to(dtype)
+    results = []
+    for device, kind in (("cpu", torch.float64), ("cuda", dtype)):
+        own, placed = copy.deepcopy(experts).to(device, kind), copy.copy(routing)
+        placed.token_N, placed.expert_N = routing.token_N.to(device), routing.expert_N.to(device)
+        weight = routing.weight_N.to(device)
+        placed.weight_N = (weight.double() if device == "cpu" else weight).requires_grad_()
+        inputs = [x.to(device, kind).requires_grad_(), placed.weight_N, *own.parameters()]
+        y = (slow_dispatch if device == "cpu" else dispatch)(inputs[0], placed, own)
+        assert y.dtype == kind and y.device.type == device
+        loss = (y * direction.to(device, kind)).sum()
+        grads = torch.autograd.grad(loss, inputs, allow_unused=True) if loss.requires_grad else [None]
+        results.append([y.detach(), *grads])
+    for exact, ours in zip(*results):
+        if exact is not None and ours is not None:
+            assert error(ours, exact) < tolerance
+
+
+@pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="this PyTorch has no grouped products")
+def test_equal_experts_wait_for_nothing_from_the_device():
+    """No size of a group is copied to the host, which would have to wait for all that is queued before."""
+    torch.manual_seed(1)
+    experts = make_experts(32, [48] * 4, torch.bfloat16).cuda()
+    routing = random_routing(50, 4, 0.3, torch.float32)
+    for name in ("token_N", "expert_N", "weight_N"):
+        setattr(routing, name, getattr(routing, name).cuda())
+    x = torch.randn(50, 32, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    dispatch(x, routing, experts).float().sum().backward()  # workspaces and kernels are made
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        dispatch(x, routing, experts).float().sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def settings_of(router):
+    base = MASKED_LM if ROUTERS[router].needs_whole_sequence else LM
+    settings = {**base, "moe_router": router, "moe_freq": 1, "moe_spawn_update": 3, "moe_hard_update": None}
+    return {**settings, "moe_stable_update": 5} if router == "stable" else settings
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_a_model_computes_what_it_computes_on_the_cpu(router, lm_data):
+    settings = settings_of(router)
+    setup = build(lm_data, **settings, **CPU)
+    setup.train(7)
+    batch = setup.batches()[7]["net_input"]
+    results = []
+    for device in ("cpu", "cuda"):
+        model = copy.deepcopy(setup.model).to(device, torch.float64).eval()
+        model.set_num_updates(7)
+        y = model(**{name: x.to(device) if torch.is_tensor(x) else x for name, x in batch.items()})[0]
+        y.square().mean().backward()
+        results.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+        results[-1]["output"] = y.detach()
+    exact, ours = results
+    assert exact.keys() == ours.keys() and any(".moe." in name for name in exact)
+    assert error(ours.pop("output"), exact.pop("output")) < 1e-6
+    whole = torch.cat([grad.flatten() for grad in exact.values()]).norm()
+    for name, grad in exact.items():
+        assert (ours[name].cpu() - grad).norm() < 1e-6 * whole, name
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_one_expert_grows_into_many_with_any_router(router, lm_data):
+    setup = build(lm_data, **settings_of(router))
+    trainer = setup.trainer()
+    trainer.begin_epoch(1)
+    losses = [float(trainer.train_step([batch])["loss"]) for batch in setup.batches()[:7]]
+    assert all(p.device.type == "cuda" for p in setup.model.parameters())
+    assert all(b.device.type == "cuda" for b in setup.model.buffers())
+    layers = [module.moe for module in setup.model.modules() if hasattr(module, "moe")]
+    assert layers and all(len(moe.experts.widths) == 4 for moe in layers)
+    assert losses[-1] < losses[0] < 10
+
+
+PRECISIONS = {
+    "float32": {},
+    "fp16": {"fp16": True, "fp16_init_scale": 4},
+    "memory-efficient-fp16": {"memory_efficient_fp16": True, "fp16_init_scale": 4},
+    "amp": {"amp": True, "fp16_init_scale": 4},
+}
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("settings", TASKS)
+def test_a_task_goes_through_all_phases(settings, precision, tmp_path, request):
+    data = request.getfixturevalue(DATA[settings["task"]])
+    settings = {**settings, "dropout": 0, "attention_dropout": 0, "activation_dropout": 0}
+    result = call("fairseq-train", data, save_dir=tmp_path, **settings, **PRECISIONS[precision])
+    check_phases(result)
+    exact = call("fairseq-train", data, save_dir=tmp_path / "cpu", **settings, **CPU)
+    ours, theirs = ([step["loss"] for step in each.log("train_inner")] for each in (result, exact))
+    # the noise of the soft stage is not that of the CPU
+    assert ours[:7] == pytest.approx(theirs[:7], rel=2e-3 if precision == "float32" else 2e-2)
+    assert ours[7:] == pytest.approx(theirs[7:], rel=0.1)
+
+
+@pytest.mark.parametrize("efficient", [False, True], ids=["bf16", "memory-efficient-bf16"])
+def test_bfloat16(efficient, lm_data):
+    """As ``common.bf16=true`` in YAML; fairseq's flag asks for a TPU, too."""
+    losses = []
+    for common in ({"bf16": True, "memory_efficient_bf16": efficient}, {}):
+        setup = build(lm_data, **{**LM, "moe_spawn_update": 3}, dropout=0, common=common)
+        trainer = setup.trainer()
+        trainer.begin_epoch(1)
+        losses.append([float(trainer.train_step([batch])["loss"]) for batch in setup.batches()])
+        assert {p.dtype for p in setup.model.parameters()} == {torch.bfloat16 if common else torch.float32}
+        assert setup.model.decoder.layers[1].moe.grown
+    assert losses[0] == pytest.approx(losses[1], rel=0.05)
+
+
+def test_it_goes_on_where_it_was_interrupted(lm_data, tmp_path):
+    settings = {**LM, "save_interval_updates": 3}
+    whole = call("fairseq-train", lm_data, save_dir=tmp_path / "whole", **settings).log("train_inner")
+    for stop in (3, 6, 9, 12):
+        saved = next((tmp_path / "whole").glob("checkpoint_?_{}.pt".format(stop)))
+        folder = tmp_path / "from{}".format(stop)
+        again = call("fairseq-train", lm_data, save_dir=folder, restore_file=saved, **settings).log(
+            "train_inner"
+        )
+        assert [step["num_updates"] for step in again] == list(range(stop + 1, 15))
+        ours, theirs = ([step["loss"] for step in each] for each in (again, whole[stop:]))
+        assert ours == pytest.approx(theirs, rel=2e-3)
+
+
+def test_a_checkpoint_of_a_gpu_is_one_of_the_cpu(lm_data, tmp_path):
+    call("fairseq-train", lm_data, save_dir=tmp_path, **LM)
+    assert all(tensor.device.type == "cpu" for tensor in parameters(tmp_path / "checkpoint_last.pt").values())
+    losses = []
+    for cpu in (True, False):
+        names = {key: LM[key] for key in ("task", "criterion", "user_dir")}
+        options = dict(path=tmp_path / "checkpoint_last.pt", batch_size=8, num_workers=0, cpu=cpu, **names)
+        output = call("fairseq-validate", lm_data, **options).output
+        losses.append(float(output.rsplit("| loss ", 1)[1].split()[0]))
+    assert losses[0] == pytest.approx(losses[1], abs=2e-3)
+
+
+@pytest.mark.parametrize("fp16", [False, True], ids=["float32", "fp16"])
+def test_translations_are_those_of_the_cpu(fp16, translation_data, tmp_path):
+    settings = {**TRANSLATION, "max_update": 120, "batch_size": 32, "moe_spawn_update": 30}
+    settings.update(moe_anneal_updates=30, moe_hard_update=40, disable_validation=True)
+    call("fairseq-train", translation_data, save_dir=tmp_path, **settings)
+    options = dict(path=tmp_path / "checkpoint_last.pt", beam=3, batch_size=16, **EVALUATION)
+    exact = hypotheses(call("fairseq-generate", translation_data, **options, **CPU).output)
+    ours = hypotheses(run("fairseq-generate", translation_data, fp16=fp16, **options).output)
+    assert len(exact) == 40 and exact.keys() == ours.keys()
+    assert sum(exact[i] == ours[i] for i in exact) >= (36 if fp16 else 39)
+
+
+def test_experts_spawn_by_themselves_on_a_plateau(lm_data, tmp_path):
+    settings = {**LM, **PLAIN, "moe_spawn_update": "auto", "moe_spawn_window": 2, "moe_spawn_plateau": 0.9}
+    result = call("fairseq-train", lm_data, save_dir=tmp_path, **settings)
+    assert len(result.lines("spawned experts")) == 1
