@@ -5,7 +5,8 @@ Every way gives the same result up to rounding; which one is taken depends on de
 - one token without gradients, as in generation: its experts one after another, nothing to sort;
 - on the CPU, ReLU, GELU or SiLU experts, gated (SwiGLU) or not: a differentiable function, ``fused.py``;
 - experts of one width, where PyTorch has ``grouped_mm`` (2.10 or newer) that takes their sizes: grouped
-  products, and nothing is copied from the device to the host;
+  products, and in bfloat16 nothing is copied from the device to the host (in float32, PyTorch 2.11 does that
+  within them);
 - otherwise: the experts' segments by autograd.
 """
 
@@ -69,7 +70,8 @@ def sum_of_outputs(
         activation = experts.hidden.activation
         widths, w3 = experts.own_widths, experts.w3
         return fused_experts(x_TD, weight_N, *weights, token_N, counts, widths, activation, w3)
-    weighted_ND = outputs(x_TD[token_N], expert_N, experts) * weight_N.unsqueeze(1)
+    # not x_TD[token_N], whose gradient sorts
+    weighted_ND = outputs(x_TD.index_select(0, token_N), expert_N, experts) * weight_N.unsqueeze(1)
     return weighted_ND.new_zeros(x_TD.shape).index_add(0, token_N, weighted_ND)
 
 
@@ -131,7 +133,7 @@ def _can_group(x_TD: Tensor, experts: Experts) -> bool:
 
 
 def grouped_experts(x_ND: Tensor, expert_N: Tensor, experts: Experts) -> Tensor:
-    """``Experts.forward`` for experts of one width by grouped products; no size leaves the device.
+    """``Experts.forward`` for experts of one width by grouped products, which need no size on the host.
 
     Args:
         x_ND: rows sorted by expert, shape (N, D).
@@ -151,10 +153,13 @@ def grouped_experts(x_ND: Tensor, expert_N: Tensor, experts: Experts) -> Tensor:
         weight = weight.view(count, -1, experts.dim).to(dtype)
         return F.grouped_mm(rows.to(dtype), weight.transpose(1, 2) if transposed else weight, offs=end_E)
 
-    b1, b2 = (b.view(count, -1).index_select(0, expert_N).to(dtype) for b in (experts.b1, experts.b2))
+    # a bias is added as a product with a row of zeros and a one: the gradient of one that is looked up is
+    # many additions to a few places, which on a GPU wait for each other
+    one_NE = (expert_N.unsqueeze(1) == torch.arange(count, device=expert_N.device)).to(dtype)
+    b1, b2 = (b.view(count, -1).to(dtype) for b in (experts.b1, experts.b2))
     factor = None if experts.w3 is None else product(x_ND, experts.w3, True)
-    hidden = experts.hidden(product(x_ND, experts.w1, True) + b1, factor)
-    return product(hidden, experts.w2, False) + b2
+    hidden = experts.hidden(torch.addmm(product(x_ND, experts.w1, True), one_NE, b1), factor)
+    return torch.addmm(product(hidden, experts.w2, False), one_NE, b2)
 
 
 def _autocast_dtype(x: Tensor) -> Optional[torch.dtype]:

@@ -308,6 +308,7 @@ _ABLATIONS = (
             "auto": {"moe_spawn_update": "auto"},
         },
         reference=1,
+        seeds=SEEDS,
     ),
     _ablation(
         "spawn_how",
@@ -321,6 +322,7 @@ _ABLATIONS = (
             "reinit (0.5)": {"moe_spawn_method": "reinit"},
             "copy": {"moe_spawn_method": "copy"},
         },
+        seeds=SEEDS,
     ),
     _ablation(
         "balance",
@@ -354,7 +356,8 @@ _ABLATIONS = (
 )
 _LEARNING_RATES = ("0.001", "0.004", "0.008")
 _BETTER_RATE = ("--lr", "0.004")
-_TUNED = ("GShard, top-2", "Hash, 4 of 32 narrow experts")
+_TUNED = ("GShard, top-2", "Hash, 4 of 32 narrow experts", "EvoMoE, gate on state and token")
+_DEFAULTS = {"masked_lm": "EvoMoE, gate on state and token"}
 _GRID: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
     "dense": ("dense", {}),
     "Switch": (
@@ -414,7 +417,7 @@ EXPERIMENTS = {
             _SYSTEMS,
             tasks=tuple(TASKS),
             seeds=SEEDS,
-            references={"masked_lm": "EvoMoE, gate on state and token"},  # the default there
+            references=_DEFAULTS,
             compares_systems=True,
         ),
         Experiment(
@@ -426,7 +429,9 @@ EXPERIMENTS = {
                 for variant in _SYSTEMS
                 if variant in _SYSTEMS[:8] or variant.label in _TUNED
             ),
+            tasks=("lm", "masked_lm"),
             seeds=SEEDS,
+            references=_DEFAULTS,
             compares_systems=True,
         ),
         Experiment(

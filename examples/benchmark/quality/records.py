@@ -25,7 +25,7 @@ def read_speed(folder: Path) -> dict[str, dict[str, dict[int, float]]]:
 def differences(known: dict[str, dict], again: dict[str, dict]) -> list[str]:
     """What is not equal in the runs that two folders of results have in common, or that there are none.
 
-    The loss is left out, but not the chunks whose sum it is: Python 3.12 adds floats up more exactly than 3.11.
+    The loss is left out, but not the chunks whose sum it is: Python 3.12 adds floats up more exactly.
     """
     common = known.keys() & again.keys()
     if not common:
