@@ -179,6 +179,7 @@ class Experiment:
         seeds: the seeds of each row.
         reference: number of the row that the others are compared with.
         references: label of that row for tasks that have another one.
+        main: labels of the rows that tasks have whose rows are not all.
         compares_systems: whether the rows are systems, of which more is reported, and not variants of one.
         least: number of rows from which on there is something to show.
     """
@@ -191,8 +192,14 @@ class Experiment:
     seeds: tuple[int, ...] = (1,)
     reference: int = 0
     references: dict[str, str] = field(default_factory=dict)
+    main: dict[str, tuple[str, ...]] = field(default_factory=dict)
     compares_systems: bool = False
     least: int = 2
+
+    def rows(self, task: Task) -> tuple[Variant, ...]:
+        """The rows of a task."""
+        chosen = self.main.get(task.id)
+        return self.variants if chosen is None else tuple(v for v in self.variants if v.label in chosen)
 
     def compared(self, task: Task) -> Variant:
         """The row that the others are compared with."""
@@ -358,6 +365,12 @@ _LEARNING_RATES = ("0.001", "0.004", "0.008")
 _BETTER_RATE = ("--lr", "0.004")
 _TUNED = ("GShard, top-2", "Hash, 4 of 32 narrow experts", "EvoMoE, gate on state and token")
 _DEFAULTS = {"masked_lm": "EvoMoE, gate on state and token"}
+_PUBLISHED = ("Switch", "Hash", "dense", "StableMoE", "BASE", "EvoMoE, published")
+_MAIN = {
+    "masked_lm": (*_DEFAULTS.values(), "EvoMoE", *_PUBLISHED, "HMoE, Top-P"),
+    "help_de": ("EvoMoE", *_PUBLISHED, "HMoE, Top-P"),
+    "bible_fr": ("EvoMoE", *_PUBLISHED),
+}
 _GRID: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
     "dense": ("dense", {}),
     "Switch": (
@@ -418,6 +431,7 @@ EXPERIMENTS = {
             tasks=tuple(TASKS),
             seeds=SEEDS,
             references=_DEFAULTS,
+            main=_MAIN,
             compares_systems=True,
         ),
         Experiment(
@@ -432,6 +446,7 @@ EXPERIMENTS = {
             tasks=("lm", "masked_lm"),
             seeds=SEEDS,
             references=_DEFAULTS,
+            main={"masked_lm": (*_DEFAULTS.values(), "Switch")},
             compares_systems=True,
         ),
         Experiment(

@@ -58,7 +58,7 @@ def chosen(args: argparse.Namespace) -> list[Run]:
         experiment = EXPERIMENTS[name]
         for seed in args.seeds or experiment.seeds:
             for task in (TASKS[task] for task in experiment.tasks if task in args.tasks):
-                for variant in experiment.variants:
+                for variant in experiment.rows(task):
                     if args.labels is None or variant.label in args.labels:
                         run = variant.run(task, seed, updates)
                         found[run.key] = run
