@@ -8,9 +8,10 @@ import copy
 
 import pytest
 import torch
-from cli import LM, MASKED_LM, TRANSLATION, build, call, parameters, run
+from cli import LM, TRANSLATION, build, call, parameters, run
 from test_generation import EVALUATION, PLAIN, hypotheses
 from test_layer import make_experts, random_routing, slow_dispatch
+from test_systems import with_router
 from test_training import DATA, TASKS, check_phases
 from torch.nn import functional as F
 
@@ -77,15 +78,9 @@ def test_equal_experts_wait_for_nothing_from_the_device():
         torch.cuda.set_sync_debug_mode("default")
 
 
-def settings_of(router):
-    base = MASKED_LM if ROUTERS[router].needs_whole_sequence else LM
-    settings = {**base, "moe_router": router, "moe_freq": 1, "moe_spawn_update": 3, "moe_hard_update": None}
-    return {**settings, "moe_stable_update": 5} if router == "stable" else settings
-
-
 @pytest.mark.parametrize("router", ROUTERS)
 def test_a_model_computes_what_it_computes_on_the_cpu(router, lm_data):
-    settings = settings_of(router)
+    settings = with_router(router)
     setup = build(lm_data, **settings, **CPU)
     setup.train(7)
     batch = setup.batches()[7]["net_input"]
@@ -107,7 +102,7 @@ def test_a_model_computes_what_it_computes_on_the_cpu(router, lm_data):
 
 @pytest.mark.parametrize("router", ROUTERS)
 def test_one_expert_grows_into_many_with_any_router(router, lm_data):
-    setup = build(lm_data, **settings_of(router))
+    setup = build(lm_data, **with_router(router))
     trainer = setup.trainer()
     trainer.begin_epoch(1)
     losses = [float(trainer.train_step([batch])["loss"]) for batch in setup.batches()[:7]]

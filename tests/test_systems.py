@@ -123,12 +123,16 @@ def test_a_system_trains_resumes_and_evaluates(name, lm_data, tmp_path, request,
         assert perplexity("before.pt", lm_data, system) == pytest.approx(validated[BEFORE], abs=0.011)
 
 
-@pytest.mark.parametrize("router", ROUTERS)
-def test_one_expert_grows_into_many_with_any_router(router, lm_data):
+def with_router(router):
+    """Settings of a model that grows before its fourth update, with experts in all its layers."""
     base = MASKED_LM if ROUTERS[router].needs_whole_sequence else LM
     settings = {**base, "moe_router": router, "moe_freq": 1, "moe_spawn_update": 3, "moe_hard_update": None}
-    if router == "stable":
-        settings["moe_stable_update"] = 5
+    return {**settings, "moe_stable_update": 5} if router == "stable" else settings
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_one_expert_grows_into_many_with_any_router(router, lm_data):
+    settings = with_router(router)
     setup, loaded = build(lm_data, **settings), build(lm_data, **settings).model
     layers = [module for module in setup.model.modules() if hasattr(module, "moe")]
     trainer = setup.trainer()
