@@ -76,6 +76,7 @@ def test_equal_experts_wait_for_nothing_from_the_device():
         dispatch(x, routing, experts).float().sum().backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert x.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("router", ROUTERS)

@@ -112,6 +112,15 @@ def test_parameters_that_are_looked_up(lm_data):
     )
 
 
+def test_main_rows_are_rows():
+    for experiment in protocol.EXPERIMENTS.values():
+        assert set(experiment.main) <= set(experiment.tasks)
+        for task in experiment.tasks:
+            rows = [variant.label for variant in experiment.rows(protocol.TASKS[task])]
+            assert set(rows) == set(experiment.main.get(task, rows)) and rows
+    assert len(protocol.EXPERIMENTS["systems"].rows(protocol.TASKS["help_de"])) == 8
+
+
 def test_runs_have_names_of_their_own():
     runs = [
         variant.run(protocol.TASKS[task], seed)

@@ -27,7 +27,8 @@ class Size:
 
     def __str__(self) -> str:
         numbers = "T = {}, d = {}, h = {}".format(self.tokens, self.dim, self.hidden)
-        return numbers + (", {} on {}".format(self.dtype, self.device) if self.device != "cpu" else "")
+        usual = (self.dtype, self.device) == ("float32", "cpu")
+        return numbers if usual else "{}, {} on {}".format(numbers, self.dtype, self.device)
 
     @property
     def like(self) -> dict:

@@ -32,8 +32,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="three small cases of the layer: half a minute")
     for name, what in (("tokens", "a batch"), ("dim", "width of a token"), ("hidden", "of an expert")):
         parser.add_argument("--" + name, type=int, help="{}, of the parts layer and routers".format(what))
-    parser.add_argument("--device", help="of the part layer, such as cuda (cpu)")
-    parser.add_argument("--dtype", help="of the part layer, such as bfloat16 (float32)")
+    parser.add_argument("--device", help="of the parts layer and routers, such as cuda (cpu)")
+    parser.add_argument("--dtype", help="of the parts layer and routers, such as bfloat16 (float32)")
     parser.add_argument("--limit", type=float, help="factor of a layer case's target that is still accepted")
     parser.add_argument("--lm-data", type=Path, help="binarised text for language models; made up if missing")
     parser.add_argument("--translation-data", type=Path, help="binarised pairs; made up if missing")
