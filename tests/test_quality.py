@@ -118,6 +118,8 @@ def test_main_rows_are_rows():
         for task in experiment.tasks:
             rows = [variant.label for variant in experiment.rows(protocol.TASKS[task])]
             assert set(rows) == set(experiment.main.get(task, rows)) and rows
+        labels = [variant.label for variant in experiment.variants]
+        assert set(experiment.confirmed) <= set(labels) and len(labels) == len(set(labels)), experiment.id
     assert len(protocol.EXPERIMENTS["systems"].rows(protocol.TASKS["help_de"])) == 8
 
 
@@ -127,16 +129,13 @@ def test_runs_have_names_of_their_own():
         for experiment in protocol.EXPERIMENTS.values()
         for variant in experiment.variants
         for task in experiment.tasks
-        for seed in experiment.seeds
+        for seed in experiment.seeds_of(variant)
     ]
     commands = {}
     for run in runs:
         commands.setdefault(run.key, set()).add((run.task.id, run.system.id, *run.arguments))
     assert all(len(same) == 1 for same in commands.values())
     assert not any("/" in argument for run in runs for argument in run.arguments)  # no paths of a machine
-    for experiment in protocol.EXPERIMENTS.values():
-        labels = [variant.label for variant in experiment.variants]
-        assert len(labels) == len(set(labels)), experiment.id
 
 
 @pytest.mark.parametrize("path", sorted((QUALITY / "results").glob("*.jsonl")), ids=lambda path: path.stem)
@@ -172,7 +171,7 @@ def test_the_first_page_says_the_same():
     labels = {"EvoMoE, our options": "EvoMoE", "EvoMoE, as published": "EvoMoE, published"}
     labels["GShard, two experts a token"] = "GShard, top-2"
     experiment, task = protocol.EXPERIMENTS["systems"], protocol.TASKS["lm"]
-    of = {v.label: tables.of_variant(v, task, experiment.seeds, KNOWN) for v in experiment.variants}
+    of = {v.label: tables.of_variant(v, task, KNOWN) for v in experiment.variants}
     for name, perplexity, difference in rows:
         found = of[labels.get(name, name)]
         assert f"{tables.mean(tables.score, found):.2f}" == perplexity, name

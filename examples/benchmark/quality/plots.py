@@ -23,7 +23,7 @@ def plot(experiment: Experiment, known: dict[str, dict], folder: Path) -> None:
         found = {
             variant.label: records
             for variant in experiment.variants
-            if (records := of_variant(variant, task, experiment.seeds, known))
+            if (records := of_variant(variant, task, known))
         }
         if len(found) < experiment.least:
             continue

@@ -177,6 +177,7 @@ class Experiment:
         variants: the rows.
         tasks: names of tasks.
         seeds: the seeds of each row.
+        confirmed: labels of the rows that have `SEEDS`, where the others were to choose from with one.
         reference: number of the row that the others are compared with.
         references: label of that row for tasks that have another one.
         main: labels of the rows that tasks have whose rows are not all.
@@ -190,6 +191,7 @@ class Experiment:
     variants: tuple[Variant, ...]
     tasks: tuple[str, ...] = ("lm",)
     seeds: tuple[int, ...] = (1,)
+    confirmed: tuple[str, ...] = ()
     reference: int = 0
     references: dict[str, str] = field(default_factory=dict)
     main: dict[str, tuple[str, ...]] = field(default_factory=dict)
@@ -200,6 +202,10 @@ class Experiment:
         """The rows of a task."""
         chosen = self.main.get(task.id)
         return self.variants if chosen is None else tuple(v for v in self.variants if v.label in chosen)
+
+    def seeds_of(self, variant: Variant) -> tuple[int, ...]:
+        """The seeds of a row."""
+        return SEEDS if variant.label in self.confirmed else self.seeds
 
     def compared(self, task: Task) -> Variant:
         """The row that the others are compared with."""
@@ -229,6 +235,12 @@ _TOP4 = {
     "moe_balance_weight": 0,
 }
 _GATE = {"moe_gate_input": "table", "moe_renormalize": "straight-through"}
+_HIDDEN = {
+    "moe_gate_input": "hidden",
+    "moe_table_std": None,
+    "moe_renormalize": "always",
+    "moe_balance_weight": 0.01,
+}
 _SYSTEMS = (
     Variant("EvoMoE", "evomoe_fine"),
     Variant("EvoMoE, 8 wide experts", "evomoe"),
@@ -275,7 +287,7 @@ _ABLATIONS = (
             "both": {"moe_gate_input": "both"},
             "hidden state": {"moe_gate_input": "hidden"},
         },
-        seeds=SEEDS,  # it made a default
+        confirmed=("table", "hidden state"),
     ),
     _ablation(
         "soft_stage",
@@ -292,14 +304,14 @@ _ABLATIONS = (
             "probability": {"moe_renormalize": "never"},
             "1, without gradient": {"moe_renormalize": "always"},
         },
-        seeds=SEEDS,  # it made a default
+        confirmed=("straight-through", "probability", "1, without gradient"),
     ),
     _ablation(
         "noise",
         "Noise once routing is sparse",
         "Gumbel noise while training with one expert a token, at a temperature of 0.5; none in evaluation.",
         {"none": {}, "as published": {"moe_gate_noise": "always"}},
-        seeds=SEEDS,  # it made a default
+        confirmed=("none", "as published"),
     ),
     _ablation(
         "spawn_when",
@@ -315,7 +327,7 @@ _ABLATIONS = (
             "auto": {"moe_spawn_update": "auto"},
         },
         reference=1,
-        seeds=SEEDS,
+        confirmed=("at the start", "2%"),
     ),
     _ablation(
         "spawn_how",
@@ -329,7 +341,7 @@ _ABLATIONS = (
             "reinit (0.5)": {"moe_spawn_method": "reinit"},
             "copy": {"moe_spawn_method": "copy"},
         },
-        seeds=SEEDS,
+        confirmed=("mask (0.1)", "copy"),
     ),
     _ablation(
         "balance",
@@ -361,12 +373,17 @@ _ABLATIONS = (
         },
     ),
 )
-_LEARNING_RATES = ("0.001", "0.004", "0.008")
+_LEARNING_RATES = ("0.004", "0.008")
 _BETTER_RATE = ("--lr", "0.004")
 _TUNED = ("GShard, top-2", "Hash, 4 of 32 narrow experts", "EvoMoE, gate on state and token")
 _DEFAULTS = {"masked_lm": "EvoMoE, gate on state and token"}
+_BOTH = {"moe_gate_input": "both"}
+_BALANCED = {"moe_balance_weight": 0.01}
+_START = {"moe_spawn_update": 0}
+_PROBABILITY = {"moe_renormalize": "never"}
 _RIVALS = ("Switch", "Hash", "dense", "StableMoE", "BASE", "EvoMoE, published")
 _MAIN = {
+    "lm": tuple(v.label for v in _SYSTEMS if v.label not in _DEFAULTS.values()),
     "masked_lm": (*_DEFAULTS.values(), "EvoMoE", *_RIVALS, "HMoE, Top-P"),
     "help_de": ("EvoMoE", *_RIVALS, "HMoE, Top-P"),
     "bible_fr": ("EvoMoE", *_RIVALS),
@@ -446,8 +463,35 @@ EXPERIMENTS = {
             tasks=("lm", "masked_lm"),
             seeds=SEEDS,
             references=_DEFAULTS,
-            main={"masked_lm": (*_DEFAULTS.values(), "Switch")},
+            main={"lm": _MAIN["lm"], "masked_lm": (*_DEFAULTS.values(), "Switch")},
             compares_systems=True,
+        ),
+        Experiment(
+            "masked",
+            "What Switch has and EvoMoE has not",
+            "EvoMoE with a gate on state and token, with what Switch has and it has not, one by one and all; "
+            "Switch with what EvoMoE has. The learning rate is 0.004 unless the row says otherwise.",
+            tuple(
+                Variant(label, system, options, flags=("--lr", "0.008") if "0.008" in label else _BETTER_RATE)
+                for label, system, options in (
+                    ("EvoMoE", "evomoe_fine", _BOTH),
+                    ("EvoMoE: experts from the start", "evomoe_fine", {**_BOTH, **_START}),
+                    ("EvoMoE: balance loss", "evomoe_fine", {**_BOTH, **_BALANCED}),
+                    ("EvoMoE: probabilities as weights", "evomoe_fine", {**_BOTH, **_PROBABILITY}),
+                    ("EvoMoE: start, balance", "evomoe_fine", {**_BOTH, **_START, **_BALANCED}),
+                    (
+                        "EvoMoE: start, balance, probabilities",
+                        "evomoe_fine",
+                        {**_BOTH, **_START, **_BALANCED, **_PROBABILITY},
+                    ),
+                    ("EvoMoE: 0.008", "evomoe_fine", _BOTH),
+                    ("Switch", "switch", {}),
+                    ("Switch: gate on state and token", "switch", _BOTH),
+                    ("Switch: 4 of 32 narrow experts", "mixtral", {**_TOP4, **_HIDDEN}),
+                    ("Switch: 0.008", "switch", {}),
+                )
+            ),
+            tasks=("masked_lm",),
         ),
         Experiment(
             "tuning", "Tuning", "The grid of each system, for choosing on valid.", _tuning(), least=15

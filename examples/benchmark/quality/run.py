@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent / "systems"
 import jobs
 from corpora import prepared, prepared_small
 from jobs import Job
-from protocol import EXPERIMENTS, HERE, TASKS, UPDATES, Run
+from protocol import EXPERIMENTS, HERE, SEEDS, TASKS, UPDATES, Run
 from records import read
 from systems import Settings
 
@@ -56,9 +56,11 @@ def chosen(args: argparse.Namespace) -> list[Run]:
     updates = 20 if args.smoke else UPDATES
     for name in args.experiments:
         experiment = EXPERIMENTS[name]
-        for seed in args.seeds or experiment.seeds:
+        for seed in args.seeds or SEEDS:
             for task in (TASKS[task] for task in experiment.tasks if task in args.tasks):
                 for variant in experiment.rows(task):
+                    if not args.seeds and seed not in experiment.seeds_of(variant):
+                        continue
                     if args.labels is None or variant.label in args.labels:
                         run = variant.run(task, seed, updates)
                         found[run.key] = run

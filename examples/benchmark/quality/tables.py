@@ -6,14 +6,14 @@ import statistics
 from collections.abc import Callable, Sequence
 
 from bootstrap import difference
-from protocol import TASKS, Experiment, Task, Variant
+from protocol import SEEDS, TASKS, Experiment, Task, Variant
 
 Records = list[dict]
 
 
-def of_variant(variant: Variant, task: Task, seeds: Sequence[int], known: dict[str, dict]) -> Records:
+def of_variant(variant: Variant, task: Task, known: dict[str, dict]) -> Records:
     """What is known of a variant, one record for each seed."""
-    keys = [variant.run(task, seed).key for seed in seeds]
+    keys = [variant.run(task, seed).key for seed in SEEDS]
     return [known[key] for key in keys if key in known]
 
 
@@ -81,13 +81,13 @@ def mean_curve(found: Records) -> list[list[float]]:
 
 def systems_table(experiment: Experiment, task: Task, known: dict[str, dict]) -> str:
     """One row for each system, best first."""
-    ours = of_variant(experiment.compared(task), task, experiment.seeds, known)
+    ours = of_variant(experiment.compared(task), task, known)
     heads = ["system", f"test {task.metric}", "ours against it", "valid perplexity", "seeds"]
     heads += ["experts a token", "active parameters", "parameters", "load entropy", "largest load"]
     heads += ["seconds/update", "TFLOPs", "MiB"]
     rows = []
     for variant in experiment.variants:
-        found = of_variant(variant, task, experiment.seeds, known)
+        found = of_variant(variant, task, known)
         if not found:
             continue
         test = found[0]["test"]
@@ -110,7 +110,7 @@ def systems_table(experiment: Experiment, task: Task, known: dict[str, dict]) ->
 
 def reach_table(experiment: Experiment, task: Task, known: dict[str, dict]) -> str:
     """When each system reaches what Switch has at its end."""
-    by_label = {v.label: of_variant(v, task, experiment.seeds, known) for v in experiment.variants}
+    by_label = {v.label: of_variant(v, task, known) for v in experiment.variants}
     switch = {record["seed"]: record for record in by_label.get("Switch", [])}
     rows = []
     for label, found in by_label.items():
@@ -130,10 +130,10 @@ def reach_table(experiment: Experiment, task: Task, known: dict[str, dict]) -> s
 
 def ablation_table(experiment: Experiment, task: Task, known: dict[str, dict]) -> str:
     """One row for each variant, in the order of the protocol."""
-    reference = of_variant(experiment.compared(task), task, experiment.seeds, known)
+    reference = of_variant(experiment.compared(task), task, known)
     rows = []
     for variant in experiment.variants:
-        found = of_variant(variant, task, experiment.seeds, known)
+        found = of_variant(variant, task, known)
         if not found:
             continue
         same = [r for r in reference if r["seed"] in {f["seed"] for f in found}]
