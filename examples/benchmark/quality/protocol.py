@@ -285,6 +285,7 @@ _ABLATIONS = (
             "table": {},
             "token's embedding": {"moe_gate_input": "token"},
             "both": {"moe_gate_input": "both"},
+            "both, weights are probabilities": {"moe_gate_input": "both", "moe_renormalize": "never"},
             "hidden state": {"moe_gate_input": "hidden"},
         },
         confirmed=("table", "hidden state"),
@@ -482,6 +483,17 @@ EXPERIMENTS = {
                     (
                         "EvoMoE: start, balance, probabilities",
                         "evomoe_fine",
+                        {**_BOTH, **_START, **_BALANCED, **_PROBABILITY},
+                    ),
+                    ("EvoMoE: 8 wide experts, probabilities", "evomoe", {**_BOTH, **_PROBABILITY}),
+                    (
+                        "EvoMoE: 8 wide experts, balance, probabilities",
+                        "evomoe",
+                        {**_BOTH, **_BALANCED, **_PROBABILITY},
+                    ),
+                    (
+                        "EvoMoE: 8 wide experts, start, balance, probabilities",
+                        "evomoe",
                         {**_BOTH, **_START, **_BALANCED, **_PROBABILITY},
                     ),
                     ("EvoMoE: 0.008", "evomoe_fine", _BOTH),
