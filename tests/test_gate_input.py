@@ -177,3 +177,10 @@ def test_a_split_needs_a_gate_that_sees_the_input(gate_input, lm_data):
         ValueError, match="--moe-gate-input {} does not: use hidden or both".format(gate_input)
     ):
         build(lm_data, **options)
+
+
+@pytest.mark.parametrize("gate_input", ["hidden", "token", "both", "table"])
+def test_all_gate_inputs_take_a_penalty(lm_data, gate_input):
+    """What tries the router out before training has embeddings, too."""
+    settings = {**MASKED_LM, "moe_gate_input": gate_input, "moe_penalty_weight": 0.1}
+    assert all(layer.losses == {"penalty"} for layer in layers(build(lm_data, **settings).model).values())

@@ -180,7 +180,8 @@ class _StackBuilder:
             check_linear_gate(router)
         if cfg.moe_penalty_weight > 0:
             zero_T = torch.zeros(1, dtype=torch.long)
-            context = RoutingContext(token_T=zero_T, sequence_T=zero_T)
+            embedding_TC = torch.zeros(1, self.vocabulary.dim)
+            context = RoutingContext(token_T=zero_T, embedding_TC=embedding_TC, sequence_T=zero_T)
             if router(torch.zeros(1, moe.experts.dim), context).probability_TE is None:
                 raise ValueError(
                     "--moe-penalty-weight penalises the gate's probabilities, and --moe-router {} has none: "
