@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from router_checks import dense, softmax
 
 from fairseq_evomoe.moe import RoutingContext
-from fairseq_evomoe.moe.losses import balance_loss, entropy
+from fairseq_evomoe.moe.losses import balance_loss, entropy, z_loss
 from fairseq_evomoe.moe.routers import dts
 from fairseq_evomoe.moe.routers.dts import DenseToSparseRouter, gumbel
 
@@ -53,6 +53,49 @@ def test_training_matches_the_formulas(monkeypatch, gate, stage, tau):
     # l_aux = E^2 mean_e( mean_t(gate) mean_t(mask) )
     aux = 5**2 * (expected.mean(0) * (expected > 0).double().mean(0)).mean()
     assert torch.allclose(routing.losses["balance"], aux, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("hard", [False, True])
+@pytest.mark.parametrize("tau", [2.0, 0.1])
+def test_the_normalized_balance_loss_is_switchs(monkeypatch, hard, tau):
+    """``E sum_e f_e P_e``, f the share of the active pairs and P the mean of the whole distribution."""
+    torch.manual_seed(1)
+    x = torch.randn(40, 6, dtype=torch.float64)
+    noise = gumbel(torch.empty(40, 5, dtype=torch.float64), RoutingContext())
+    monkeypatch.setattr(dts, "gumbel", lambda like, context: noise)
+    router = make(6, 5, threshold=0.03, gate_noise="always", balance_form="normalized").train()
+    routing = router(x, RoutingContext(temperature=tau, hard=hard))
+    pairs = (
+        reference(x, router.weight, noise, tau, 0.03, "hard" if hard else "soft", "softmax") > 0
+    ).double()
+    probability = torch.tensor([softmax(row) for row in (x @ router.weight.t()).tolist()]).double()
+    share = pairs.sum(0) / pairs.sum()
+    assert routing.losses["balance"].item() == pytest.approx(5 * float((share * probability.mean(0)).sum()))
+
+
+@pytest.mark.parametrize("form, dense_loss", [("published", 4.0), ("normalized", 1.0)])
+def test_the_balance_loss_of_an_even_routing(form, dense_loss):
+    """Normalized it is 1 in all stages, without gradient; as published, E where all experts are active."""
+    even = torch.eye(4, dtype=torch.float64).repeat(5, 1)  # token t to expert t modulo 4
+    for hard, sharpness, expected in ((False, 0.0, dense_loss), (True, 100.0, 1.0)):
+        router = make(4, 4, balance_form=form, gate_noise="soft").train()
+        with torch.no_grad():
+            router.weight.copy_(sharpness * torch.eye(4))
+        loss = router(even, RoutingContext(temperature=2.0, hard=hard)).losses["balance"]
+        assert loss.item() == pytest.approx(expected)
+    router = make(4, 4, balance_form=form).train()
+    with torch.no_grad():
+        router.weight.copy_(torch.eye(4))
+    router(even, RoutingContext(hard=True)).losses["balance"].backward()
+    assert (router.weight.grad.abs().sum() < 1e-12) == (form == "normalized")
+
+
+def test_the_z_loss():
+    x = torch.randn(40, 6, dtype=torch.float64)
+    router = make(6, 5).train()
+    assert "z" not in router(x, RoutingContext(losses={"balance"})).losses
+    found = router(x, RoutingContext()).losses["z"]
+    assert found.item() == pytest.approx(z_loss(x @ router.weight.t()).item())
 
 
 @pytest.mark.parametrize("stage", [False, True])

@@ -13,7 +13,7 @@ from .. import compat
 from ..evolution.schedule import TemperatureSchedule
 from ..evolution.spawn import SpawnMethod
 from ..moe import ROUTERS
-from ..moe.routers.dts import EvalRouting, GateNoise, GateWeight
+from ..moe.routers.dts import BalanceForm, EvalRouting, GateNoise, GateWeight
 from ..moe.routers.router import GateInput, Renormalize
 
 
@@ -220,6 +220,11 @@ class MoEOptions(FairseqDataclass):
         None,
         "Weight of the load-balance loss of each MoE layer, for each unit of the sample size; if not given, "
         "the one that the router was published with.",
+    )
+    moe_balance_form: _choices(BalanceForm) = option(
+        "published",
+        "Load-balance loss of the Dense-To-Sparse gate: published, of the experts' weights, or normalized, "
+        "of the gate's probabilities, which is Switch's and 1 for an even load in all stages.",
     )
     moe_entropy_weight: Optional[float] = option(
         None, "Weight of the entropy of the gate's distribution; if not given, the router's own."

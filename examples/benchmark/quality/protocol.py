@@ -380,6 +380,7 @@ _TUNED = ("GShard, top-2", "Hash, 4 of 32 narrow experts", "EvoMoE, gate on stat
 _DEFAULTS = {"masked_lm": "EvoMoE, gate on state and token"}
 _BOTH = {"moe_gate_input": "both"}
 _BALANCED = {"moe_balance_weight": 0.01}
+_NORMALIZED = {**_BALANCED, "moe_balance_form": "normalized"}
 _START = {"moe_spawn_update": 0}
 _PROBABILITY = {"moe_renormalize": "never"}
 _RIVALS = ("Switch", "Hash", "dense", "StableMoE", "BASE", "EvoMoE, published")
@@ -501,12 +502,12 @@ EXPERIMENTS = {
                         "evomoe_fine",
                         {**_BOTH, **_START, **_BALANCED, **_PROBABILITY},
                     ),
-                    ("EvoMoE: Switch's balance loss", "evomoe_fine", {**_BOTH, "moe_penalty_weight": 0.0025}),
+                    ("EvoMoE: Switch's balance loss", "evomoe_fine", {**_BOTH, **_NORMALIZED}),
                     ("EvoMoE: 8 wide experts, probabilities", "evomoe", {**_BOTH, **_PROBABILITY}),
                     (
                         "EvoMoE: 8 wide experts, probabilities, Switch's balance loss",
                         "evomoe",
-                        {**_BOTH, **_PROBABILITY, "moe_penalty_weight": 0.01},
+                        {**_BOTH, **_PROBABILITY, **_NORMALIZED},
                     ),
                     ("EvoMoE: 0.008", "evomoe_fine", _BOTH),
                     ("Switch", "switch", {}),

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..losses import balance_loss
+from ..losses import active_balance_loss, balance_loss, z_loss
 from ..routing import Routing, RoutingContext
 from .router import LinearRouter, Renormalize, divisor, entropy_sum
 
@@ -23,6 +23,13 @@ class GateNoise(str, Enum):
 
     always = "always"
     soft = "soft"
+
+
+class BalanceForm(str, Enum):
+    """Which load-balance loss the gate has."""
+
+    published = "published"
+    normalized = "normalized"
 
 
 class EvalRouting(str, Enum):
@@ -54,13 +61,16 @@ class DenseToSparseRouter(LinearRouter):
         gate_noise: ``soft``, ours, leaves the noise out in the hard stage, so that a token goes where it
             goes in evaluation; ``always`` is as published.
         renormalize: divide the weights of a token's experts by their sum, see ``router.divisor``; ours.
+        balance_form: ``published`` is ``losses.balance_loss`` of the weights, E for a dense uniform gate and
+            1 for an even and confident top-1; ``normalized``, ours, is ``losses.active_balance_loss`` of the
+            probabilities, that of Switch: 1 for an even load in all stages, and then without gradient.
         eval_routing: see above.
         hard_experts: k, from 1 to E: more than the published 1 are for narrow experts, of which a token
             gets as many for the same cost (arXiv 2401.06066); ours.
         options: those of ``LinearRouter``.
     """
 
-    loss_weights = {"balance": 0.0}
+    loss_weights = {"balance": 0.0, "z": 0.0}
     stages = True
     anneals = True
 
@@ -72,6 +82,7 @@ class DenseToSparseRouter(LinearRouter):
         gate_weight: GateWeight = GateWeight.softmax,
         gate_noise: GateNoise = GateNoise.soft,
         renormalize: Renormalize = Renormalize.never,
+        balance_form: BalanceForm = BalanceForm.published,
         eval_routing: EvalRouting = EvalRouting.top1,
         hard_experts: int = 1,
         **options: Any,
@@ -83,6 +94,7 @@ class DenseToSparseRouter(LinearRouter):
         self.gate_weight = GateWeight(gate_weight)
         self.gate_noise = GateNoise(gate_noise)
         self.renormalize = Renormalize(renormalize)
+        self.balance_form = BalanceForm(balance_form)
         self.eval_routing = EvalRouting(eval_routing)
         if not 1 <= hard_experts <= experts:
             raise ValueError(
@@ -91,7 +103,7 @@ class DenseToSparseRouter(LinearRouter):
         self.hard_experts = hard_experts
 
     def forward(self, x_TD: Tensor, context: RoutingContext) -> Routing:
-        """Route tokens; see the class.  Losses: ``balance``."""
+        """Route tokens; see the class.  Losses: ``balance``, ``z``."""
         logits_TE = self.logits(x_TD, context)
         probability_TE = logits_TE.softmax(-1)
         hard = context.hard if self.training else self.eval_routing == EvalRouting.top1
@@ -127,7 +139,11 @@ class DenseToSparseRouter(LinearRouter):
         if context.statistics:
             routing.gate_entropy = entropy_sum(probability_TE)
             if context.wants("balance"):
-                routing.losses["balance"] = balance_loss(routing, context.ranks)
+                published = self.balance_form == BalanceForm.published
+                loss = balance_loss if published else active_balance_loss
+                routing.losses["balance"] = loss(routing, context.ranks)
+            if context.wants("z"):
+                routing.losses["z"] = z_loss(logits_TE, context.ranks)
         return routing
 
 
