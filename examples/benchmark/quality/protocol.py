@@ -380,6 +380,7 @@ _TUNED = ("GShard, top-2", "Hash, 4 of 32 narrow experts", "EvoMoE, gate on stat
 _DEFAULTS = {"masked_lm": "EvoMoE, gate on state and token"}
 _BOTH = {"moe_gate_input": "both"}
 _BALANCED = {"moe_balance_weight": 0.01}
+_GATED = {"moe_expert_activation": "swiglu", "moe_total_ffn_dim": 680}  # three matrices for the cost of two
 _NORMALIZED = {**_BALANCED, "moe_balance_form": "normalized"}
 _START = {"moe_spawn_update": 0}
 _PROBABILITY = {"moe_renormalize": "never"}
@@ -509,10 +510,16 @@ EXPERIMENTS = {
                         "evomoe",
                         {**_BOTH, **_PROBABILITY, **_NORMALIZED},
                     ),
+                    (
+                        "EvoMoE: 8 gated experts, probabilities, Switch's balance loss",
+                        "evomoe",
+                        {**_BOTH, **_PROBABILITY, **_NORMALIZED, **_GATED},
+                    ),
                     ("EvoMoE: 0.008", "evomoe_fine", _BOTH),
                     ("Switch", "switch", {}),
                     ("Switch: gate on state and token", "switch", _BOTH),
                     ("Switch: 4 of 32 narrow experts", "mixtral", {**_TOP4, **_HIDDEN}),
+                    ("Switch: 8 gated experts", "switch", _GATED),
                     ("Switch: 0.008", "switch", {}),
                 )
             ),
