@@ -511,9 +511,19 @@ EXPERIMENTS = {
                         {**_BOTH, **_PROBABILITY, **_NORMALIZED},
                     ),
                     (
-                        "EvoMoE: 8 gated experts, probabilities, Switch's balance loss",
+                        "EvoMoE: 8 wide experts, start, probabilities",
                         "evomoe",
-                        {**_BOTH, **_PROBABILITY, **_NORMALIZED, **_GATED},
+                        {**_BOTH, **_START, **_PROBABILITY},
+                    ),
+                    (
+                        "EvoMoE: 8 wide experts, start, probabilities, Switch's balance loss",
+                        "evomoe",
+                        {**_BOTH, **_START, **_PROBABILITY, **_NORMALIZED},
+                    ),
+                    (
+                        "EvoMoE: 8 gated experts, start, probabilities, Switch's balance loss",
+                        "evomoe",
+                        {**_BOTH, **_START, **_PROBABILITY, **_NORMALIZED, **_GATED},
                     ),
                     ("EvoMoE: 0.008", "evomoe_fine", _BOTH),
                     ("Switch", "switch", {}),
