@@ -129,7 +129,7 @@ def test_runs_have_names_of_their_own():
         for experiment in protocol.EXPERIMENTS.values()
         for variant in experiment.variants
         for task in experiment.tasks
-        for seed in experiment.seeds_of(variant)
+        for seed in experiment.seeds_of(variant, protocol.TASKS[task])
     ]
     commands = {}
     for run in runs:

@@ -59,7 +59,7 @@ def chosen(args: argparse.Namespace) -> list[Run]:
         for seed in args.seeds or SEEDS:
             for task in (TASKS[task] for task in experiment.tasks if task in args.tasks):
                 for variant in experiment.rows(task):
-                    if not args.seeds and seed not in experiment.seeds_of(variant):
+                    if not args.seeds and seed not in experiment.seeds_of(variant, task):
                         continue
                     if args.labels is None or variant.label in args.labels:
                         run = variant.run(task, seed, updates)
