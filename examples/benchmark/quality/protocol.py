@@ -539,16 +539,28 @@ EXPERIMENTS = {
         ),
         *_ABLATIONS,
         Experiment(
-            "weights_fast",
-            "The weight of the one expert, at four times the learning rate",
-            "As above, with 0.008, where Hash is further ahead: what a table that learns loses. The last "
-            "row has a soft stage of 10% of the updates, after which the table does not learn.",
+            "fast",
+            "At four times the learning rate",
+            "What Hash has and EvoMoE has not, with 0.008, where Hash is further ahead: experts from the start, "
+            "and a table that does not learn (weights of 1 without gradient; in the last row a soft stage of "
+            "10% of the updates before); and narrower experts.",
             tuple(
-                Variant(label, "evomoe", options, flags=("--lr", "0.008"))
-                for label, options in (
-                    ("straight-through", {}),
-                    ("1, without gradient", {"moe_renormalize": "always"}),
-                    ("soft, then 1, without gradient", {**_soft("0.1u"), "moe_renormalize": "always"}),
+                Variant(label, system, options, flags=("--lr", "0.008"))
+                for label, system, options in (
+                    ("EvoMoE", "evomoe_fine", {}),
+                    ("EvoMoE, from the start", "evomoe_fine", _START),
+                    ("EvoMoE, 8 of 64", "evomoe_fine", _experts(64)),
+                    ("EvoMoE, 8 of 64 from the start", "evomoe_fine", {**_experts(64), **_START}),
+                    ("Hash", "hash_random", {}),
+                    ("Hash, 4 of 32 narrow experts", "hash_random", {**_NARROW, "moe_hashes": 4}),
+                    ("8 wide experts", "evomoe", {}),
+                    ("8 wide experts, from the start", "evomoe", _START),
+                    ("8 wide experts, without gradient", "evomoe", {"moe_renormalize": "always"}),
+                    (
+                        "8 wide experts, soft, then without gradient",
+                        "evomoe",
+                        {**_soft("0.1u"), "moe_renormalize": "always"},
+                    ),
                 )
             ),
         ),
