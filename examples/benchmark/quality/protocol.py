@@ -541,7 +541,7 @@ EXPERIMENTS = {
         Experiment(
             "fast",
             "At four times the learning rate",
-            "What Hash has and EvoMoE has not, with 0.008, where Hash is further ahead: experts from the start, "
+            "What Hash has and EvoMoE has not, with 0.008, where Hash is ahead: experts from the start, "
             "and a table that does not learn (weights of 1 without gradient; in the last row a soft stage of "
             "10% of the updates before); and narrower experts.",
             tuple(
