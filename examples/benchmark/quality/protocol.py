@@ -527,6 +527,11 @@ EXPERIMENTS = {
                     ("EvoMoE: 0.008", "evomoe_fine", _BOTH),
                     ("Switch", "switch", {}),
                     ("Switch: gate on state and token", "switch", _BOTH),
+                    (
+                        "Switch: gate on state and token, no limit",
+                        "switch",
+                        {**_BOTH, "moe_capacity_factor": 0},
+                    ),
                     ("Switch: 4 of 32 narrow experts", "mixtral", {**_TOP4, **_HIDDEN}),
                     ("Switch: 8 gated experts", "switch", _GATED),
                     ("Switch: 0.008", "switch", {}),
