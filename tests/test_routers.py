@@ -98,6 +98,21 @@ def test_the_z_loss():
     assert found.item() == pytest.approx(z_loss(x @ router.weight.t()).item())
 
 
+@pytest.mark.parametrize("hard", [False, True])
+def test_the_entropy_loss_is_of_the_plain_distribution_in_all_stages(hard):
+    x = torch.randn(40, 6, dtype=torch.float64)
+    router = make(6, 5).train()
+    assert "entropy" not in router(x, RoutingContext(losses={"balance"}, hard=hard)).losses
+    found = router(x, RoutingContext(hard=hard)).losses["entropy"]
+    rows = [softmax(row) for row in (x @ router.weight.t()).tolist()]
+    expected = -sum(p * math.log(p) for row in rows for p in row) / len(rows)
+    assert found.item() == pytest.approx(expected)
+    found.backward()
+    with torch.no_grad():
+        router.weight -= 0.1 * router.weight.grad
+    assert router(x, RoutingContext(hard=hard)).losses["entropy"] < found  # the gate is more confident
+
+
 @pytest.mark.parametrize("stage", [False, True])
 def test_evaluation_has_no_noise_and_is_top1_of_the_plain_softmax(stage):
     x = torch.randn(30, 6, dtype=torch.float64)

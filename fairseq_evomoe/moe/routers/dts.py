@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..losses import active_balance_loss, balance_loss, z_loss
+from ..losses import active_balance_loss, balance_loss, mean_entropy, z_loss
 from ..routing import Routing, RoutingContext
 from .router import LinearRouter, Renormalize, divisor, entropy_sum
 
@@ -70,7 +70,7 @@ class DenseToSparseRouter(LinearRouter):
         options: those of ``LinearRouter``.
     """
 
-    loss_weights = {"balance": 0.0, "z": 0.0}
+    loss_weights = {"balance": 0.0, "entropy": 0.0, "z": 0.0}
     stages = True
     anneals = True
 
@@ -103,7 +103,7 @@ class DenseToSparseRouter(LinearRouter):
         self.hard_experts = hard_experts
 
     def forward(self, x_TD: Tensor, context: RoutingContext) -> Routing:
-        """Route tokens; see the class.  Losses: ``balance``, ``z``."""
+        """Route tokens; see the class.  Losses: ``balance``, ``entropy``, ``z``."""
         logits_TE = self.logits(x_TD, context)
         probability_TE = logits_TE.softmax(-1)
         hard = context.hard if self.training else self.eval_routing == EvalRouting.top1
@@ -142,6 +142,8 @@ class DenseToSparseRouter(LinearRouter):
                 published = self.balance_form == BalanceForm.published
                 loss = balance_loss if published else active_balance_loss
                 routing.losses["balance"] = loss(routing, context.ranks)
+            if context.wants("entropy"):
+                routing.losses["entropy"] = mean_entropy(probability_TE, context.ranks)
             if context.wants("z"):
                 routing.losses["z"] = z_loss(logits_TE, context.ranks)
         return routing
