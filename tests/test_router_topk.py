@@ -60,7 +60,7 @@ def test_switch_matches_the_formulas():
     routing = router(x, RoutingContext())
     expected, losses = reference(x, router.weight, 1, renormalize=False)
     assert close(dense(routing)[0], expected)
-    assert routing.losses.keys() == router.loss_weights.keys() == {"balance", "z"}
+    assert routing.losses.keys() == router.loss_weights.keys() == {"balance", "entropy", "z"}
     for name, value in routing.losses.items():
         assert close(value, losses[name]), name
 

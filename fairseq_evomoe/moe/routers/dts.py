@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..losses import active_balance_loss, balance_loss, mean_entropy, z_loss
+from ..losses import active_balance_loss, balance_loss
 from ..routing import Routing, RoutingContext
-from .router import LinearRouter, Renormalize, divisor, entropy_sum
+from .router import LinearRouter, Renormalize, divisor
 
 
 class GateWeight(str, Enum):
@@ -136,17 +136,11 @@ class DenseToSparseRouter(LinearRouter):
             experts=self.experts,
             probability_TE=probability_TE,
         )
-        if context.statistics:
-            routing.gate_entropy = entropy_sum(probability_TE)
-            if context.wants("balance"):
-                published = self.balance_form == BalanceForm.published
-                loss = balance_loss if published else active_balance_loss
-                routing.losses["balance"] = loss(routing, context.ranks)
-            if context.wants("entropy"):
-                routing.losses["entropy"] = mean_entropy(probability_TE, context.ranks)
-            if context.wants("z"):
-                routing.losses["z"] = z_loss(logits_TE, context.ranks)
-        return routing
+        if context.wants("balance"):
+            published = self.balance_form == BalanceForm.published
+            loss = balance_loss if published else active_balance_loss
+            routing.losses["balance"] = loss(routing, context.ranks)
+        return self.with_gate(routing, logits_TE, probability_TE, context)
 
 
 def gumbel(like: Tensor, context: RoutingContext) -> Tensor:

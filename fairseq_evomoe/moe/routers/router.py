@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..losses import mean_entropy, z_loss
 from ..routing import Routing, RoutingContext, Vocabulary
 
 
@@ -169,6 +170,19 @@ class LinearRouter(Router):
         e_TC = float32(context.embedding_TC.detach()).to(x_TD.device)
         logits_TE = linear32(F.layer_norm(e_TC, e_TC.shape[-1:]), self.token_weight)
         return logits_TE if self.weight is None else logits_TE + linear32(x_TD, self.weight)
+
+    def with_gate(
+        self, routing: Routing, logits_TE: Tensor, probability_TE: Tensor, context: RoutingContext
+    ) -> Routing:
+        """``routing`` with the gate's distribution, its entropy, and the losses ``entropy`` and ``z``."""
+        routing.probability_TE = probability_TE
+        if context.statistics:
+            routing.gate_entropy = entropy_sum(probability_TE)
+        if context.wants("entropy"):
+            routing.losses["entropy"] = mean_entropy(probability_TE, context.ranks)
+        if context.wants("z"):
+            routing.losses["z"] = z_loss(logits_TE, context.ranks)
+        return routing
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
         if self.gate_input == GateInput.both and prefix + "weight" in state_dict:

@@ -5,16 +5,17 @@ from typing import Any
 from torch import Tensor
 
 from ..capacity import limit_load
-from ..losses import top1_balance_loss, z_loss
+from ..losses import top1_balance_loss
 from ..routing import Routing, RoutingContext
-from .router import LinearRouter, Renormalize, divisor, entropy_sum, float32, top1_routing
+from .router import LinearRouter, Renormalize, divisor, float32, top1_routing
 
 
 class SwitchRouter(LinearRouter):
     """Each token to the expert of the highest gate probability p, with weight p.
 
     Losses: ``balance``, ``E * sum_e f_e P_e``, with f the share of the tokens whose best expert is e, before
-    any are dropped, and P the mean probability; ``z``, ST-MoE's z-loss.
+    any are dropped, and P the mean probability; ``entropy``, the mean entropy of the probabilities, and
+    ``z``, ST-MoE's z-loss, both without weight as published.
 
     Args:
         dim: D, width of a token.
@@ -26,7 +27,7 @@ class SwitchRouter(LinearRouter):
         options: those of ``LinearRouter``.
     """
 
-    loss_weights = {"balance": 0.01, "z": 0.0}
+    loss_weights = {"balance": 0.01, "entropy": 0.0, "z": 0.0}
     one_expert = True
 
     def __init__(
@@ -55,10 +56,6 @@ class SwitchRouter(LinearRouter):
             weight_T = weight_T / divisor(weight_T, self.renormalize)
         routing = top1_routing(expert_T, weight_T, self.experts)
         limit_load(routing, self.capacity_factor, ranks=context.ranks)
-        routing.probability_TE = probability_TE
-        routing.gate_entropy = entropy_sum(probability_TE)
         if context.wants("balance"):
             routing.losses["balance"] = top1_balance_loss(probability_TE, context.ranks)
-        if context.wants("z"):
-            routing.losses["z"] = z_loss(logits_TE, context.ranks)
-        return routing
+        return self.with_gate(routing, logits_TE, probability_TE, context)

@@ -5,9 +5,9 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..losses import active_balance_loss, mean_entropy, z_loss
+from ..losses import active_balance_loss
 from ..routing import Routing, RoutingContext
-from .router import LinearRouter, Renormalize, divisor, entropy_sum
+from .router import LinearRouter, Renormalize, divisor
 
 
 class TopPRouter(LinearRouter):
@@ -64,13 +64,8 @@ class TopPRouter(LinearRouter):
             weight_N=weight_TE[token_N, rank_N],
             tokens=x_TD.shape[0],
             experts=self.experts,
-            gate_entropy=entropy_sum(probability_TE),
             probability_TE=probability_TE,
         )
         if context.wants("balance"):
             routing.losses["balance"] = active_balance_loss(routing, context.ranks)
-        if context.wants("entropy"):
-            routing.losses["entropy"] = mean_entropy(probability_TE, context.ranks)
-        if context.wants("z"):
-            routing.losses["z"] = z_loss(logits_TE, context.ranks)
-        return routing
+        return self.with_gate(routing, logits_TE, probability_TE, context)

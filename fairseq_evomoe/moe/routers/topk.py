@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from ..capacity import keep_pairs, limit_load
-from ..losses import mean_entropy, top1_balance_loss, z_loss
+from ..losses import top1_balance_loss
 from ..routing import Routing, RoutingContext
-from .router import LinearRouter, Renormalize, check_top_k, divisor, entropy_sum, topk_routing
+from .router import LinearRouter, Renormalize, check_top_k, divisor, topk_routing
 
 
 class TopKRouter(LinearRouter):
@@ -63,15 +63,9 @@ class TopKRouter(LinearRouter):
         if self.random_second and self.training:
             self._draw_second(routing, context)
         limit_load(routing, self.capacity_factor, self.top_k, context.ranks)
-        routing.probability_TE = probability_TE
-        routing.gate_entropy = entropy_sum(probability_TE)
         if context.wants("balance"):
             routing.losses["balance"] = top1_balance_loss(probability_TE, context.ranks)
-        if context.wants("entropy"):
-            routing.losses["entropy"] = mean_entropy(probability_TE, context.ranks)
-        if context.wants("z"):
-            routing.losses["z"] = z_loss(logits_TE, context.ranks)
-        return routing
+        return self.with_gate(routing, logits_TE, probability_TE, context)
 
     def _draw_second(self, routing: Routing, context: RoutingContext) -> None:
         # of two weights the second is at most a half, so that the first expert is always kept
