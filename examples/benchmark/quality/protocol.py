@@ -264,6 +264,7 @@ _SYSTEMS = (
     Variant("Switch, EvoMoE's gate", "switch", _GATE),
     Variant("GShard, EvoMoE's gate", "gshard", {"moe_gate_input": "table"}),
     Variant("EvoMoE, gate on state and token", "evomoe_fine", {"moe_gate_input": "both"}),
+    Variant("EvoMoE, confident gate", "evomoe_confident"),
     Variant("EvoMoE, half as long", "evomoe_fine", share=0.5),
     Variant("Hash, 4 of 32 narrow experts", "hash_random", {**_NARROW, "moe_hashes": 4}),
     Variant("Top-4 of 32 narrow experts", "mixtral", _TOP4),
@@ -381,7 +382,8 @@ _ABLATIONS = (
 _LEARNING_RATES = ("0.004", "0.008")
 _FASTER = ("EvoMoE", "Hash", "Hash, 4 of 32 narrow experts")
 _AT_HIGHER_RATES = (*(v.label for v in _SYSTEMS[:8]), "GShard, top-2", "Hash, 4 of 32 narrow experts")
-_DEFAULTS = {"masked_lm": "EvoMoE, gate on state and token"}
+_DEFAULTS = {"masked_lm": "EvoMoE, confident gate"}
+_MASKED_ROWS = (*_DEFAULTS.values(), "EvoMoE, gate on state and token")
 _BOTH = {"moe_gate_input": "both"}
 _BALANCED = {"moe_balance_weight": 0.01}
 _GATED = {"moe_expert_activation": "swiglu", "moe_total_ffn_dim": 680}  # three matrices for the cost of two
@@ -390,8 +392,8 @@ _START = {"moe_spawn_update": 0}
 _PROBABILITY = {"moe_renormalize": "never"}
 _RIVALS = ("Switch", "Hash", "dense", "StableMoE", "BASE", "EvoMoE, published")
 _MAIN = {
-    "lm": tuple(v.label for v in _SYSTEMS if v.label not in _DEFAULTS.values()),
-    "masked_lm": (*_DEFAULTS.values(), "EvoMoE", *_RIVALS, "HMoE, Top-P"),
+    "lm": tuple(v.label for v in _SYSTEMS if v.label not in _MASKED_ROWS),
+    "masked_lm": (*_MASKED_ROWS, "EvoMoE", *_RIVALS, "HMoE, Top-P"),
     "help_de": ("EvoMoE", *_RIVALS, "HMoE, Top-P"),
     "bible_fr": ("EvoMoE", "Switch", "Hash"),
 }
@@ -466,7 +468,7 @@ EXPERIMENTS = {
                 *(
                     dataclasses.replace(variant, flags=("--lr", "0.004"))
                     for variant in _SYSTEMS
-                    if variant.label in (*_AT_HIGHER_RATES, *_DEFAULTS.values())
+                    if variant.label in (*_AT_HIGHER_RATES, *_MASKED_ROWS)
                 ),
                 *(
                     dataclasses.replace(variant, label=f"{variant.label}, 0.008", flags=("--lr", "0.008"))
@@ -483,7 +485,7 @@ EXPERIMENTS = {
             references=_DEFAULTS,
             main={
                 "lm": (*_AT_HIGHER_RATES, *(f"{label}, 0.008" for label in _FASTER)),
-                "masked_lm": (*_DEFAULTS.values(), "Switch"),
+                "masked_lm": (*_MASKED_ROWS, "Switch"),
             },
             compares_systems=True,
         ),
@@ -524,6 +526,7 @@ EXPERIMENTS = {
                         "evomoe",
                         {**_BOTH, **_START, **_PROBABILITY, **_NORMALIZED, **_GATED},
                     ),
+                    ("EvoMoE: confident gate", "evomoe_confident", {}),
                     ("EvoMoE: 0.008", "evomoe_fine", _BOTH),
                     ("Switch", "switch", {}),
                     ("Switch: gate on state and token", "switch", _BOTH),
@@ -534,6 +537,11 @@ EXPERIMENTS = {
                     ),
                     ("Switch: 4 of 32 narrow experts", "mixtral", {**_TOP4, **_HIDDEN}),
                     ("Switch: 8 gated experts", "switch", _GATED),
+                    (
+                        "Switch: confident gate",
+                        "switch",
+                        {"moe_entropy_weight": 0.03, "moe_balance_weight": 0.1},
+                    ),
                     ("Switch: 0.008", "switch", {}),
                 )
             ),
