@@ -23,7 +23,7 @@ def test_every_argument_is_an_option_with_the_same_default(name):
         default = options["moe_" + argument]
         default = getattr(default, "value", default)
         assert default == getattr(arguments[argument], "value", arguments[argument]) or (
-            argument in ("renormalize", "gate_input") and default == "auto"
+            argument in ("renormalize", "gate_input", "balance_form") and default == "auto"
         )
     for loss in ROUTERS[name].loss_weights:
         assert options["moe_{}_weight".format(loss)] is None
@@ -75,9 +75,22 @@ def test_auto_is_what_measured_best_for_our_gate_and_as_published_for_the_others
     assert (router.gate_input, router.renormalize) == expected
 
 
-def test_auto_sees_the_state_of_masked_tokens(lm_data):
-    router = build(lm_data, **{**MASKED_LM, **PLAIN}).model.encoder.sentence_encoder.layers[1].moe.router
-    assert (router.gate_input, router.renormalize) == ("both", "straight-through")
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        ({}, ("hidden", "normalized", 0.1, 0.03)),
+        ({"moe_entropy_weight": 0.0, "moe_balance_weight": 0.2}, ("hidden", "normalized", 0.2, 0.0)),
+        ({"moe_balance_form": "published"}, ("hidden", "published", 0.1, 0.03)),
+        ({"moe_gate_input": "hidden"}, ("hidden", "published", 0.0, 0.0)),
+        ({"moe_gate_input": "both", "moe_entropy_weight": 0.01}, ("both", "published", 0.0, 0.01)),
+    ],
+    ids=str,
+)
+def test_auto_is_a_confident_gate_where_tokens_are_masked(options, expected, lm_data):
+    layer = build(lm_data, **{**MASKED_LM, **PLAIN, **options}).model.encoder.sentence_encoder.layers[1]
+    router, weights = layer.moe.router, layer.loss_weights
+    found = (router.gate_input, router.balance_form, weights["balance"], weights["entropy"])
+    assert found == expected and router.renormalize == "straight-through"
 
 
 @pytest.mark.parametrize("name", ROUTERS)

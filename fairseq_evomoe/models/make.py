@@ -28,6 +28,11 @@ _FROM_MODEL = ("self", "dim", "experts", "vocabulary", "shared")
 # What ``auto`` is where it is not what was published; measured in examples/benchmark/quality.
 _PREFERRED = {"dts": {"gate_input": "table", "renormalize": "straight-through"}}
 
+# The same for a masked LM, where a table would send all masked tokens, one entry of it, to the same expert.
+# HMoE's losses (arXiv 2408.10681) make a gate on the layer's input confident early, and the model leaves the
+# plateau on which it does not use the context.
+_PREFERRED_MASKED = {"entropy_weight": 0.03, "balance_weight": 0.1, "balance_form": "normalized"}
+
 
 def router_class(cfg: Any) -> Type[Router]:
     """The class of the router that ``--moe-router`` names."""
@@ -163,11 +168,21 @@ def make_router(
 def router_option(cfg: Any, name: str) -> Any:
     """The value of a router's option; ``None`` for what the router itself takes by default."""
     value = getattr(cfg, "moe_" + name)
-    if name not in ("renormalize", "gate_input") or str(value) != "auto":
+    if str(value) != "auto":
         return value
     if name == "gate_input" and str(cfg.moe_spawn_method) == "split":
         return None  # a split makes the rows of a gate that sees the layer's input
     return _PREFERRED.get(str(cfg.moe_router), {}).get(name)
+
+
+def prefer_confident_gate(cfg: Any) -> None:
+    """In a masked LM, make EvoMoE's gate what measured best there, unless the options say what it sees."""
+    if (str(cfg.moe_router), str(cfg.moe_gate_input)) != ("dts", "auto"):
+        return
+    cfg.moe_gate_input = "hidden"
+    for name, value in _PREFERRED_MASKED.items():
+        if str(getattr(cfg, "moe_" + name)) in ("None", "auto"):
+            setattr(cfg, "moe_" + name, value)
 
 
 def make_wire(cfg: Any, spawn: Spawn) -> Wire:

@@ -11,7 +11,7 @@ from fairseq.modules.transformer_sentence_encoder import init_bert_params
 from .build import add_experts
 from .feed_forward import MoEModel
 from .flat_config import config_from_parser, to_namespace
-from .make import make_plateau
+from .make import make_plateau, prefer_confident_gate
 from .options import MoEOptions, complete, option, set_defaults
 from .rules import check_options
 
@@ -52,9 +52,7 @@ class EvoMoERoberta(MoEModel, RobertaModel):
     def build_model(cls, cfg, task):
         """Build the model that the configuration describes."""
         args = to_namespace(complete(cfg, EvoMoERobertaConfig))
-        if (str(args.moe_router), str(args.moe_gate_input)) == ("dts", "auto"):
-            # masked tokens are one entry of the vocabulary: a table would send them all to the same expert
-            args.moe_gate_input = "both"
+        prefer_confident_gate(args)
         check_options(args)
         if args.max_positions is None:  # fairseq 0.12.2's masked_lm does not tell max_positions()
             args.max_positions = task.max_positions() or task.cfg.tokens_per_sample

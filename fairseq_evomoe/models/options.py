@@ -140,7 +140,8 @@ class MoEOptions(FairseqDataclass):
         "auto",
         "What a linear gate sees: the layer's input (hidden), the embedding of the token (token), both, "
         "the token's index alone (table: a logit for each entry of the vocabulary), or auto: hidden, as "
-        "published, but with dts it is table, or both in evomoe_roberta, or hidden to spawn by split.",
+        "published, but with dts it is table, or hidden to spawn by split, or in evomoe_roberta hidden with "
+        "moe-entropy-weight 0.03, moe-balance-weight 0.1 and moe-balance-form normalized, unless given.",
     )
     moe_table_std: float = option(
         3.0, "Standard deviation of the logits that a gate with moe-gate-input table starts with."
@@ -221,13 +222,16 @@ class MoEOptions(FairseqDataclass):
         "Weight of the load-balance loss of each MoE layer, for each unit of the sample size; if not given, "
         "the one that the router was published with.",
     )
-    moe_balance_form: _choices(BalanceForm) = option(
-        "published",
-        "Load-balance loss of the Dense-To-Sparse gate: published, of the experts' weights, or normalized, "
-        "of the gate's probabilities, which is Switch's and 1 for an even load in all stages.",
+    moe_balance_form: ChoiceEnum(["auto", *_values(BalanceForm)]) = option(
+        "auto",
+        "Load-balance loss of the Dense-To-Sparse gate: published, of the experts' weights; normalized, of "
+        "the gate's probabilities, which is Switch's and 1 for an even load in all stages; auto: see "
+        "moe-gate-input.",
     )
     moe_entropy_weight: Optional[float] = option(
-        None, "Weight of the entropy of the gate's distribution; if not given, the router's own."
+        None,
+        "Weight of the entropy of the gate's distribution, which makes the gate confident; if not given, "
+        "the one that the router was published with.",
     )
     moe_z_weight: Optional[float] = option(
         None, "Weight of the z-loss, the mean squared logsumexp of the gate's logits; if not given, 0."
