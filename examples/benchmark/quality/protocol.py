@@ -527,6 +527,12 @@ EXPERIMENTS = {
                         {**_BOTH, **_START, **_PROBABILITY, **_NORMALIZED, **_GATED},
                     ),
                     ("EvoMoE: confident gate", "evomoe_confident", {}),
+                    (
+                        "EvoMoE: confident gate, 4 of 32 narrow experts",
+                        "evomoe_confident",
+                        {**_NARROW, "moe_hard_experts": 4, "moe_scaling_factor": 4},
+                    ),
+                    ("EvoMoE: confident gate, 8 gated experts", "evomoe_confident", _GATED),
                     ("EvoMoE: 0.008", "evomoe_fine", _BOTH),
                     ("Switch", "switch", {}),
                     ("Switch: gate on state and token", "switch", _BOTH),
