@@ -220,18 +220,18 @@ class MoEOptions(FairseqDataclass):
     moe_balance_weight: Optional[float] = option(
         None,
         "Weight of the load-balance loss of each MoE layer, for each unit of the sample size; if not given, "
-        "the one that the router was published with.",
+        "the one that the router was published with, but see moe-gate-input.",
     )
     moe_balance_form: ChoiceEnum(["auto", *_values(BalanceForm)]) = option(
         "auto",
         "Load-balance loss of the Dense-To-Sparse gate: published, of the experts' weights; normalized, of "
-        "the gate's probabilities, which is Switch's and 1 for an even load in all stages; auto: see "
-        "moe-gate-input.",
+        "the gate's probabilities, which is Switch's and 1 for an even load in all stages; auto: "
+        "published, but see moe-gate-input.",
     )
     moe_entropy_weight: Optional[float] = option(
         None,
         "Weight of the entropy of the gate's distribution, which makes the gate confident; if not given, "
-        "the one that the router was published with.",
+        "the one that the router was published with, but see moe-gate-input.",
     )
     moe_z_weight: Optional[float] = option(
         None, "Weight of the z-loss, the mean squared logsumexp of the gate's logits; if not given, 0."

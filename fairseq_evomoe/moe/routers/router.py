@@ -174,7 +174,11 @@ class LinearRouter(Router):
     def with_gate(
         self, routing: Routing, logits_TE: Tensor, probability_TE: Tensor, context: RoutingContext
     ) -> Routing:
-        """``routing`` with the gate's distribution, its entropy, and the losses ``entropy`` and ``z``."""
+        """``routing`` with the gate's distribution, its entropy, and two losses, if they are wanted.
+
+        ``entropy``, the mean entropy of the distribution, makes the gate confident (HMoE, arXiv 2408.10681);
+        ``z`` is ST-MoE's z-loss (arXiv 2202.08906).
+        """
         routing.probability_TE = probability_TE
         if context.statistics:
             routing.gate_entropy = entropy_sum(probability_TE)
