@@ -245,6 +245,7 @@ _HIDDEN = {
     "moe_renormalize": "always",
     "moe_balance_weight": 0.01,
 }
+_CONFIDENT = {"moe_entropy_weight": 0.03, "moe_balance_weight": 0.1}
 _SYSTEMS = (
     Variant("EvoMoE", "evomoe_fine"),
     Variant("EvoMoE, 8 wide experts", "evomoe"),
@@ -265,6 +266,7 @@ _SYSTEMS = (
     Variant("GShard, EvoMoE's gate", "gshard", {"moe_gate_input": "table"}),
     Variant("EvoMoE, gate on state and token", "evomoe_fine", {"moe_gate_input": "both"}),
     Variant("EvoMoE, confident gate", "evomoe_confident"),
+    Variant("Switch, confident gate", "switch", _CONFIDENT),
     Variant("EvoMoE, half as long", "evomoe_fine", share=0.5),
     Variant("Hash, 4 of 32 narrow experts", "hash_random", {**_NARROW, "moe_hashes": 4}),
     Variant("Top-4 of 32 narrow experts", "mixtral", _TOP4),
@@ -383,7 +385,7 @@ _LEARNING_RATES = ("0.004", "0.008")
 _FASTER = ("EvoMoE", "Hash", "Hash, 4 of 32 narrow experts")
 _AT_HIGHER_RATES = (*(v.label for v in _SYSTEMS[:8]), "GShard, top-2", "Hash, 4 of 32 narrow experts")
 _DEFAULTS = {"masked_lm": "EvoMoE, confident gate"}
-_MASKED_ROWS = (*_DEFAULTS.values(), "EvoMoE, gate on state and token")
+_MASKED_ROWS = (*_DEFAULTS.values(), "Switch, confident gate", "EvoMoE, gate on state and token")
 _BOTH = {"moe_gate_input": "both"}
 _BALANCED = {"moe_balance_weight": 0.01}
 _GATED = {"moe_expert_activation": "swiglu", "moe_total_ffn_dim": 680}  # three matrices for the cost of two
@@ -543,11 +545,7 @@ EXPERIMENTS = {
                     ),
                     ("Switch: 4 of 32 narrow experts", "mixtral", {**_TOP4, **_HIDDEN}),
                     ("Switch: 8 gated experts", "switch", _GATED),
-                    (
-                        "Switch: confident gate",
-                        "switch",
-                        {"moe_entropy_weight": 0.03, "moe_balance_weight": 0.1},
-                    ),
+                    ("Switch: confident gate", "switch", _CONFIDENT),
                     ("Switch: 0.008", "switch", {}),
                 )
             ),
