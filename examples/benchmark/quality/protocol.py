@@ -298,6 +298,13 @@ _ABLATIONS = (
         confirmed=("table", "hidden state"),
     ),
     _ablation(
+        "table_std",
+        "How fast the table learns",
+        "The standard deviation that its logits start with: an update of Adam moves an entry by about the "
+        "learning rate, so that the wider they are spread, the slower the routing changes.",
+        {"3": {}, "1": {"moe_table_std": 1}, "10": {"moe_table_std": 10}, "30": {"moe_table_std": 30}},
+    ),
+    _ablation(
         "soft_stage",
         "Length of the soft stage",
         "How long tokens go to several experts after the spawn, while the temperature falls from 2 to 0.5.",
@@ -560,7 +567,8 @@ EXPERIMENTS = {
             "At four times the learning rate",
             "What Hash has and EvoMoE has not, with 0.008, where Hash is ahead: experts from the start, "
             "and a table that does not learn (weights of 1 without gradient; in the last row a soft stage of "
-            "10% of the updates before); and narrower experts.",
+            "10% of the updates before) or learns slowly (its logits spread ten times as wide); and narrower "
+            "experts.",
             tuple(
                 Variant(label, system, options, flags=("--lr", "0.008"))
                 for label, system, options in (
@@ -572,6 +580,11 @@ EXPERIMENTS = {
                     ("Hash, 4 of 32 narrow experts", "hash_random", {**_NARROW, "moe_hashes": 4}),
                     ("8 wide experts", "evomoe", {}),
                     ("8 wide experts, from the start", "evomoe", _START),
+                    (
+                        "8 wide experts, from the start, slow table",
+                        "evomoe",
+                        {**_START, "moe_table_std": 30},
+                    ),
                     ("8 wide experts, without gradient", "evomoe", {"moe_renormalize": "always"}),
                     (
                         "8 wide experts, soft, then without gradient",
