@@ -365,6 +365,12 @@ _ABLATIONS = (
         {"0": {}, "0.01": {"moe_balance_weight": 0.01}, "0.1": {"moe_balance_weight": 0.1}},
     ),
     _ablation(
+        "z_loss",
+        "A z-loss",
+        "Its weight, which is 0.001 in ST-MoE (arXiv 2202.08906).",
+        {"0": {}, "0.001": {"moe_z_weight": 0.001}},
+    ),
+    _ablation(
         "experts",
         "How many experts",
         "All as wide as the dense layer; a token gets one, so that they cost the same.",
