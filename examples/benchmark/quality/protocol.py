@@ -181,6 +181,7 @@ class Experiment:
         tasks: names of tasks.
         seeds: the seeds of each row.
         confirmed: labels of the rows that have `SEEDS`, where the others were to choose from with one.
+        once: labels of the rows that have the first seed only.
         reference: number of the row that the others are compared with.
         references: label of that row for tasks that have another one.
         main: labels of the rows that tasks have whose rows are not all.
@@ -195,6 +196,7 @@ class Experiment:
     tasks: tuple[str, ...] = ("lm",)
     seeds: tuple[int, ...] = (1,)
     confirmed: tuple[str, ...] = ()
+    once: tuple[str, ...] = ()
     reference: int = 0
     references: dict[str, str] = field(default_factory=dict)
     main: dict[str, tuple[str, ...]] = field(default_factory=dict)
@@ -209,6 +211,7 @@ class Experiment:
     def seeds_of(self, variant: Variant, task: Task) -> tuple[int, ...]:
         """The seeds of a row."""
         seeds = SEEDS if variant.label in self.confirmed else self.seeds
+        seeds = seeds[:1] if variant.label in self.once else seeds
         return tuple(seed for seed in seeds if seed in task.seeds)
 
     def compared(self, task: Task) -> Variant:
@@ -471,6 +474,7 @@ EXPERIMENTS = {
             _SYSTEMS,
             tasks=tuple(TASKS),
             seeds=SEEDS,
+            once=("Switch, confident gate",),
             references=_DEFAULTS,
             main=_MAIN,
             compares_systems=True,
@@ -515,7 +519,6 @@ EXPERIMENTS = {
                 )
                 for label, system, options in (
                     ("EvoMoE", "evomoe_fine", _BOTH),
-                    ("EvoMoE: experts from the start", "evomoe_fine", {**_BOTH, **_START}),
                     ("EvoMoE: balance loss", "evomoe_fine", {**_BOTH, **_BALANCED}),
                     ("EvoMoE: probabilities as weights", "evomoe_fine", {**_BOTH, **_PROBABILITY}),
                     ("EvoMoE: start, balance", "evomoe_fine", {**_BOTH, **_START, **_BALANCED}),
@@ -525,12 +528,6 @@ EXPERIMENTS = {
                         {**_BOTH, **_START, **_BALANCED, **_PROBABILITY},
                     ),
                     ("EvoMoE: Switch's balance loss", "evomoe_fine", {**_BOTH, **_NORMALIZED}),
-                    ("EvoMoE: 8 wide experts, probabilities", "evomoe", {**_BOTH, **_PROBABILITY}),
-                    (
-                        "EvoMoE: 8 wide experts, start, probabilities",
-                        "evomoe",
-                        {**_BOTH, **_START, **_PROBABILITY},
-                    ),
                     (
                         "EvoMoE: 8 wide experts, start, probabilities, Switch's balance loss",
                         "evomoe",
@@ -547,7 +544,6 @@ EXPERIMENTS = {
                         "evomoe_confident",
                         {**_NARROW, "moe_hard_experts": 4, "moe_scaling_factor": 4},
                     ),
-                    ("EvoMoE: confident gate, 8 gated experts", "evomoe_confident", _GATED),
                     ("EvoMoE: 0.008", "evomoe_fine", _BOTH),
                     ("Switch", "switch", {}),
                     ("Switch: gate on state and token", "switch", _BOTH),
