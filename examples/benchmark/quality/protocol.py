@@ -305,7 +305,7 @@ _ABLATIONS = (
         "How fast the table learns",
         "The standard deviation that its logits start with: an update of Adam moves an entry by about the "
         "learning rate, so that the wider they are spread, the slower the routing changes.",
-        {"3": {}, "1": {"moe_table_std": 1}, "10": {"moe_table_std": 10}, "30": {"moe_table_std": 30}},
+        {"3": {}, "10": {"moe_table_std": 10}, "30": {"moe_table_std": 30}},
     ),
     _ablation(
         "soft_stage",
