@@ -519,6 +519,7 @@ EXPERIMENTS = {
                 )
                 for label, system, options in (
                     ("EvoMoE", "evomoe_fine", _BOTH),
+                    ("EvoMoE: experts from the start", "evomoe_fine", {**_BOTH, **_START}),
                     ("EvoMoE: balance loss", "evomoe_fine", {**_BOTH, **_BALANCED}),
                     ("EvoMoE: probabilities as weights", "evomoe_fine", {**_BOTH, **_PROBABILITY}),
                     ("EvoMoE: start, balance", "evomoe_fine", {**_BOTH, **_START, **_BALANCED}),
@@ -528,6 +529,12 @@ EXPERIMENTS = {
                         {**_BOTH, **_START, **_BALANCED, **_PROBABILITY},
                     ),
                     ("EvoMoE: Switch's balance loss", "evomoe_fine", {**_BOTH, **_NORMALIZED}),
+                    ("EvoMoE: 8 wide experts, probabilities", "evomoe", {**_BOTH, **_PROBABILITY}),
+                    (
+                        "EvoMoE: 8 wide experts, start, probabilities",
+                        "evomoe",
+                        {**_BOTH, **_START, **_PROBABILITY},
+                    ),
                     (
                         "EvoMoE: 8 wide experts, start, probabilities, Switch's balance loss",
                         "evomoe",
@@ -544,6 +551,7 @@ EXPERIMENTS = {
                         "evomoe_confident",
                         {**_NARROW, "moe_hard_experts": 4, "moe_scaling_factor": 4},
                     ),
+                    ("EvoMoE: confident gate, 8 gated experts", "evomoe_confident", _GATED),
                     ("EvoMoE: 0.008", "evomoe_fine", _BOTH),
                     ("Switch", "switch", {}),
                     ("Switch: gate on state and token", "switch", _BOTH),
