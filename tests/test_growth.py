@@ -83,7 +83,7 @@ def check_inherited(plan, name, before, after):
         if not torch.is_tensor(value) or value.dim() == 0 or key == "exp_avg_sq_col":
             assert value == other if not torch.is_tensor(value) else torch.equal(value, other)
         else:
-            assert torch.equal(other, plan.statistics(name, value)), (name, key)
+            assert torch.equal(other, plan.statistics(name, value, value)), (name, key)
     if before["master"] is not None:
         assert torch.equal(after["master"], plan.weights(name, before["master"]))
 
@@ -96,6 +96,73 @@ def test_every_expert_inherits_the_statistics(optimizer, method, lm_data):
     state = trainer.optimizer.optimizer.state.get(router, {})
     assert not any(torch.as_tensor(value).any() for value in state.values())  # Adagrad makes zeros at once
     assert any(p is router for group in trainer.optimizer.optimizer.param_groups for p in group["params"])
+
+
+STATISTICS = {
+    "mask": {"moe_spawn_strength": 0.4},
+    "noise": {},
+    "reinit": {},
+    "copy": {},
+    "slice": {"moe_expert_sizes": "1,2,4,1"},
+    "split": {},
+}
+
+
+@pytest.mark.parametrize("method", STATISTICS)
+@pytest.mark.parametrize("optimizer", ["adam", "adafactor"])
+def test_changed_weights_start_without_statistics(optimizer, method, lm_data):
+    """Each number of the new experts beside that of the base expert which it comes from."""
+    options = {**LM, **OPTIMIZERS[optimizer], **STATISTICS[method], "optimizer": optimizer}
+    options.update(moe_spawn_method=method, moe_spawn_statistics="unchanged")
+    trainer = build(lm_data, **options).train(updates=3)
+    moe = trainer.get_model().decoder.layers[1].moe
+    base = dict(moe.experts.named_parameters())
+    state = trainer.optimizer.optimizer.state
+    before = {name: (p.detach().clone(), _copy(state[p]["exp_avg"])) for name, p in base.items()}
+    steps = {name: state[p]["step"] for name, p in base.items()}
+    origins = moe.plan_growth().origins
+    spawn(trainer)
+    state = trainer.optimizer.optimizer.state
+    zeros = total = 0
+    for name, (weights, moments) in before.items():
+        new, found = getattr(moe.experts, name).detach(), state[getattr(moe.experts, name)]
+        assert found["step"] == steps[name]
+        widths = [1 if name == "b2" else len(o.unit_K) + o.new_units for o in origins]
+        for origin, rows, got in zip(origins, new.split(widths), found["exp_avg"].split(widths)):
+            unit_K = torch.tensor([0]) if name == "b2" else origin.unit_K
+            expected = torch.where(rows[: len(unit_K)] == weights[unit_K], moments[unit_K], torch.zeros(()))
+            assert torch.equal(got[: len(unit_K)], expected) and not got[len(unit_K) :].any()
+            if name in ("w1", "w2"):
+                zeros, total = zeros + int((expected == 0).sum()), total + expected.numel()
+    share = {"mask": 0.4, "noise": 1, "reinit": 0.5}.get(method, 0)
+    assert zeros / total == pytest.approx(share, abs=0.03)
+
+
+def test_statistics_of_a_spawn_that_never_is(lm_data, caplog):
+    build(lm_data, **{**LM, "moe_spawn_update": 0, "moe_spawn_statistics": "none"}).trainer()
+    assert "no effect with --moe-spawn-update 0: --moe-spawn-statistics" in caplog.text
+
+
+@pytest.mark.parametrize("precision", [None, *MIXED])
+def test_the_optimizer_begins_anew(precision, lm_data, flat_fp16_on_cpu):
+    options = {**LM, **MIXED.get(precision, {}), "moe_spawn_statistics": "none"}
+    trainer = build(lm_data, **options).train(updates=3)
+    moe = trainer.get_model().decoder.layers[1].moe
+    plan, old = moe.plan_growth(), optimizer_state.read(trainer.optimizer)
+    masters = {name: _copy(old[p].master) for name, p in moe.experts.named_parameters()}
+    other = trainer.get_model().decoder.layers[0].fc1.weight
+    moment = _copy(old[other].statistics["exp_avg"])
+    spawn(trainer)
+    new = optimizer_state.read(trainer.optimizer)
+    assert torch.equal(new[other].statistics["exp_avg"], moment) and moment.any()
+    for name, parameter in moe.experts.named_parameters():
+        values = [v for v in new[parameter].statistics.values() if torch.is_tensor(v) and v.dim()]
+        assert bool(values) == (precision == "flat_fp16") and not any(value.any() for value in values)
+        if masters[name] is not None:
+            assert torch.equal(new[parameter].master, plan.weights(name, masters[name]))
+    before = moe.experts.w1.detach().clone()
+    assert trainer.train_step([build(lm_data, **options).batches()[3]]) is not None
+    assert not torch.equal(before, moe.experts.w1)
 
 
 def test_the_shared_expert_inherits_too(lm_data):

@@ -99,7 +99,7 @@ def test_statistics_follow_the_units_and_are_zero_for_new_ones():
     for name, tensor in tensors.items():
         moment = torch.randn_like(tensor)
         for origin, part in zip(
-            plan.origins, plan.statistics(name, moment).split(plan.widths if name != "b2" else 1)
+            plan.origins, plan.statistics(name, moment, moment).split(plan.widths if name != "b2" else 1)
         ):
             kept = len(origin.unit_K)
             assert torch.equal(part[:kept], moment[origin.unit_K] if name != "b2" else moment)

@@ -127,7 +127,7 @@ def test_statistics_are_inherited():
     plan = Spawn(3, method=SpawnMethod.reinit).plan(base())
     for name, tensor in base().items():
         moment = torch.randn(tensor.shape)
-        assert torch.equal(plan.statistics(name, moment), torch.cat([moment] * 3))
+        assert torch.equal(plan.statistics(name, moment, moment), torch.cat([moment] * 3))
 
 
 @pytest.mark.parametrize(

@@ -82,8 +82,8 @@ def test_biases_and_statistics():
     rows = torch.cat([origin.unit_K for origin in plan.origins])
     assert rows.sort().values.tolist() == list(range(24))
     moment = torch.randn(24, 6)
-    assert torch.equal(plan.statistics("w2", moment), moment[rows])
-    assert torch.equal(plan.statistics("b2", tensors["b2"]), tensors["b2"].repeat(4, 1))
+    assert torch.equal(plan.statistics("w2", moment, tensors["w2"]), moment[rows])
+    assert torch.equal(plan.statistics("b2", tensors["b2"], tensors["b2"]), tensors["b2"].repeat(4, 1))
 
 
 def test_the_experts_are_the_groups_of_similar_units():

@@ -86,9 +86,19 @@ def _check_sharing(cfg: Any) -> None:
 def check_optimizer(cfg: Any, optimizer: FairseqOptimizer) -> None:
     """Refuse an optimizer whose update of an expert depends on the other experts that are on its rank.
 
+    And one whose steps are not those of another learning rate when the gate has one of its own.
+
     Raises:
         ValueError: one sentence that names the settings and the way out.
     """
+    scale = getattr(cfg.model, "moe_gate_lr_scale", 1)
+    if scale != 1 and cfg.optimizer._name not in ("adam", "adamax", "adagrad"):
+        raise ValueError(
+            "--moe-gate-lr-scale {} needs steps that do not depend on the size of gradients and weights, as "
+            "those of --optimizer {} do: use adam, adamax or adagrad, or leave it out.".format(
+                scale, cfg.optimizer._name
+            )
+        )
     parallel = getattr(cfg.model, "moe_expert_parallel", 1)
     if parallel > 1 and not optimizer.supports_flat_params:
         raise ValueError(

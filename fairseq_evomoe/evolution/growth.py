@@ -17,7 +17,7 @@ from ..moe import MoELayer
 from ..moe.collect import Collector
 from ..moe.routers.dynmoe import Resize
 from . import optimizer_state, parallel
-from .plan import Plan, resize_plan
+from .plan import Inherit, Plan, resize_plan
 from .plateau import Plateau
 
 logger = logging.getLogger(__name__)
@@ -227,6 +227,7 @@ def _change_states(
     """Replace the states of a layer's old parameters by those of its new ones."""
     new = dict(moe.named_parameters())
     own = plan.only(moe.experts.own)
+    anew = plan.inherit == Inherit.none
     gone = {key: states.pop(p, None) for key, p in old.items() if new.get(key) is not p}
     for key, parameter in new.items():
         module, _, name = key.partition(".")
@@ -235,9 +236,8 @@ def _change_states(
         if state is None or parameter is old.get(key):  # new, frozen, or not changed
             continue
         if module == "experts":
-            state = state.become(
-                functools.partial(own.weights, name), functools.partial(own.statistics, name)
-            )
+            statistics = functools.partial(own.statistics, name, weights=old[key].detach())
+            state = state.become(functools.partial(own.weights, name), None if anew else statistics)
         elif module == "router":
             state = state.become(functools.partial(plan.per_expert, new=parameter.float()), plan.per_expert)
         states[parameter] = state

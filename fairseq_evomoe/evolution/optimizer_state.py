@@ -26,15 +26,16 @@ class ParameterState:
     statistics: Dict[str, Any] = field(default_factory=dict)
     master: Optional[Tensor] = None
 
-    def become(self, weights: Callable, statistics: Callable) -> "ParameterState":
+    def become(self, weights: Callable, statistics: Optional[Callable]) -> "ParameterState":
         """The state of a parameter that was made from this one.
 
         Args:
             weights: what was done to the parameter.
-            statistics: what to do to statistics that have a row for each row of the parameter.
+            statistics: what to do to statistics that have a row for each row of the parameter; ``None``: the
+                new parameter has none.
         """
         inherited = {}
-        for name, value in self.statistics.items():
+        for name, value in self.statistics.items() if statistics is not None else ():
             # Adafactor's column statistics have no rows that belong to an expert
             by_row = torch.is_tensor(value) and value.dim() > 0 and name != "exp_avg_sq_col"
             inherited[name] = statistics(value) if by_row else value

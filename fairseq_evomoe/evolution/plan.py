@@ -1,6 +1,7 @@
 """How the experts of a layer become other experts: one plan for weights, optimizer state and copies."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from enum import Enum
 from typing import Callable, List, Optional, Sequence
 
 import torch
@@ -29,6 +30,14 @@ class Origin:
     inherits: bool = True
 
 
+class Inherit(str, Enum):
+    """For which weights new experts take over what an optimizer knows of the old ones."""
+
+    all = "all"
+    unchanged = "unchanged"
+    none = "none"
+
+
 @dataclass(frozen=True)
 class Plan:
     """How old experts become new ones, made once for a layer and then applied to every copy of its tensors.
@@ -40,11 +49,14 @@ class Plan:
         change: ``change(e, name, rows)`` is applied to the rows that new expert ``e`` has in each tensor of
             weights; ``None``: nothing changes.
         gate_ED: the weights that the linear gate of a new router must have, if any.
+        inherit: the weights whose statistics in an optimizer are kept: ``unchanged`` are those that are equal
+            in the old expert; ``none`` lets the optimizer begin as if the parameters were new.
     """
 
     origins: Sequence[Origin]
     change: Optional[Callable[[int, str, Tensor], Tensor]] = None
     gate_ED: Optional[Tensor] = None
+    inherit: Inherit = Inherit.all
 
     @property
     def widths(self) -> List[int]:
@@ -56,7 +68,7 @@ class Plan:
         change = None
         if self.change is not None:
             change = lambda e, name, rows: self.change(experts[e], name, rows)  # noqa: E731
-        return Plan([self.origins[e] for e in experts], change)
+        return replace(self, origins=[self.origins[e] for e in experts], change=change, gate_ED=None)
 
     def weights(self, name: str, old: Tensor) -> Tensor:
         """A tensor of weights of the new experts.
@@ -68,16 +80,29 @@ class Plan:
         Returns:
             rows of all new experts, one after another; dtype and device of ``old``.
         """
-        parts = [_take(origin, name, old) for origin in self.origins]
-        if self.change is not None:
-            parts = [self.change(e, name, part) for e, part in enumerate(parts)]
+        parts = [self._changed(e, name, part) for e, part in enumerate(self._taken(name, old))]
         return torch.cat(parts) if parts else old[:0]
 
-    def statistics(self, name: str, old: Tensor) -> Tensor:
-        """The optimizer's statistics of the new experts; ``old`` has a row for each row of the weights."""
-        parts = [_take(origin, name, old) for origin in self.origins]
+    def statistics(self, name: str, old: Tensor, weights: Tensor) -> Tensor:
+        """The optimizer's statistics of the new experts.
+
+        Args:
+            name: of the tensor of weights.
+            old: those of the old experts, with a row for each row of the weights, not necessarily as long.
+            weights: the tensor of weights of the old experts.
+        """
+        parts = self._taken(name, old)
         parts = [part if o.inherits else torch.zeros_like(part) for o, part in zip(self.origins, parts)]
+        if self.inherit == Inherit.unchanged and old.shape == weights.shape:
+            for e, before in enumerate(self._taken(name, weights)):
+                parts[e] = parts[e].masked_fill(self._changed(e, name, before) != before, 0)
         return torch.cat(parts) if parts else old[:0]
+
+    def _taken(self, name: str, old: Tensor) -> List[Tensor]:
+        return [_take(origin, name, old) for origin in self.origins]
+
+    def _changed(self, expert: int, name: str, rows: Tensor) -> Tensor:
+        return rows if self.change is None else self.change(expert, name, rows)
 
     def per_expert(self, old: Tensor, new: Optional[Tensor] = None) -> Tensor:
         """A tensor with one row for each expert, such as the router's.
@@ -100,10 +125,7 @@ class Plan:
         """
         if self.gate_ED is not None:
             check_linear_gate(router)
-            with torch.no_grad():
-                router.weight.copy_(self.gate_ED)
-                if getattr(router, "token_weight", None) is not None:
-                    router.token_weight.zero_()
+            router.set_gate(self.gate_ED)
 
 
 def _take(origin: Origin, name: str, old: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ paper, ``reinit`` is Drop-Upcycling (arXiv 2502.19261), ``split`` is EMoE (arXiv
 is ours; the default strengths are ours but for ``reinit``.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Dict, List, Optional, Sequence
 
@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from ..moe.noise import seed_of
 from .kmeans import balanced_kmeans
-from .plan import Origin, Plan
+from .plan import Inherit, Origin, Plan
 
 
 class SpawnMethod(str, Enum):
@@ -72,6 +72,7 @@ class Spawn:
         strength: see above; ``None``: ``DEFAULT_STRENGTH``.
         seed: seed of the random numbers.
         widths: hidden units of each expert; ``None``: those of the base, or their share with ``split``.
+        inherit: see ``Plan``.
 
     Raises:
         ValueError: widths that the method cannot make.
@@ -83,6 +84,7 @@ class Spawn:
     strength: Optional[float] = None
     seed: int = 1
     widths: Optional[Sequence[int]] = None
+    inherit: Inherit = Inherit.all
 
     def __post_init__(self) -> None:
         if self.widths is not None and (len(self.widths) != self.experts or min(self.widths) < 1):
@@ -146,6 +148,9 @@ class Spawn:
             base: the tensors of the base expert by name.
             activity_H: mean magnitude of each of its hidden units, if measured; used by ``slice``.
         """
+        return replace(self._plan(base, activity_H), inherit=self.inherit)
+
+    def _plan(self, base: Dict[str, Tensor], activity_H: Optional[Tensor]) -> Plan:
         units = base["w1"].shape[0]
         widths = self.widths_from(units)
         if self.method == SpawnMethod.slice:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ..evolution.plan import Inherit
 from ..evolution.plateau import Plateau
 from ..evolution.schedule import Schedule, TemperatureSchedule
 from ..evolution.spawn import Spawn, SpawnMethod
@@ -134,6 +135,7 @@ def make_spawn(cfg: Any, layer: int, expert_widths: List[int]) -> Spawn:
         strength=cfg.moe_spawn_strength,
         seed=cfg.seed,
         widths=expert_widths,
+        inherit=Inherit(str(cfg.moe_spawn_statistics)),
     )
 
 

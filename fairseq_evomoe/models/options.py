@@ -10,6 +10,7 @@ from fairseq.utils import safe_hasattr
 from omegaconf import II, OmegaConf, open_dict
 
 from .. import compat
+from ..evolution.plan import Inherit
 from ..evolution.schedule import TemperatureSchedule
 from ..evolution.spawn import SpawnMethod
 from ..moe import ROUTERS
@@ -103,6 +104,11 @@ class MoEOptions(FairseqDataclass):
         "units of the weights' own (0.1), share of the hidden units that are drawn anew (0.5), or share of "
         "those that a slice takes at random (0.1).",
     )
+    moe_spawn_statistics: _choices(Inherit) = option(
+        "all",
+        "Weights for which the optimizer's statistics of the base expert carry over to each of its copies: "
+        "all, those that the spawn leaves unchanged (not a masked one, say), or none.",
+    )
 
     # the Dense-To-Sparse gate
     moe_temperature_start: float = option(
@@ -145,6 +151,11 @@ class MoEOptions(FairseqDataclass):
     )
     moe_table_std: float = option(
         3.0, "Standard deviation of the logits that a gate with moe-gate-input table starts with."
+    )
+    moe_gate_lr_scale: float = option(
+        1.0,
+        "Learning rate of a linear gate, in units of that of the model; for adam, adamax and adagrad. It is "
+        "part of the gate: go on from a checkpoint with the value that it was trained with.",
     )
     moe_eval_routing: _choices(EvalRouting) = option(
         "top1",

@@ -22,6 +22,9 @@ _ANNEAL = {
 # what tells a plateau of the loss
 _PLATEAU = {"moe_spawn_window", "moe_spawn_plateau"}
 
+# what happens at a spawn inside a run
+_SPAWN = {"moe_spawn_statistics"}
+
 _UNSUPPORTED = {
     "quant_noise_pq": "quantization noise is not made for experts",
     "quant_noise_scalar": "quantization noise is not made for experts",
@@ -229,7 +232,7 @@ def _check(rules: List[Tuple[Callable[[Any], bool], str]], cfg: Any) -> None:
 
 
 def warn_of_idle_options(cfg: Any) -> None:
-    """Warn of a schedule for another router's gate, and of a plateau that nothing waits for.
+    """Warn of a schedule for another router's gate, and of a plateau or a spawn that nothing waits for.
 
     That is no error, so that rivals stay one flag away: ``--moe-router``, ``--moe-spawn-update``.
 
@@ -239,6 +242,7 @@ def warn_of_idle_options(cfg: Any) -> None:
     for idle, where in (
         (_ANNEAL if not router_class(cfg).anneals else (), "with --moe-router {}".format(cfg.moe_router)),
         (_PLATEAU if not spawns_by_itself(cfg) else (), "without --moe-spawn-update auto"),
+        (_SPAWN if cfg.moe_spawn_update == 0 else (), "with --moe-spawn-update 0"),
     ):
         given = [
             flag(option.name)

@@ -286,6 +286,7 @@ def _soft(length: str) -> dict[str, Any]:
     return {"moe_anneal_updates": length, "moe_hard_update": length}
 
 
+_SPAWN_10 = {"moe_spawn_update": "0.1u"}
 _ABLATIONS = (
     _ablation(
         "gate_input",
@@ -306,6 +307,19 @@ _ABLATIONS = (
         "The standard deviation that its logits start with: an update of Adam moves an entry by about the "
         "learning rate, so that the wider they are spread, the slower the routing changes.",
         {"3": {}, "10": {"moe_table_std": 10}, "30": {"moe_table_std": 30}},
+    ),
+    _ablation(
+        "gate_lr",
+        "The gate's learning rate",
+        "In units of that of the model, of a table and of a gate on the hidden state.",
+        {
+            "table: 1": {},
+            "table: 0.1": {"moe_gate_lr_scale": 0.1},
+            "table: 10": {"moe_gate_lr_scale": 10},
+            "hidden state: 1": {"moe_gate_input": "hidden"},
+            "hidden state: 0.1": {"moe_gate_input": "hidden", "moe_gate_lr_scale": 0.1},
+            "hidden state: 10": {"moe_gate_input": "hidden", "moe_gate_lr_scale": 10},
+        },
     ),
     _ablation(
         "soft_stage",
@@ -339,7 +353,7 @@ _ABLATIONS = (
             "at the start": {"moe_spawn_update": 0},
             "2%": {},
             "5%": {"moe_spawn_update": "0.05u"},
-            "10%": {"moe_spawn_update": "0.1u"},
+            "10%": _SPAWN_10,
             "20%": {"moe_spawn_update": "0.2u"},
             "40%": {"moe_spawn_update": "0.4u"},
             "auto": {"moe_spawn_update": "auto"},
@@ -350,7 +364,9 @@ _ABLATIONS = (
     _ablation(
         "spawn_how",
         "How the experts spawn",
-        "What is done to each copy of the base expert, with the strength in brackets.",
+        "What is done to each copy of the base expert, with the strength in brackets. A split divides its "
+        "128 hidden units among the experts, which makes a smaller layer (a token gets four times 16 of "
+        "them), and makes a gate on the hidden state.",
         {
             "mask (0.1)": {},
             "mask (0.3)": {"moe_spawn_strength": 0.3},
@@ -358,8 +374,31 @@ _ABLATIONS = (
             "noise (0.1)": {"moe_spawn_method": "noise"},
             "reinit (0.5)": {"moe_spawn_method": "reinit"},
             "copy": {"moe_spawn_method": "copy"},
+            "mask (0.1), gate on the state": {"moe_gate_input": "hidden"},
+            "split, gate on the state": {
+                "moe_spawn_method": "split",
+                "moe_gate_input": "hidden",
+                "moe_hard_experts": 4,
+                "moe_scaling_factor": 4,
+            },
         },
         confirmed=("mask (0.1)", "copy"),
+    ),
+    _ablation(
+        "spawn_statistics",
+        "The optimizer's state at the spawn",
+        "Adam's statistics of the base expert, which each expert takes over for all its weights, for those "
+        "that are not masked, or for none, with a spawn at 10% of the updates; the last two rows at 2%.",
+        {
+            label: {**when, **kept}
+            for label, when, kept in (
+                ("all", _SPAWN_10, {}),
+                ("unchanged", _SPAWN_10, {"moe_spawn_statistics": "unchanged"}),
+                ("none", _SPAWN_10, {"moe_spawn_statistics": "none"}),
+                ("all, spawn at 2%", {}, {}),
+                ("none, spawn at 2%", {}, {"moe_spawn_statistics": "none"}),
+            )
+        },
     ),
     _ablation(
         "balance",
@@ -388,12 +427,20 @@ _ABLATIONS = (
     _ablation(
         "temperature",
         "Threshold and temperature of a soft stage",
-        "Both say how many experts a token has after the spawn, in a soft stage of 10% of the updates.",
+        "Both say how many experts a token has after the spawn, in a soft stage of 10% of the updates; the "
+        "temperature falls linearly, unless the row says otherwise.",
         {
             "2 to 0.5, threshold 0.001": _soft("0.1u"),
             "threshold 0.01": {**_soft("0.1u"), "moe_threshold": 0.01},
             "threshold 0.1": {**_soft("0.1u"), "moe_threshold": 0.1},
             "1 to 0.2": {**_soft("0.1u"), "moe_temperature_start": 1, "moe_temperature_end": 0.2},
+            "2 to 0.5, exponential": {**_soft("0.1u"), "moe_temperature_schedule": "exponential"},
+            "2 throughout": {**_soft("0.1u"), "moe_temperature_schedule": "constant"},
+            "0.5 throughout": {
+                **_soft("0.1u"),
+                "moe_temperature_schedule": "constant",
+                "moe_temperature_start": 0.5,
+            },
         },
     ),
 )

@@ -52,6 +52,11 @@ class Router(nn.Module):
         """Fill the parameters and buffers from ``generator``."""
         raise NotImplementedError
 
+    @torch.no_grad()
+    def set_gate(self, weight_ED: Tensor) -> None:
+        """Let the logits of a router with a ``linear_gate`` be those of these rows alone."""
+        self.weight.copy_(weight_ED)
+
     def forward(self, x_TD: Tensor, context: RoutingContext) -> Routing:
         """Route tokens.
 
@@ -101,6 +106,8 @@ class LinearRouter(Router):
         gate_input: see above.
         vocabulary: the dictionary that the layer's tokens are from; needed unless ``hidden``.
         table_std: s, at least 0.
+        gate_lr_scale: r, over 0.  The parameters are W / r and U / r, so that an optimizer whose steps have
+            the same size for any gradients, such as Adam, moves W and U by r times what it would move them.
     """
 
     linear_gate = True
@@ -114,12 +121,16 @@ class LinearRouter(Router):
         gate_input: GateInput = GateInput.hidden,
         vocabulary: Optional[Vocabulary] = None,
         table_std: float = 3.0,
+        gate_lr_scale: float = 1.0,
     ) -> None:
         super().__init__(dim, experts)
         if table_std < 0:
             raise ValueError("table_std must be at least 0, but is {}".format(table_std))
+        if gate_lr_scale <= 0:
+            raise ValueError("gate_lr_scale must be over 0, but is {}".format(gate_lr_scale))
         self.gate_input = GateInput(gate_input)
         self.table_std = table_std
+        self.gate_lr_scale = gate_lr_scale
         self.register_parameter("weight", None)
         self.register_parameter("token_weight", None)
         if self.gate_input in (GateInput.hidden, GateInput.both):
@@ -143,11 +154,18 @@ class LinearRouter(Router):
         """Fill the gate as ``nn.Linear`` would, U(-1/sqrt(D), 1/sqrt(D)), from ``generator``."""
         if self.gate_input == GateInput.table:
             noise = torch.randn(self.token_weight.shape, generator=generator)
-            self.token_weight.copy_(self.table_std * noise)
+            self.token_weight.copy_(self.table_std / self.gate_lr_scale * noise)
             return
         for weight in (self.weight, self.token_weight):
             if weight is not None:
-                fill_uniform(weight, weight.shape[1] ** -0.5, generator)
+                fill_uniform(weight, weight.shape[1] ** -0.5 / self.gate_lr_scale, generator)
+
+    @torch.no_grad()
+    def set_gate(self, weight_ED: Tensor) -> None:
+        """As in the parent: ``W`` is given, and ``U`` zero."""
+        super().set_gate(weight_ED / self.gate_lr_scale)
+        if self.token_weight is not None:
+            self.token_weight.zero_()
 
     def logits(self, x_TD: Tensor, context: RoutingContext) -> Tensor:
         """The gate's logits, float32, shape (T, E), whatever the precision of the model is.
@@ -155,6 +173,10 @@ class LinearRouter(Router):
         Raises:
             ValueError: the gate sees the token, and the context does not have it.
         """
+        logits_TE = self._products(x_TD, context)
+        return logits_TE if self.gate_lr_scale == 1 else logits_TE * self.gate_lr_scale
+
+    def _products(self, x_TD: Tensor, context: RoutingContext) -> Tensor:
         if self.token_weight is None:
             return linear32(x_TD, self.weight)
         table = self.gate_input == GateInput.table
