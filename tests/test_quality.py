@@ -11,13 +11,14 @@ from pathlib import Path
 import numpy
 import pytest
 import sacrebleu
-from cli import LM, MASKED_LM, build
+from cli import LM, MASKED_LM, build, call
 
 QUALITY = Path(__file__).resolve().parent.parent / "examples" / "benchmark" / "quality"
 sys.path.insert(0, str(QUALITY))
 
 import bootstrap  # noqa: E402
 import evaluate  # noqa: E402
+import gap  # noqa: E402
 import protocol  # noqa: E402
 import records  # noqa: E402
 import tables  # noqa: E402
@@ -187,6 +188,20 @@ def test_seconds_are_compared_within_a_round():
         "| Hash | 0.0800 | 0.50 (0.50-0.80) | 3 |",
         "| Switch | 0.1000 | 1.00 (1.00-1.00) | 3 |",
     ]
+
+
+def test_a_checkpoint_is_evaluated_as_in_training_and_as_in_evaluation(lm_data, tmp_path):
+    """At update 7 of 14 the gate is soft: while training a token has several experts, in evaluation one."""
+    settings = {**LM, "moe_spawn_update": 2, "moe_hard_update": 12, "save_interval_updates": 7}
+    settings["required_batch_size_multiple"] = 1  # or else fairseq leaves out what is left over
+    result = call("fairseq-train", lm_data, save_dir=tmp_path, **settings)
+    (checkpoint,) = tmp_path.glob("checkpoint_*_7.pt")
+    (logged,) = (line for line in result.log("valid") if line["valid_num_updates"] == 7)
+    found = {way: gap.loss(checkpoint, lm_data, 7, way) for way in ("training", "adaptive", "top1")}
+    assert found["top1"] == (pytest.approx(logged["valid_loss"], abs=2e-3), 1)
+    assert found["training"][1] > 1.5 and found["adaptive"][1] > 1.5
+    assert len({bits for bits, _ in found.values()}) == 3
+    assert gap.loss(checkpoint, lm_data, 14, "training")[1] == 1
 
 
 def test_other_numbers_are_noticed():

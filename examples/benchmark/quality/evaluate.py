@@ -49,6 +49,31 @@ def parser() -> argparse.ArgumentParser:
     return result
 
 
+def load(checkpoint: Path, data: Path, options: dict[str, Any]) -> tuple[Any, Any, Any]:
+    """Model, criterion and task of a checkpoint, with some options of the model replaced."""
+    # masks of a masked LM depend on the seed: the same for all runs
+    overrides = {"data": str(data), "seed": 1, **options}
+    models, cfg, task = checkpoint_utils.load_model_ensemble_and_task([str(checkpoint)], overrides)
+    return models[0].eval(), task.build_criterion(cfg.criterion).eval(), task
+
+
+def batches(task: Any, model: nn.Module, split: str) -> Any:
+    """The batches of a part of the data, always the same."""
+    task.load_dataset(split)
+    return task.get_batch_iterator(
+        task.dataset(split),
+        max_sentences=CHUNK,
+        max_positions=fairseq_utils.resolve_max_positions(task.max_positions(), model.max_positions()),
+        seed=1,
+    ).next_epoch_itr(shuffle=False)
+
+
+def bits_and_tokens(output: dict[str, Any]) -> tuple[float, int]:
+    """The sum of the losses in bits, and over how many tokens, of what a criterion has logged."""
+    loss = float(output.get("nll_loss", output["loss"])) / math.log(2)
+    return loss, int(output["sample_size"])
+
+
 def losses(checkpoint: Path, data: Path, options: dict[str, Any]) -> dict[str, Any]:
     """Losses and routing on the test set.
 
@@ -61,25 +86,14 @@ def losses(checkpoint: Path, data: Path, options: dict[str, Any]) -> dict[str, A
         `chunks`: for each chunk the sum of the losses in bits and the number of tokens; `loss`, their mean;
         means of the routing's statistics; `looked_up`, see `looked_up_parameters`.
     """
-    # masks of a masked LM depend on the seed: the same for all runs
-    overrides = {"data": str(data), "seed": 1, **options}
-    models, cfg, task = checkpoint_utils.load_model_ensemble_and_task([str(checkpoint)], overrides)
-    model = models[0].eval()
-    criterion = task.build_criterion(cfg.criterion).eval()
-    task.load_dataset("test")
-    batches = task.get_batch_iterator(
-        task.dataset("test"),
-        max_sentences=CHUNK,
-        max_positions=fairseq_utils.resolve_max_positions(task.max_positions(), model.max_positions()),
-        seed=1,
-    ).next_epoch_itr(shuffle=False)
+    model, criterion, task = load(checkpoint, data, options)
     outputs, chunks = [], []
-    for sample in batches:
+    for sample in batches(task, model, "test"):
         with torch.no_grad():
             _, _, output = task.valid_step(sample, model, criterion)
         outputs.append(output)
-        loss = float(output.get("nll_loss", output["loss"])) / math.log(2)
-        chunks.append([round(loss, 4), int(output["sample_size"])])
+        loss, tokens = bits_and_tokens(output)
+        chunks.append([round(loss, 4), tokens])
     with metrics.aggregate(new_root=True) as found:
         task.reduce_metrics(outputs, criterion)
     values = found.get_smoothed_values()

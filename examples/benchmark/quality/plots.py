@@ -35,6 +35,27 @@ def plot(experiment: Experiment, known: dict[str, dict], folder: Path) -> None:
         pyplot.close(figure)
 
 
+def plot_gap(found: dict[str, list[dict]], folder: Path) -> None:
+    """Validation loss through a run, a panel for each system and a curve for each way to route."""
+    if not found:
+        return
+    figure, axes = pyplot.subplots(
+        1, len(found), figsize=(4 * len(found), 3), sharey=True, squeeze=False, layout="constrained"
+    )
+    ways = {"training": "as trained", "adaptive": "adaptive", "top1": "top-1"}
+    for axis, (label, points) in zip(axes[0], found.items()):
+        for way, name in ways.items():
+            updates = [point["update"] for point in points]
+            axis.plot(updates, [point[way]["loss"] for point in points], ".-", label=name, linewidth=1)
+        axis.set_title(label)
+        axis.set_xlabel("updates")
+        axis.grid(linewidth=0.3)
+    axes[0][0].set_ylabel("validation loss, bits per token")
+    axes[0][-1].legend()
+    figure.savefig(folder / "gap.svg", bbox_inches="tight", metadata={"Date": None})
+    pyplot.close(figure)
+
+
 def _curves(experiment: Experiment, task: Task, found: dict[str, Records]) -> pyplot.Figure:
     """Validation loss against updates, seconds and FLOPs, and the test set's differences."""
     figure, axes = pyplot.subplots(1, 4, figsize=(15, 4), gridspec_kw={"width_ratios": [1, 1, 1, 1.2]})

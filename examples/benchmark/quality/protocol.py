@@ -444,6 +444,13 @@ _ABLATIONS = (
         },
     ),
 )
+GAP = (
+    Variant("EvoMoE, published", "evomoe_published"),
+    Variant("published, no noise once top-1", "evomoe_published", {"moe_gate_noise": "soft"}),
+    Variant("EvoMoE, 8 wide experts, as long a soft stage", "evomoe", _soft("0.4u")),
+)
+"""What `gap.py` evaluates through a run."""
+
 _LEARNING_RATES = ("0.004", "0.008")
 _FASTER = ("EvoMoE", "Hash", "Hash, 4 of 32 narrow experts")
 _AT_HIGHER_RATES = (*(v.label for v in _SYSTEMS[:8]), "GShard, top-2", "Hash, 4 of 32 narrow experts")

@@ -22,6 +22,15 @@ def read_speed(folder: Path) -> dict[str, dict[str, dict[int, float]]]:
     return found
 
 
+def read_gap(folder: Path) -> dict[str, list[dict]]:
+    """What `gap.py` has found: the points of each system in the order of their updates."""
+    found: dict[str, list[dict]] = {}
+    for path in sorted(folder.glob("*.jsonl")):
+        for line in map(json.loads, path.read_text().splitlines()):
+            found.setdefault(line["label"], []).append(line)
+    return {label: sorted(points, key=lambda point: point["update"]) for label, points in found.items()}
+
+
 def differences(known: dict[str, dict], again: dict[str, dict]) -> list[str]:
     """What is not equal in the runs that two folders of results have in common, or that there are none.
 

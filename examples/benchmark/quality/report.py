@@ -10,8 +10,8 @@ from pathlib import Path
 
 import plots
 from protocol import EXPERIMENTS, HERE
-from records import differences, read, read_speed
-from tables import section, speed_table
+from records import differences, read, read_gap, read_speed
+from tables import gap_table, section, speed_table
 
 
 def parser() -> argparse.ArgumentParser:
@@ -48,6 +48,9 @@ def main() -> None:
         fill(args.out / "README.md", experiment.id, section(experiment, known))
         plots.plot(experiment, known, args.out / "plots")
     fill(args.out / "README.md", "speed", speed_table(read_speed(args.results / "speed")))
+    gap = read_gap(args.results / "gap")
+    fill(args.out / "README.md", "gap", gap_table(gap))
+    plots.plot_gap(gap, args.out / "plots")
 
 
 if __name__ == "__main__":

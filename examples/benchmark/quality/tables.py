@@ -175,6 +175,27 @@ def speed_table(found: dict[str, dict[str, dict[int, float]]]) -> str:
     return "\n".join(parts)
 
 
+def gap_table(found: dict[str, list[dict]]) -> str:
+    """Valid perplexity with the routing of training, adaptive routing and top-1, through a run.
+
+    Args:
+        found: by label; see `records.read_gap`.
+    """
+    if not found:
+        return ""
+    by_update = {label: {point["update"]: point for point in points} for label, points in found.items()}
+    rows = []
+    for update in sorted(set().union(*by_update.values())):
+        cells = [str(update)]
+        for points in by_update.values():
+            point = points.get(update)
+            ways = [point[way] for way in ("training", "adaptive", "top1")] if point else []
+            text = " / ".join(f"{perplexity(way['loss']):.1f}" for way in ways)
+            cells.append(f"{text} ({ways[0]['moe_experts']:.1f})" if ways else "")
+        rows.append(cells)
+    return table(["updates", *by_update], rows) + "\n![The gap](plots/gap.svg)\n"
+
+
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table."""
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
