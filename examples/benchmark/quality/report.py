@@ -47,7 +47,8 @@ def main() -> None:
     for experiment in EXPERIMENTS.values():
         fill(args.out / "README.md", experiment.id, section(experiment, known))
         plots.plot(experiment, known, args.out / "plots")
-    fill(args.out / "README.md", "speed", speed_table(read_speed(args.results / "speed")))
+    speed = read_speed(args.results / "speed")
+    fill(args.out / "README.md", "speed", speed_table(speed, EXPERIMENTS["systems"], known))
     gap = read_gap(args.results / "gap")
     fill(args.out / "README.md", "gap", gap_table(gap))
     plots.plot_gap(gap, args.out / "plots")

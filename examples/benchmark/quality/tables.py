@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Sequence
 
@@ -71,6 +72,21 @@ def reaches(found: Records, target: float, axis: int) -> float | None:
     return None
 
 
+def shares(found: Records, switch: Records, axis: int) -> tuple[float | None, float | None] | None:
+    """Where a system reaches what Switch ends with, and as a share of where that is.
+
+    Returns:
+        two times `None`: never; `None`: they have no seed in common.
+    """
+    ends = {record["seed"]: record for record in switch}
+    found = [record for record in found if record["seed"] in ends]
+    if not found:
+        return None
+    end = mean_curve([ends[record["seed"]] for record in found])[-1]
+    value = reaches(found, end[3], axis)
+    return (None, None) if value is None else (value, value / end[axis])
+
+
 def mean_curve(found: Records) -> list[list[float]]:
     """Update, seconds, FLOPs and validation loss in bits at each validation, means over seeds."""
     return [
@@ -111,17 +127,14 @@ def systems_table(experiment: Experiment, task: Task, known: dict[str, dict]) ->
 def reach_table(experiment: Experiment, task: Task, known: dict[str, dict]) -> str:
     """When each system reaches what Switch has at its end."""
     by_label = {v.label: of_variant(v, task, known) for v in experiment.variants}
-    switch = {record["seed"]: record for record in by_label.get("Switch", [])}
     rows = []
     for label, found in by_label.items():
-        found = [record for record in found if record["seed"] in switch]
-        if not found:
+        reached = [shares(found, by_label.get("Switch", []), axis) for axis in (0, 1, 2)]
+        if None in reached:
             continue
-        end = mean_curve([switch[record["seed"]] for record in found])[-1]
         cells = [label]
-        for axis, text in ((0, "{:.0f} ({:.2f})"), (1, "{:.0f} ({:.2f})"), (2, "{:.2e} ({:.2f})")):
-            value = reaches(found, end[3], axis)
-            cells.append("never" if value is None else text.format(value, value / end[axis]))
+        for (value, share), text in zip(reached, ("{:.0f} ({:.2f})", "{:.0f} ({:.2f})", "{:.2e} ({:.2f})")):
+            cells.append("never" if value is None else text.format(value, share))
         rows.append(cells)
     if not rows:
         return ""
@@ -156,21 +169,30 @@ def ablation_table(experiment: Experiment, task: Task, known: dict[str, dict]) -
     return table(heads, rows) if rows else ""
 
 
-def speed_table(found: dict[str, dict[str, dict[int, float]]]) -> str:
+def speed_table(
+    found: dict[str, dict[str, dict[int, float]]], experiment: Experiment, known: dict[str, dict]
+) -> str:
     """Seconds an update of each system, as `speed.py` has timed them side by side.
 
     Args:
         found: by task, label and round; see `records.read_speed`.
+        experiment: the systems.
+        known: the results, which tell how many updates each needs for what Switch ends with.
     """
     parts = []
     for task, systems in found.items():
+        of = {v.label: of_variant(v, TASKS[task], known) for v in experiment.variants}
         rows = []
         for label, seconds in systems.items():
             ratios = [seconds[i] / systems["Switch"][i] for i in seconds if i in systems.get("Switch", {})]
-            ratio = f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})" if ratios else ""
-            rows.append((statistics.median(seconds.values()), label, ratio, str(len(seconds))))
-        cells = [[label, f"{median:.4f}", ratio, rounds] for median, label, ratio, rounds in sorted(rows)]
-        heads = ["system", "seconds an update", "against Switch in the same round", "rounds"]
+            ratio = statistics.median(ratios) if ratios else math.nan
+            text = f"{ratio:.2f} ({min(ratios):.2f}-{max(ratios):.2f})" if ratios else ""
+            _, share = shares(of[label], of["Switch"], 0) or (None, None)
+            reached = "never" if share is None else f"{share * ratio:.2f}"
+            rows.append((statistics.median(seconds.values()), label, text, reached, str(len(seconds))))
+        cells = [[row[1], f"{row[0]:.4f}", *row[2:]] for row in sorted(rows)]
+        heads = ["system", "seconds an update", "against Switch in the same round"]
+        heads += ["time to where Switch ends, as a share of its own", "rounds"]
         parts.append(f"{TASKS[task].title}:\n\n{table(heads, cells)}")
     return "\n".join(parts)
 
