@@ -324,8 +324,23 @@ _ABLATIONS = (
     _ablation(
         "soft_stage",
         "Length of the soft stage",
-        "How long tokens go to several experts after the spawn, while the temperature falls from 2 to 0.5.",
-        {"none": {}, "2% of the updates": _soft("0.02u"), "10%": _soft("0.1u"), "40%": _soft("0.4u")},
+        "How long tokens go to several experts after the spawn, while the temperature falls from 2 to 0.5. "
+        "In the last row it falls for 10% of the updates, but there is no switch to top-1 in training, only "
+        "in evaluation.",
+        {
+            "none": {},
+            "2% of the updates": _soft("0.02u"),
+            "10%": _soft("0.1u"),
+            "40%": _soft("0.4u"),
+            "to the end": {**_soft("0.1u"), "moe_hard_update": -1},
+        },
+    ),
+    _ablation(
+        "gate_weight",
+        "Weights with or without noise",
+        "The plain probabilities or those with noise and temperature, by which the experts are chosen, as "
+        "weights in a soft stage of 10% of the updates.",
+        {"softmax": _soft("0.1u"), "gumbel": {**_soft("0.1u"), "moe_gate_weight": "gumbel"}},
     ),
     _ablation(
         "weights",
@@ -366,7 +381,8 @@ _ABLATIONS = (
         "How the experts spawn",
         "What is done to each copy of the base expert, with the strength in brackets. A split divides its "
         "128 hidden units among the experts, which makes a smaller layer (a token gets four times 16 of "
-        "them), and makes a gate on the hidden state.",
+        "them), and makes a gate on the hidden state. A slice makes experts of other widths: see the "
+        "systems (the row EvoMoE); at the base's width it is a copy.",
         {
             "mask (0.1)": {},
             "mask (0.3)": {"moe_spawn_strength": 0.3},
@@ -403,8 +419,13 @@ _ABLATIONS = (
     _ablation(
         "balance",
         "A balance loss",
-        "Its weight, with and without the published gate.",
-        {"0": {}, "0.01": {"moe_balance_weight": 0.01}, "0.1": {"moe_balance_weight": 0.1}},
+        "Its weight, in the published form or in that of Switch (normalized).",
+        {
+            "0": {},
+            "0.01": {"moe_balance_weight": 0.01},
+            "0.1": {"moe_balance_weight": 0.1},
+            "0.01, normalized": {"moe_balance_weight": 0.01, "moe_balance_form": "normalized"},
+        },
     ),
     _ablation(
         "z_loss",
