@@ -457,11 +457,6 @@ _ABLATIONS = (
             "1 to 0.2": {**_soft("0.1u"), "moe_temperature_start": 1, "moe_temperature_end": 0.2},
             "2 to 0.5, exponential": {**_soft("0.1u"), "moe_temperature_schedule": "exponential"},
             "2 throughout": {**_soft("0.1u"), "moe_temperature_schedule": "constant"},
-            "0.5 throughout": {
-                **_soft("0.1u"),
-                "moe_temperature_schedule": "constant",
-                "moe_temperature_start": 0.5,
-            },
         },
     ),
 )
