@@ -160,8 +160,16 @@ def test_the_readme_is_what_the_results_say(tmp_path):
         shown = re.search(f"<!-- {experiment.id} -->\n(.*?)<!-- /{experiment.id} -->", text, re.DOTALL)
         assert shown, experiment.id
         assert shown.group(1) == tables.section(experiment, KNOWN), experiment.id
-    shown = re.search("<!-- speed -->\n(.*?)<!-- /speed -->", text, re.DOTALL)
-    assert shown.group(1) == tables.speed_table(records.read_speed(QUALITY / "results" / "speed"))
+    speed, gaps = (
+        records.read_speed(QUALITY / "results" / "speed"),
+        records.read_gap(QUALITY / "results" / "gap"),
+    )
+    for marker, expected in (
+        ("speed", tables.speed_table(speed, protocol.EXPERIMENTS["systems"], KNOWN)),
+        ("gap", tables.gap_table(gaps)),
+    ):
+        shown = re.search(f"<!-- {marker} -->\n(.*?)<!-- /{marker} -->", text, re.DOTALL)
+        assert shown.group(1) == expected
 
 
 def test_the_first_page_says_the_same():

@@ -189,8 +189,10 @@ def speed_table(
             text = f"{ratio:.2f} ({min(ratios):.2f}-{max(ratios):.2f})" if ratios else ""
             _, share = shares(of[label], of["Switch"], 0) or (None, None)
             reached = "never" if share is None else f"{share * ratio:.2f}"
-            rows.append((statistics.median(seconds.values()), label, text, reached, str(len(seconds))))
-        cells = [[row[1], f"{row[0]:.4f}", *row[2:]] for row in sorted(rows)]
+            median = statistics.median(seconds.values())
+            cells = [label, f"{median:.4f}", text, reached, str(len(seconds))]
+            rows.append((ratio, median, cells))
+        cells = [row[-1] for row in sorted(rows)]
         heads = ["system", "seconds an update", "against Switch in the same round"]
         heads += ["time to where Switch ends, as a share of its own", "rounds"]
         parts.append(f"{TASKS[task].title}:\n\n{table(heads, cells)}")
