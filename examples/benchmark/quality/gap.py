@@ -20,10 +20,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent / "systems"))
 
-from corpora import prepared
 from evaluate import append, batches, bits_and_tokens, load, versions
 from protocol import GAP, HERE, TASKS, UPDATES, Run, Variant
 from records import read_gap
+from task_data import prepared
 
 POINTS = 20
 """Number of checkpoints of a run."""

@@ -16,11 +16,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent / "systems"))
 
 import jobs
-from corpora import prepared, prepared_small
 from jobs import Job
 from protocol import EXPERIMENTS, HERE, SEEDS, TASKS, UPDATES, Run
 from records import read
 from systems import Settings
+from task_data import prepared, prepared_small
 
 EPILOG = """\
 examples:

@@ -18,9 +18,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent / "systems"))
 
 import logs
-from corpora import prepared
 from evaluate import append, versions
 from protocol import EXPERIMENTS, HERE, TASKS
+from task_data import prepared
 
 
 def parser() -> argparse.ArgumentParser:
