@@ -130,6 +130,11 @@ def refuses(lm_data, tmp_path):
         ({"zero_sharding": "os"}, ["--zero-sharding os", "leave it out"]),
         ({"use_bmuf": True}, ["--use-bmuf does not work", "leave it out"]),
         ({"optimizer": "composite"}, ["--optimizer composite", "adam"]),
+        (
+            {"optimizer": "sgd", "moe_gate_lr_scale": 0.5},
+            ["--moe-gate-lr-scale 0.5", "--optimizer sgd"],
+        ),
+        ({"optimizer": "adafactor", "moe_gate_lr_scale": 0.5}, ["--moe-gate-lr-scale 0.5", "adafactor do"]),
     ],
     ids=lambda value: (
         "-".join("{}={}".format(*item) for item in value.items()) if isinstance(value, dict) else ""

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from fairseq_evomoe.evolution.plan import Inherit
 from fairseq_evomoe.evolution.spawn import Spawn, SpawnMethod
 
 NAMES = ("w1", "b1", "w2", "b2")
@@ -121,6 +122,15 @@ def test_the_base_is_not_changed_and_dtype_is_kept():
         for name, tensor in tensors.items():
             assert plan.weights(name, tensor).dtype == torch.bfloat16
     assert all(torch.equal(tensors[name], before[name]) for name in NAMES)
+
+
+@pytest.mark.parametrize("inherit", Inherit)
+def test_a_rank_has_its_experts_part_of_the_statistics(inherit):
+    plan = Spawn(3, method=SpawnMethod.mask, strength=0.4, inherit=inherit).plan(base())
+    for name, tensor in base().items():
+        whole = plan.statistics(name, tensor, tensor).chunk(3)
+        part = plan.only([2, 0]).statistics(name, tensor, tensor)
+        assert torch.equal(part, torch.cat([whole[2], whole[0]]))
 
 
 def test_statistics_are_inherited():

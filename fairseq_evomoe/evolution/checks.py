@@ -84,9 +84,10 @@ def _check_sharing(cfg: Any) -> None:
 
 
 def check_optimizer(cfg: Any, optimizer: FairseqOptimizer) -> None:
-    """Refuse an optimizer whose update of an expert depends on the other experts that are on its rank.
+    """Refuse an optimizer that cannot do what the options ask for.
 
-    And one whose steps are not those of another learning rate when the gate has one of its own.
+    With ``--moe-gate-lr-scale``, steps must not depend on how large gradients and weights are; with experts
+    shared out among ranks, the update of an expert must not depend on the others of its rank.
 
     Raises:
         ValueError: one sentence that names the settings and the way out.

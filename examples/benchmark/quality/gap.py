@@ -13,6 +13,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,7 @@ def loss(checkpoint: Path, data: Path, update: int, routing: str) -> tuple[float
     return bits / tokens, assignments / routed
 
 
-def points(variant: Variant, run: Run, data: Path, folder: Path, known: set[int]) -> Any:
+def points(variant: Variant, run: Run, data: Path, folder: Path, known: set[int]) -> Iterator[dict[str, Any]]:
     """Evaluate each checkpoint that is not known yet; yield a record for each."""
     for path in sorted(folder.glob("checkpoint_*_*.pt"), key=lambda path: int(path.stem.split("_")[2])):
         update = int(path.stem.split("_")[2])

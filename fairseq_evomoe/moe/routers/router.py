@@ -108,6 +108,8 @@ class LinearRouter(Router):
         table_std: s, at least 0.
         gate_lr_scale: r, over 0.  The parameters are W / r and U / r, so that an optimizer whose steps have
             the same size for any gradients, such as Adam, moves W and U by r times what it would move them.
+            Decoupled weight decay pulls at them as much as with r = 1, and to a clipped norm of all gradients
+            theirs add r times as much.
     """
 
     linear_gate = True
