@@ -152,7 +152,7 @@ def main() -> None:
     if subprocess.run(prepare).returncode != 0:
         sys.exit(1)
 
-    print("\n2. training (logs: {0}/dense.log, {0}/evomoe.log)".format(args.out), flush=True)
+    print(f"\n2. training (logs: {args.out}/dense.log, {args.out}/evomoe.log)", flush=True)
     train(args.out, args.updates)
     for record in (args.out / "evomoe.log").read_text().splitlines():
         if "spawned experts" in record:

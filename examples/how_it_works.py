@@ -30,7 +30,7 @@ BLUE, GREY, RED = "#2b6cb0", "#a0aec0", "#c05621"
 
 def active_experts(schedule: Schedule, update: int) -> float:
     """Mean number of active experts of a token, for random tokens and a moderately sure gate."""
-    phase = schedule.phase(update, grown=update >= SPAWN)
+    phase = schedule.phase(update, spawned=update >= SPAWN)
     if phase == phase.DIVERSIFY:
         return 1.0
     router = DenseToSparseRouter(16, EXPERTS).train()
@@ -73,8 +73,8 @@ def main() -> None:
     bottom.set(xlabel="update", ylabel="experts per token", xlim=(0, END), ylim=(0, 4.4))
     bottom.yaxis.label.set_color(BLUE)
     right = bottom.twinx()
-    grown = [n for n in updates if n >= SPAWN]
-    right.plot(grown, [schedule.temperature(n) for n in grown], color=RED, lw=1.5, ls="--")
+    spawned = [n for n in updates if n >= SPAWN]
+    right.plot(spawned, [schedule.temperature(n) for n in spawned], color=RED, lw=1.5, ls="--")
     right.set(ylabel="temperature of the gate", ylim=(0, 2.2))
     right.yaxis.label.set_color(RED)
     for x, text in (

@@ -1,7 +1,7 @@
-"""fairseq_evomoe: Mixture-of-Experts models for fairseq that grow from one expert to many while they train.
+"""fairseq_evomoe: Mixture-of-Experts models for fairseq that spawn experts out of one while they train.
 
 Importing the package registers its models and criterions with fairseq and teaches fairseq's Trainer
-to grow experts; nothing else happens.  Where fairseq is not installed, ``fairseq_evomoe.moe`` is still
+to spawn experts; nothing else happens.  Where fairseq is not installed, ``fairseq_evomoe.moe`` is still
 usable as a plain PyTorch library.
 """
 
@@ -15,6 +15,6 @@ if _find_spec("fairseq") is not None:
     compat.apply()
 
     from . import criterions, models  # noqa: F401  (registers with fairseq)
-    from .evolution import callback
+    from .training import hooks
 
-    callback.install()
+    hooks.install()

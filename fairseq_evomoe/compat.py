@@ -212,9 +212,9 @@ def refuse_spawn_without_gpu() -> None:
             launched = launched or any(key in os.environ for key in ("RANK", "SLURM_STEP_NODELIST"))
         if parallel.distributed_world_size > 1 and not launched and torch.cuda.device_count() == 0:
             raise ValueError(
-                "--distributed-world-size {0} starts one process for each GPU, and there is none: start the "
-                "processes with torchrun --nproc_per_node {0}, and add --cpu --distributed-backend "
-                "gloo.".format(parallel.distributed_world_size)
+                f"--distributed-world-size {parallel.distributed_world_size} starts one process for each "
+                "GPU, and there is none: start the processes with torchrun --nproc_per_node "
+                f"{parallel.distributed_world_size}, and add --cpu --distributed-backend gloo."
             )
         return original(cfg, main, **kwargs)
 
@@ -388,7 +388,7 @@ def remove_encoder_fast_path(layers: nn.ModuleList) -> None:
         layer.can_use_fastpath = False
         for name in ("in_proj", "out_proj", "fc1", "fc2"):
             for kind in ("weight", "bias"):
-                layer._parameters.pop("{}_{}".format(name, kind), None)
+                layer._parameters.pop(f"{name}_{kind}", None)
         if type(layer) is TransformerEncoderLayerBase:
             layer.__class__ = EncoderLayer
 

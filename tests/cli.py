@@ -106,7 +106,7 @@ class Result:
 
     def log(self, tag):
         """The JSON lines of ``train_inner``, ``train`` or ``valid``, numbers as numbers."""
-        lines = re.findall(r"\| {} \| (\{{.*\}})$".format(tag), self.output, flags=re.MULTILINE)
+        lines = re.findall(rf"\| {tag} \| (\{{.*\}})$", self.output, flags=re.MULTILINE)
         return [{key: _number(value) for key, value in json.loads(line).items()} for line in lines]
 
     def lines(self, text):

@@ -98,7 +98,7 @@ def translation_data(tmp_path_factory):
     (folder / "spm.model").rename(folder / "bin" / "spm.model")
     for split in ("valid", "test"):
         for lang in ("de", "en"):
-            (folder / "{}.raw.{}".format(split, lang)).rename(folder / "bin" / "{}.{}".format(split, lang))
+            (folder / f"{split}.raw.{lang}").rename(folder / "bin" / f"{split}.{lang}")
     return folder / "bin"
 
 
@@ -109,7 +109,7 @@ def classification_data(tmp_path_factory, lm_data):
     for name, number, seed in (("train", 64, 7), ("valid", 16, 8)):
         draw = random.Random(seed)
         labels = [draw.randrange(2) for _ in range(number)]
-        text = ["the king {} {}".format(draw.choice((BAD, GOOD)[y]), draw.choice(OBJECTS)) for y in labels]
+        text = [f"the king {draw.choice((BAD, GOOD)[y])} {draw.choice(OBJECTS)}" for y in labels]
         write(folder / (name + ".input0"), text)
         write(folder / (name + ".label"), map(str, labels))
     for part, dictionary in (("input0", lm_data / "dict.txt"), ("label", None)):

@@ -17,7 +17,7 @@ from fairseq_cli import train
 
 import fairseq_evomoe  # noqa: F401
 from fairseq_evomoe.models.feed_forward import MoEFeedForward
-from fairseq_evomoe.moe.placement import rows_of_each
+from fairseq_evomoe.moe.sharding import rows_per_expert
 
 LAYER, EXPERT = 1, 3
 # when the experts have spawned, and every one of them has tokens
@@ -37,9 +37,9 @@ def kill(moe, *_):
 
 def nan(moe, *_):
     """An expert that only this rank has is broken."""
-    own = moe.experts.own
+    own = moe.experts.local
     assert EXPERT in own and len(own) < moe.num_experts
-    rows = rows_of_each("w1", moe.experts.own_widths)
+    rows = rows_per_expert("w1", moe.experts.local_widths)
     with torch.no_grad():
         moe.experts.w1.split(rows)[own.index(EXPERT)].fill_(float("nan"))
 
@@ -58,7 +58,7 @@ def fail_in_update(failure, marker):
 
     @functools.wraps(original)
     def fc1(self, x):
-        if self.num_updates == UPDATE and self.moe.spawn.layer == LAYER and self.training and once(marker):
+        if self.num_updates == UPDATE and self.moe.spawner.layer == LAYER and self.training and once(marker):
             assert self.moe.split
             # what a layer computes in the meantime
             self.moe._beside = functools.partial(failure, self.moe)

@@ -70,8 +70,8 @@ class Column(NamedTuple):
         return self.ranks * self.nodes
 
     def __str__(self):
-        nodes = "" if self.nodes == 1 else " of {} nodes".format(self.nodes)
-        return "W={}{}, P={}, {}".format(self.world, nodes, self.parallel, self.backend)
+        nodes = "" if self.nodes == 1 else f" of {self.nodes} nodes"
+        return f"W={self.world}{nodes}, P={self.parallel}, {self.backend}"
 
 
 COLUMNS = [
@@ -172,7 +172,7 @@ def checkpoints(folder, options):
     for phase in phases_of(options):
         update = UPDATES[phase]
         last = update == UPDATES["hard"]
-        (path,) = folder.glob("checkpoint_last.pt" if last else "checkpoint_*_{}.pt".format(update))
+        (path,) = folder.glob("checkpoint_last.pt" if last else f"checkpoint_*_{update}.pt")
         state = torch.load(path)
         assert state["optimizer_history"][-1]["num_updates"] == update
         meters = {name: values for _, name, _, values in state["extra_state"]["metrics"]["default"]}
@@ -200,7 +200,7 @@ def resume_on_any_ranks(folder, time_limit):
                 "update_freq": batches // ranks,
                 "moe_expert_parallel": parallel,
                 "restore_file": path,
-                "save_dir": first / "{}-{}".format(ranks, parallel),
+                "save_dir": first / f"{ranks}-{parallel}",
             }
             for parallel in range(1, ranks + 1)
             if ranks % parallel == 0
@@ -245,14 +245,14 @@ def compare(folder, deadline):
             for phase, one in ones[column.world][name].items():
                 row = "{}, {}".format(name, "20 updates" if "moe_router" in options else phase)
                 table.setdefault(row, []).append(differences(many.get(name, {}).get(phase), one))
-        print("{}: {:.0f} s".format(column, time.monotonic() - start), flush=True)
+        print(f"{column}: {time.monotonic() - start:.0f} s", flush=True)
     return table
 
 
 def markdown(table, resumed, seconds):
     """The table and what there is to say of it."""
     rows = [["system", *map(str, COLUMNS)], ["---"] * (len(COLUMNS) + 1)]
-    rows += [[name, *("{:.1e}".format(parameter) for parameter, _ in cells)] for name, cells in table.items()]
+    rows += [[name, *(f"{parameter:.1e}" for parameter, _ in cells)] for name, cells in table.items()]
     lines = ["| {} |".format(" | ".join(row)) for row in rows]
     parameter, loss = (max(values) for values in zip(*(cell for cells in table.values() for cell in cells)))
     return "\n".join(
@@ -260,16 +260,16 @@ def markdown(table, resumed, seconds):
             INTRODUCTION,
             *lines,
             "",
-            "Largest of all: {:.1e}; of the mean loss: {:.1e}.".format(parameter, loss),
+            f"Largest of all: {parameter:.1e}; of the mean loss: {loss:.1e}.",
             "",
             "What difference it makes on how many ranks a run goes on that 2 ranks have begun, from a",
             "checkpoint in two files, of an update between spawn and end in the middle of an epoch:",
             "",
             "| {} |".format(" | ".join("W={}, P={}".format(*key) for key in resumed)),
             "|{}".format(" --- |" * len(resumed)),
-            "| {} |".format(" | ".join("{:.1e}".format(value) for value in resumed.values())),
+            "| {} |".format(" | ".join(f"{value:.1e}" for value in resumed.values())),
             "",
-            "`python tests/many_ranks.py` made this in {:.0f} s.".format(seconds),
+            f"`python tests/many_ranks.py` made this in {seconds:.0f} s.",
             "",
         ]
     )

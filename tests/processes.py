@@ -31,7 +31,7 @@ def run_side_by_side(commands, folder, time_limit):
     """
     mark = uuid.uuid4().hex
     common = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ROOT, MARK: mark}
-    files = [folder / "output{}.log".format(i) for i in range(len(commands))]
+    files = [folder / f"output{i}.log" for i in range(len(commands))]
     processes = []
     try:
         for (command, environment), path in zip(commands, files):
@@ -41,10 +41,10 @@ def run_side_by_side(commands, folder, time_limit):
                 processes.append(subprocess.Popen(words, env=env, stdout=output, stderr=subprocess.STDOUT))
         deadline = time.monotonic() + time_limit
         while any(process.poll() is None for process in processes):
-            assert time.monotonic() < deadline, "not done in time\n{}".format(_ends_of(files))
+            assert time.monotonic() < deadline, f"not done in time\n{_ends_of(files)}"
             time.sleep(0.05)
         left = marked(mark)
-        assert not left, "processes left behind: {}\n{}".format(left, _ends_of(files))
+        assert not left, f"processes left behind: {left}\n{_ends_of(files)}"
     finally:
         # again, since a launcher may have started one just before it was killed
         while left := marked(mark):
@@ -61,7 +61,7 @@ def marked(mark):
     found = []
     for path in Path("/proc").glob("[0-9]*/environ"):
         with contextlib.suppress(OSError):  # it ends just now, or is another user's
-            if "{}={}".format(MARK, mark).encode() in path.read_bytes().split(b"\0"):
+            if f"{MARK}={mark}".encode() in path.read_bytes().split(b"\0"):
                 found.append(int(path.parent.name))
     return found
 
@@ -74,4 +74,4 @@ def free_port():
 
 
 def _ends_of(files):
-    return "\n".join("{}:\n{}".format(path.name, path.read_text()[-8000:]) for path in files)
+    return "\n".join(f"{path.name}:\n{path.read_text()[-8000:]}" for path in files)

@@ -40,7 +40,7 @@ def train_on_ranks(ranks, jobs, folder, **keywords):
     (folder / "jobs.json").write_text(json.dumps(jobs, default=str))
     done = launch(ranks, __file__, folder / "jobs.json", **keywords)
     assert done.returncode == 0, done.output
-    return [Result((folder / "{}.log".format(i)).read_text()) for i in range(len(jobs))]
+    return [Result((folder / f"{i}.log").read_text()) for i in range(len(jobs))]
 
 
 def train_on_all_batches(ranks, data, **options):
@@ -130,7 +130,7 @@ def _work(path):
             result = call("fairseq-train", *values, distributed_world_size=size, **CPU_RANKS, **options)
         assert torch.distributed.get_world_size() == size
         if rank == 0:
-            Path(path).with_name("{}.log".format(i)).write_text(result.output)
+            Path(path).with_name(f"{i}.log").write_text(result.output)
 
 
 if __name__ == "__main__":

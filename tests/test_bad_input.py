@@ -6,8 +6,8 @@ import pytest
 import torch
 from cli import LM, TRANSLATION, build, call, run
 
-from fairseq_evomoe.evolution.callback import CheckpointMismatch
 from fairseq_evomoe.moe.routers import ROUTERS, DenseToSparseRouter
+from fairseq_evomoe.training.hooks import CheckpointMismatch
 
 LM_ONE_LAYER = {**LM, "decoder_layers": 1, "moe_freq": 1}
 
@@ -194,8 +194,8 @@ MISMATCHES = [
 
 @pytest.fixture(scope="module")
 def checkpoint(lm_data, tmp_path_factory):
-    """A checkpoint of a model that has grown."""
-    folder = tmp_path_factory.mktemp("grown")
+    """A checkpoint of a model that has spawned."""
+    folder = tmp_path_factory.mktemp("spawned")
     call("fairseq-train", lm_data, **{**LM, "max_update": 8, "cpu": True, "save_dir": folder})
     return folder / "checkpoint_last.pt"
 

@@ -20,7 +20,7 @@ def perplexity(data, path, **options):
 
 @pytest.fixture(scope="module")
 def lm_checkpoints(lm_data, tmp_path_factory):
-    """Checkpoints of one run after 3, 6 (not grown), 9, 12 and 14 updates (grown)."""
+    """Checkpoints of one run after 3, 6 (not spawned), 9, 12 and 14 updates (spawned)."""
     folder = tmp_path_factory.mktemp("lm")
     call("fairseq-train", lm_data, save_dir=folder, save_interval_updates=3, **LM)
     saved = {int(path.stem.split("_")[2]): path for path in folder.glob("checkpoint_?_*.pt")}
@@ -65,7 +65,7 @@ def test_a_dense_checkpoint_is_the_base_expert(task, spawn_update, tmp_path, req
         first = result.log("train_inner")[0]
         assert first["loss"] == pytest.approx(before["valid_loss"], abs=1.0)
     else:
-        assert all(layer.moe.grown for layer in moe.modules() if hasattr(layer, "moe"))
+        assert all(layer.moe.spawned for layer in moe.modules() if hasattr(layer, "moe"))
         name = next(name for name, _ in moe.named_modules() if name.endswith("moe.experts"))
         fc1 = plain.state_dict()[name.replace("moe.experts", "fc1.weight")]
         assert torch.equal(moe.get_submodule(name).w1, fc1.repeat(4, 1))
@@ -145,7 +145,7 @@ def test_a_pruned_dense_checkpoint_is_the_base_expert(lm_data, tmp_path):
     call("fairseq-train", lm_data, save_dir=tmp_path, **{**dense(LM), "decoder_layers": 4})
     state = parameters(tmp_path / "checkpoint_last.pt")
     setup = build(lm_data, **{**LM, "decoder_layers": 4, "decoder_layers_to_keep": "1,3"})
-    fc1 = [state["decoder.layers.{}.fc1.weight".format(i)] for i in (1, 3)]
+    fc1 = [state[f"decoder.layers.{i}.fc1.weight"] for i in (1, 3)]
     setup.model.load_state_dict(state, model_cfg=setup.cfg.model)
     assert [torch.equal(layer.moe.experts.w1, w) for layer, w in zip(setup.model.decoder.layers, fc1)] == [
         True
@@ -154,9 +154,9 @@ def test_a_pruned_dense_checkpoint_is_the_base_expert(lm_data, tmp_path):
 
 def test_translation_averages_and_ensembles(translation_data, tmp_path):
     call("fairseq-train", translation_data, save_dir=tmp_path, save_interval_updates=6, **TRANSLATION)
-    grown, dense_one = (tmp_path / name for name in ("checkpoint_last.pt", "checkpoint_1_6.pt"))
-    mean = average([grown, tmp_path / "checkpoint_2_12.pt"], tmp_path / "mean.pt")
-    for path in (mean, "{}:{}".format(grown, dense_one), "{}:{}".format(grown, mean)):
+    spawned, dense_one = (tmp_path / name for name in ("checkpoint_last.pt", "checkpoint_1_6.pt"))
+    mean = average([spawned, tmp_path / "checkpoint_2_12.pt"], tmp_path / "mean.pt")
+    for path in (mean, f"{spawned}:{dense_one}", f"{spawned}:{mean}"):
         result = call("fairseq-generate", translation_data, path=path, beam=1, max_len_b=20, **EVALUATION)
         assert len(re.findall(r"^H-\d+", result.output, flags=re.MULTILINE)) == 40
         assert "BLEU4" in result.output

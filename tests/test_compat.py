@@ -23,7 +23,7 @@ from torch import nn
 
 import fairseq_evomoe
 from fairseq_evomoe import compat
-from fairseq_evomoe.models.options import MoEOptions
+from fairseq_evomoe.config.options import MoEOptions
 
 ROOT = Path(fairseq_evomoe.__file__).parent.parent
 
@@ -105,9 +105,7 @@ def test_a_slurm_task_needs_no_gpu(monkeypatch, no_gpu):
 
 @pytest.fixture
 def process_group(tmp_path):
-    torch.distributed.init_process_group(
-        "gloo", init_method="file://{}/store".format(tmp_path), rank=0, world_size=1
-    )
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     yield torch.distributed.group.WORLD
     torch.distributed.destroy_process_group()
 
@@ -306,7 +304,7 @@ def test_loading_in_any_way_gives_one_module(ways, tmp_path):
     ways = [tmp_path / "fairseq_evomoe" if way == "LINK" else way for way in ways]
     module = "fairseq_evomoe.models.causal_lm"
     printed = python(LOAD, *ways, path=[ROOT] if ways[0] == "import" else [])
-    assert printed == "['{0}'] {0} 1".format(module)
+    assert printed == f"['{module}'] {module} 1"
 
 
 def test_bucketed_translation_data(translation_data, tmp_path):
@@ -350,7 +348,7 @@ from fairseq_evomoe.moe import ROUTERS, Experts, MoELayer, RoutingContext
 layer = MoELayer(Experts(4, [8]), 2, lambda: ROUTERS["dts"](4, 2), Spawn(2))
 for p in layer.parameters():
     torch.nn.init.ones_(p)
-layer.grow()
+layer.spawn()
 output = layer(torch.ones(3, 4), RoutingContext())
 print(output.shape == (3, 4), [name for name in sys.modules if name.startswith("fairseq.")])
 """

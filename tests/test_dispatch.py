@@ -6,8 +6,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from fairseq_evomoe.moe import Experts, Hidden, Routing, RoutingContext, fused, memory
-from fairseq_evomoe.moe import dispatch as module
-from fairseq_evomoe.moe.dispatch import dispatch, grouped_experts
+from fairseq_evomoe.moe.dispatch import local as module
+from fairseq_evomoe.moe.dispatch.local import dispatch, grouped_experts
 from fairseq_evomoe.moe.routers import DenseToSparseRouter
 
 has_grouped = pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="PyTorch without grouped_mm")
@@ -82,7 +82,7 @@ def test_weights_without_gradient_cost_none(monkeypatch):
 
 def test_a_rank_that_has_no_expert():
     experts = make_experts(5, [4, 4])
-    experts.resize([4, 4], own=[])
+    experts.allocate([4, 4], own=[])
     x = torch.randn(7, 5, dtype=torch.float64, requires_grad=True)
     y, *gradients = with_gradients(dispatch, x, routing_of(7, []), experts)
     assert torch.equal(y, torch.zeros_like(x)) and gradients[1].shape == (0,)

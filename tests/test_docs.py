@@ -13,7 +13,7 @@ MARKED = r"(<!-- {0} -->\n)(.*?)(<!-- /{0} -->)"
 
 def options_table() -> str:
     """The table of options, made from the dataclass that flags and YAML are made from."""
-    from fairseq_evomoe.models.options import MoEOptions, flag
+    from fairseq_evomoe.config.options import MoEOptions, flag
     from fairseq_evomoe.models.translation import EvoMoETransformerConfig
 
     rows = ["| option | default | what it does |", "|---|---|---|"]
@@ -21,14 +21,14 @@ def options_table() -> str:
         if not field.name.startswith("moe_"):
             continue
         choices = getattr(field.type, "__members__", None)
-        name = "`{}`".format(flag(field.name))
+        name = f"`{flag(field.name)}`"
         if choices:
             values = [member.value for member in choices.values()]
             name += " {" + ", ".join(values) + "}"
-        default = "" if field.default is None else "`{}`".format(field.default)
+        default = "" if field.default is None else f"`{field.default}`"
         other = EvoMoETransformerConfig.__dataclass_fields__[field.name].default
         if other != field.default:
-            default += " (`evomoe_transformer`: `{}`)".format(other)
+            default += f" (`evomoe_transformer`: `{other}`)"
         rows.append("| {} | {} | {} |".format(name, default, field.metadata["help"]))
     return "\n".join(rows) + "\n"
 
@@ -40,7 +40,7 @@ def test_options_table_matches_the_dataclasses():
 
 
 def test_every_option_has_a_help_text_in_full_sentences():
-    from fairseq_evomoe.models.options import MoEOptions
+    from fairseq_evomoe.config.options import MoEOptions
 
     for field in dataclasses.fields(MoEOptions):
         if field.name.startswith("moe_"):
@@ -60,7 +60,7 @@ def test_versions_agree():
     import fairseq_evomoe
 
     changelog = (README.parent / "CHANGELOG.md").read_text(encoding="utf-8")
-    assert "## {}".format(fairseq_evomoe.__version__) in changelog
+    assert f"## {fairseq_evomoe.__version__}" in changelog
 
 
 if __name__ == "__main__":

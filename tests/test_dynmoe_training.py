@@ -10,9 +10,9 @@ from test_checkpoints import perplexity
 from test_growth import MIXED, OPTIMIZERS, _copy, assert_same_state, flat_fp16_on_cpu  # noqa: F401
 from test_resume import check_resume
 
-from fairseq_evomoe.evolution import optimizer_state
-from fairseq_evomoe.evolution.growth import resize
+from fairseq_evomoe.checkpoints import optimizer_state
 from fairseq_evomoe.moe.routers.dynmoe import DynMoERouter
+from fairseq_evomoe.training.growth import resize
 
 DYNMOE = {**LM, "moe_router": "dynmoe", "moe_dynmoe_window": 3, "moe_max_experts": 6, "moe_spawn_update": 0}
 TENSORS = ("w1", "b1", "w2", "b2")

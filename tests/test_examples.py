@@ -98,9 +98,9 @@ def test_yaml(task, data, corpus, translation_data, tmp_path):
     result = run(
         "fairseq-hydra-train",
         *["--config-dir", EXAMPLES / task, "--config-name", "evomoe"],
-        "common.user_dir={}".format(USER_DIR),
-        "task.data={}".format(corpus if data else translation_data),
-        "checkpoint.save_dir={}".format(tmp_path),
+        f"common.user_dir={USER_DIR}",
+        f"task.data={corpus if data else translation_data}",
+        f"checkpoint.save_dir={tmp_path}",
         "common.log_interval=5",
         "optimization.max_update=16",
         "model.moe_spawn_update=4",

@@ -7,17 +7,17 @@ from hypothesis import strategies as st
 
 from fairseq_evomoe.moe import RoutingContext, noise
 from fairseq_evomoe.moe.capacity import limit_load
-from fairseq_evomoe.moe.lsh import LSH
-from fairseq_evomoe.moe.placement import join_experts, place_experts, take_experts
+from fairseq_evomoe.moe.dispatch.compression import LSH
 from fairseq_evomoe.moe.ranks import ALONE, Ranks
 from fairseq_evomoe.moe.routers.router import topk_routing
+from fairseq_evomoe.moe.sharding import concat_experts, deal_experts, take_experts
 
 WIDTHS = st.lists(st.integers(1, 9), min_size=1, max_size=9)
 
 
 @given(widths=WIDTHS, ranks=st.integers(1, 9))
 def test_every_expert_is_on_one_rank_and_no_rank_is_idle(widths, ranks):
-    experts_of = place_experts(widths, ranks)
+    experts_of = deal_experts(widths, ranks)
     assert sorted(e for own in experts_of for e in own) == list(range(len(widths)))
     assert all(own == sorted(own) for own in experts_of)
     assert sum(bool(own) for own in experts_of) == min(ranks, len(widths))
@@ -27,19 +27,19 @@ def test_every_expert_is_on_one_rank_and_no_rank_is_idle(widths, ranks):
 
 
 def test_wide_experts_are_dealt_out_first():
-    assert place_experts([9, 11, 13, 15, 17, 19, 21, 23], 2) == [[0, 3, 4, 7], [1, 2, 5, 6]]
-    assert place_experts([4] * 5, 2) == [[0, 2, 4], [1, 3]]
+    assert deal_experts([9, 11, 13, 15, 17, 19, 21, 23], 2) == [[0, 3, 4, 7], [1, 2, 5, 6]]
+    assert deal_experts([4] * 5, 2) == [[0, 2, 4], [1, 3]]
 
 
 @given(widths=WIDTHS, ranks=st.integers(1, 4), name=st.sampled_from(["w1", "b1", "b2"]))
 def test_joining_undoes_taking(widths, ranks, name):
-    experts_of = place_experts(widths, ranks)
+    experts_of = deal_experts(widths, ranks)
     rows = len(widths) if name == "b2" else sum(widths)
     whole = torch.arange(rows * 2.0).view(rows, 2)
     parts = [take_experts(name, whole, widths, own) for own in experts_of]
-    assert torch.equal(join_experts(name, parts, widths, experts_of), whole)
+    assert torch.equal(concat_experts(name, parts, widths, experts_of), whole)
     some = list(range(0, len(widths), 2))
-    taken = join_experts(name, parts, widths, experts_of, some)
+    taken = concat_experts(name, parts, widths, experts_of, some)
     assert torch.equal(taken, take_experts(name, whole, widths, some))
 
 

@@ -10,13 +10,13 @@ from router_checks import close
 from torch import nn
 from torch.nn import functional as F
 
+from fairseq_evomoe.evolution.sizes import expert_widths, size_ratios
 from fairseq_evomoe.evolution.spawn import Spawn
 from fairseq_evomoe.moe import ROUTERS, Experts, Hidden, MoELayer, Routing, RoutingContext
-from fairseq_evomoe.moe.dispatch import dispatch
+from fairseq_evomoe.moe.dispatch.local import dispatch
 from fairseq_evomoe.moe.hyper_adapter import HyperAdapter
 from fairseq_evomoe.moe.multi_head import MultiHead
 from fairseq_evomoe.moe.mutual_distillation import dispatch_and_compare
-from fairseq_evomoe.moe.sizes import expert_widths, size_ratios
 
 DIM, EXPERTS = 6, 4
 
@@ -56,15 +56,15 @@ def test_sizes_refused(sizes):
         expert_widths([1, 2, 3, 4], 20)
 
 
-def make_layer(seed=0, gated=False, router="topk", dim=DIM, widths=(8, 16, 24, 8), grown=True, **options):
+def make_layer(seed=0, gated=False, router="topk", dim=DIM, widths=(8, 16, 24, 8), spawned=True, **options):
     """A layer with random weights in float64."""
     torch.manual_seed(seed)
     base = Experts(dim, [8], Hidden(F.silu if gated else torch.relu), gated)
     spawn = Spawn(len(widths), method="copy")
     make_router = partial(_router, router, dim, len(widths), spawn)
     layer = MoELayer(base, len(widths), make_router, spawn, **options)
-    if grown:
-        layer.grow_empty(widths)
+    if spawned:
+        layer.allocate_spawned(widths)
     for p in layer.parameters():
         nn.init.normal_(p)
     return layer.double()
@@ -128,26 +128,26 @@ def test_shared_expert_is_always_on():
 
 
 def test_shared_expert_starts_as_the_base_expert():
-    layer = make_layer(widths=(8, 8), grown=False, shared_expert=True)
+    layer = make_layer(widths=(8, 8), spawned=False, shared_expert=True)
     x = torch.randn(9, DIM, dtype=torch.float64)
     before = layer(x, RoutingContext())
-    layer.grow()
+    layer.spawn()
     assert close(layer.shared(x, [9]), before)
     # top-2 of two copies, renormalised, and the shared one
     assert close(layer(x, RoutingContext()), 2 * before)
     assert {name for name, _ in layer.named_parameters()} > {"shared.w1", "shared.b2"}
 
 
-@pytest.mark.parametrize("grown", [False, True])
-def test_heads(grown):
+@pytest.mark.parametrize("spawned", [False, True])
+def test_heads(spawned):
     heads = MultiHead(DIM, 2)
-    layer = make_layer(dim=3, widths=(8, 8, 8), heads=heads, grown=grown)
+    layer = make_layer(dim=3, widths=(8, 8, 8), heads=heads, spawned=spawned)
     x = torch.randn(5, 2, DIM, dtype=torch.float64)
     mask = torch.tensor([[False, False], [False, True], [False, False], [True, True], [False, False]])
     y = layer(x, RoutingContext(), mask)
     kept = x[~mask]
     subs = torch.stack([part for x_t in kept for part in (heads.head(x_t)[:3], heads.head(x_t)[3:])])
-    if grown:
+    if spawned:
         assert layer.routing.tokens == 2 * len(kept)
         out = slow(subs, layer.routing, layer.experts)
         assert (y[mask] == 0).all()

@@ -101,6 +101,6 @@ def test_an_expert_that_is_not_a_number(train, tmp_path):
     for result in train("nan", 1, no_launcher):
         assert result.returncode == 1
         assert result.lines(
-            "NaN or Inf in expert {0.EXPERT} of decoder.layers.{0.LAYER} (rank 1)".format(failing_rank)
+            f"NaN or Inf in expert {failing_rank.EXPERT} of decoder.layers.{failing_rank.LAYER} (rank 1)"
         )
     assert not (tmp_path / "crash.pt").exists()

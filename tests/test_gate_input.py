@@ -173,9 +173,7 @@ def test_a_run_grows_and_resumes_with_it(gate_input, lm_data, tmp_path):
 @pytest.mark.parametrize("gate_input", ["token", "table"])
 def test_a_split_needs_a_gate_that_sees_the_input(gate_input, lm_data):
     options = {**LM, "moe_router": "topk", "moe_spawn_method": "split", "moe_gate_input": gate_input}
-    with pytest.raises(
-        ValueError, match="--moe-gate-input {} does not: use hidden or both".format(gate_input)
-    ):
+    with pytest.raises(ValueError, match=f"--moe-gate-input {gate_input} does not: use hidden or both"):
         build(lm_data, **options)
 
 

@@ -169,10 +169,10 @@ def test_soft_mixing_does_not_depend_on_the_batch(lm_data):
 
 
 @pytest.mark.parametrize("settings", [TRANSLATION, MASKED_LM, LM], ids=lambda settings: settings["task"])
-@pytest.mark.parametrize("grown", [False, True])
-def test_padding_is_neither_routed_nor_counted(settings, grown, request):
+@pytest.mark.parametrize("spawned", [False, True])
+def test_padding_is_neither_routed_nor_counted(settings, spawned, request):
     data = request.getfixturevalue("translation_data" if settings is TRANSLATION else "lm_data")
-    setup = build(data, **{**settings, "moe_spawn_update": 0 if grown else 6})
+    setup = build(data, **{**settings, "moe_spawn_update": 0 if spawned else 6})
     batch = max(setup.batches(), key=lambda batch: int(batch["net_input"]["src_tokens"].eq(1).sum()))
     setup.model.eval()
     with torch.no_grad():

@@ -16,7 +16,7 @@ from test_training import DATA, TASKS, check_phases
 from torch.nn import functional as F
 
 from fairseq_evomoe.moe import ROUTERS, Hidden
-from fairseq_evomoe.moe.dispatch import dispatch
+from fairseq_evomoe.moe.dispatch.local import dispatch
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 
@@ -146,7 +146,7 @@ def test_bfloat16(efficient, lm_data):
         trainer.begin_epoch(1)
         losses.append([float(trainer.train_step([batch])["loss"]) for batch in setup.batches()])
         assert {p.dtype for p in setup.model.parameters()} == {torch.bfloat16 if common else torch.float32}
-        assert setup.model.decoder.layers[1].moe.grown
+        assert setup.model.decoder.layers[1].moe.spawned
     assert losses[0] == pytest.approx(losses[1], rel=0.05)
 
 
@@ -154,8 +154,8 @@ def test_it_goes_on_where_it_was_interrupted(lm_data, tmp_path):
     settings = {**LM, "save_interval_updates": 3}
     whole = call("fairseq-train", lm_data, save_dir=tmp_path / "whole", **settings).log("train_inner")
     for stop in (3, 6, 9, 12):
-        saved = next((tmp_path / "whole").glob("checkpoint_?_{}.pt".format(stop)))
-        folder = tmp_path / "from{}".format(stop)
+        saved = next((tmp_path / "whole").glob(f"checkpoint_?_{stop}.pt"))
+        folder = tmp_path / f"from{stop}"
         again = call("fairseq-train", lm_data, save_dir=folder, restore_file=saved, **settings).log(
             "train_inner"
         )

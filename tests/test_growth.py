@@ -6,8 +6,8 @@ import pytest
 import torch
 from cli import LM, build, call, parameters
 
-from fairseq_evomoe.evolution import optimizer_state
-from fairseq_evomoe.evolution.growth import spawn
+from fairseq_evomoe.checkpoints import optimizer_state
+from fairseq_evomoe.training import growth
 
 OPTIMIZERS = {
     "adam": {"weight_decay": 0.1},
@@ -45,11 +45,11 @@ def grow(data, **settings):
     moe = trainer.get_model().decoder.layers[1].moe
     names = ("w1", "b1", "w2", "b2")
     base = {name: getattr(moe.experts, name) for name in names}
-    plan = moe.plan_growth()
+    plan = moe.plan_spawn()
     others = [p for p in trainer.get_model().parameters() if not any(p is b for b in base.values())]
     before = optimizer_state.read(trainer.optimizer)
     before = {p: {key: _copy(value) for key, value in vars(state).items()} for p, state in before.items()}
-    spawn(trainer)
+    growth.spawn(trainer)
     after = {p: vars(state) for p, state in optimizer_state.read(trainer.optimizer).items()}
     for name in names:
         check_inherited(plan, name, before[base[name]], after[getattr(moe.experts, name)])
@@ -120,8 +120,8 @@ def test_changed_weights_start_without_statistics(optimizer, method, lm_data):
     state = trainer.optimizer.optimizer.state
     before = {name: (p.detach().clone(), _copy(state[p]["exp_avg"])) for name, p in base.items()}
     steps = {name: state[p]["step"] for name, p in base.items()}
-    origins = moe.plan_growth().origins
-    spawn(trainer)
+    origins = moe.plan_spawn().origins
+    growth.spawn(trainer)
     state = trainer.optimizer.optimizer.state
     zeros = total = 0
     for name, (weights, moments) in before.items():
@@ -148,11 +148,11 @@ def test_the_optimizer_begins_anew(precision, lm_data, flat_fp16_on_cpu):
     options = {**LM, **MIXED.get(precision, {}), "moe_spawn_statistics": "none"}
     trainer = build(lm_data, **options).train(updates=3)
     moe = trainer.get_model().decoder.layers[1].moe
-    plan, old = moe.plan_growth(), optimizer_state.read(trainer.optimizer)
+    plan, old = moe.plan_spawn(), optimizer_state.read(trainer.optimizer)
     masters = {name: _copy(old[p].master) for name, p in moe.experts.named_parameters()}
     other = trainer.get_model().decoder.layers[0].fc1.weight
     moment = _copy(old[other].statistics["exp_avg"])
-    spawn(trainer)
+    growth.spawn(trainer)
     new = optimizer_state.read(trainer.optimizer)
     assert torch.equal(new[other].statistics["exp_avg"], moment) and moment.any()
     for name, parameter in moe.experts.named_parameters():
@@ -171,7 +171,7 @@ def test_the_shared_expert_inherits_too(lm_data):
     moe = trainer.get_model().decoder.layers[1].moe
     base = {name: (p, p.detach().clone()) for name, p in moe.experts.named_parameters()}
     before = {name: _copy(trainer.optimizer.optimizer.state[p]) for name, (p, _) in base.items()}
-    spawn(trainer)
+    growth.spawn(trainer)
     for name, (_, value) in base.items():
         shared = getattr(moe.shared, name)
         moment = trainer.optimizer.optimizer.state[shared]["exp_avg"]
@@ -195,7 +195,7 @@ def test_it_trains_on_in_mixed_precision(precision, lm_data, flat_fp16_on_cpu):
     trainer = setup.trainer()
     trainer.begin_epoch(1)
     losses = [trainer.train_step([batch])["loss"] for batch in setup.batches()[:6] for _ in range(3)]
-    assert trainer.get_model().decoder.layers[1].moe.grown
+    assert trainer.get_model().decoder.layers[1].moe.spawned
     assert losses[-1] < losses[0]
     (gate,) = trainer.get_model().decoder.layers[1].moe.router.parameters()
     (initial,) = trainer.get_model().decoder.layers[1].moe.make_router().parameters()
@@ -223,7 +223,7 @@ def test_amp_keeps_its_scaler(lm_data):
     setup = build(lm_data, **{**LM, "amp": True})
     trainer = setup.train(updates=3)
     scaler = trainer.optimizer.scaler
-    spawn(trainer)
+    growth.spawn(trainer)
     assert trainer.optimizer.scaler is scaler
     losses = [trainer.train_step([batch])["loss"] for batch in setup.batches()[3:6] for _ in range(3)]
     assert losses[-1] < losses[0]
@@ -234,7 +234,7 @@ def test_learning_rate_loss_scale_and_counter_carry_over(lm_data):
     trainer = setup.train(updates=3)
     trainer.optimizer.scaler.loss_scale = 2.0
     before = trainer.get_lr(), trainer.get_num_updates(), trainer.lr_scheduler
-    spawn(trainer)
+    growth.spawn(trainer)
     assert (trainer.get_lr(), trainer.get_num_updates(), trainer.lr_scheduler) == before
     assert trainer.optimizer.scaler.loss_scale == 2.0
     trainer.train_step([setup.batches()[3]])
@@ -249,8 +249,8 @@ def test_ema_grows_with_the_model(ema_fp32, lm_data):
     base = trainer.ema.get_model().decoder.layers[1].moe.experts.w1.detach().clone()
     model = trainer.get_model().decoder.layers[1].moe.experts.w1.detach().clone()
     assert not torch.equal(base, model)
-    plan = trainer.get_model().decoder.layers[1].moe.plan_growth()
-    spawn(trainer)
+    plan = trainer.get_model().decoder.layers[1].moe.plan_spawn()
+    growth.spawn(trainer)
     ema, moe = (m.decoder.layers[1].moe for m in (trainer.ema.get_model(), trainer.get_model()))
     assert torch.equal(ema.experts.w1, plan.weights("w1", base))
     assert torch.equal(*(part.router.token_weight for part in (ema, moe)))
@@ -276,7 +276,7 @@ def test_frozen_experts_stay_frozen(lm_data):
     experts = setup.model.decoder.layers[1].moe.experts
     experts.w1.requires_grad_(False)
     trainer = setup.train(updates=2)
-    spawn(trainer)
+    growth.spawn(trainer)
     assert not experts.w1.requires_grad and experts.w2.requires_grad
     before = experts.w1.clone()
     trainer.train_step([setup.batches()[3]])

@@ -11,12 +11,12 @@ from torch.nn import functional as F
 
 from fairseq_evomoe.evolution.spawn import Spawn
 from fairseq_evomoe.moe import Experts, Hidden, MoELayer, Routing, RoutingContext
-from fairseq_evomoe.moe import dispatch as dispatch_module
-from fairseq_evomoe.moe.dispatch import dispatch
+from fairseq_evomoe.moe.dispatch import local as dispatch_module
+from fairseq_evomoe.moe.dispatch.local import dispatch
 from fairseq_evomoe.moe.routers import DenseToSparseRouter
 
 
-def make_layer(dim=6, width=10, experts=4, grown=True, method="noise", **options):
+def make_layer(dim=6, width=10, experts=4, spawned=True, method="noise", **options):
     torch.manual_seed(0)
     fc1, fc2 = nn.Linear(dim, width), nn.Linear(width, dim)
     base = Experts(dim, [width])
@@ -29,8 +29,8 @@ def make_layer(dim=6, width=10, experts=4, grown=True, method="noise", **options
         return router
 
     layer = MoELayer(base, experts, make_router, spawn)
-    if grown:
-        layer.grow()
+    if spawned:
+        layer.spawn()
     return layer, fc1, fc2
 
 
@@ -140,7 +140,7 @@ def test_what_is_more_than_an_activation_is_left_to_autograd():
 
 
 def test_large_gradients_are_the_same_on_huge_pages(monkeypatch):
-    from fairseq_evomoe.moe import memory
+    from fairseq_evomoe.moe.dispatch import memory
 
     layer, _, _ = make_layer(dim=8, width=16)
     x = torch.randn(40, 8)
@@ -163,7 +163,7 @@ def test_layer_gradcheck(path):
 
 
 def test_before_the_growth_it_is_the_dense_layer():
-    layer, fc1, fc2 = make_layer(grown=False)
+    layer, fc1, fc2 = make_layer(spawned=False)
     x = torch.randn(7, 3, 6)
     assert torch.allclose(layer(x, RoutingContext()), fc2(torch.relu(fc1(x))), atol=1e-6)
     dense = sum(p.numel() for p in [*fc1.parameters(), *fc2.parameters()])
@@ -219,27 +219,27 @@ def test_low_precision_keeps_its_dtype():
 
 
 def test_states_load_across_the_growth():
-    grown, _, _ = make_layer()
-    single, fc1, _ = make_layer(grown=False)
+    spawned, _, _ = make_layer()
+    single, fc1, _ = make_layer(spawned=False)
 
-    before = make_layer(grown=False)[0]
-    before.load_state_dict(grown.state_dict())
-    assert before.grown and torch.equal(before.experts.w2, grown.experts.w2)
-    assert torch.equal(before.router.weight, grown.router.weight)
+    before = make_layer(spawned=False)[0]
+    before.load_state_dict(spawned.state_dict())
+    assert before.spawned and torch.equal(before.experts.w2, spawned.experts.w2)
+    assert torch.equal(before.router.weight, spawned.router.weight)
 
     after = make_layer(method="copy")[0]
     after.load_state_dict(single.state_dict())
     assert torch.equal(after.experts.w1, torch.cat([fc1.weight] * 4))
 
     with pytest.raises(ValueError, match="has 4 experts, the model 8"):
-        make_layer(experts=8)[0].load_state_dict(grown.state_dict())
+        make_layer(experts=8)[0].load_state_dict(spawned.state_dict())
 
 
 def test_parameters_have_one_order_however_the_layer_grew():
-    grown, _, _ = make_layer()
-    loaded = make_layer(grown=False)[0]
-    loaded.load_state_dict(grown.state_dict())
-    assert [n for n, _ in loaded.named_parameters()] == [n for n, _ in grown.named_parameters()]
+    spawned, _, _ = make_layer()
+    loaded = make_layer(spawned=False)[0]
+    loaded.load_state_dict(spawned.state_dict())
+    assert [n for n, _ in loaded.named_parameters()] == [n for n, _ in spawned.named_parameters()]
 
 
 def test_a_layer_that_was_used_can_be_copied():

@@ -21,7 +21,7 @@ from fairseq_evomoe.evolution.merge import (
     weight_similarity,
 )
 from fairseq_evomoe.moe import ROUTERS, Experts, RoutingContext, Vocabulary
-from fairseq_evomoe.moe.dispatch import dispatch
+from fairseq_evomoe.moe.dispatch.local import dispatch
 from fairseq_evomoe.moe.routers.dts import DenseToSparseRouter
 from fairseq_evomoe.moe.routers.hash import HashRouter
 
@@ -164,8 +164,8 @@ def test_groups_are_a_partition_into_experts_of_equal_widths(widths, data):
 
 def merged_router(router, plan, make):
     new = make(len(plan.groups))
-    if hasattr(new, "make_room"):
-        new.make_room(len(plan.groups))
+    if hasattr(new, "allocate"):
+        new.allocate(len(plan.groups))
     new.load_state_dict({name: plan.tensor("router." + name, x) for name, x in router.state_dict().items()})
     return new
 

@@ -10,9 +10,8 @@ import torch
 from cli import LM, TRANSLATION, USER_DIR, build, call
 from test_merge import experts_of, tensors_of
 
-from fairseq_evomoe.cli import merge
-from fairseq_evomoe.evolution.merge import plan_merge, weight_similarity
-from fairseq_evomoe.evolution.merge_checkpoint import (
+from fairseq_evomoe.checkpoints.commands import merge
+from fairseq_evomoe.checkpoints.merge import (
     Layer,
     LayerMerge,
     merge_checkpoint,
@@ -21,8 +20,9 @@ from fairseq_evomoe.evolution.merge_checkpoint import (
     moe_layers_of,
     plan_checkpoint,
 )
-from fairseq_evomoe.evolution.observe import observe
-from fairseq_evomoe.evolution.saved_optimizer import parameter_names
+from fairseq_evomoe.checkpoints.observe import observe
+from fairseq_evomoe.checkpoints.saved_optimizer import parameter_names
+from fairseq_evomoe.evolution.merge import plan_merge, weight_similarity
 from fairseq_evomoe.models import make
 
 EVALUATION = {"user_dir": USER_DIR, "batch_size": 8, "num_workers": 0}

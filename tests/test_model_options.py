@@ -114,15 +114,15 @@ def test_it_trains_with(settings, options, tmp_path, request):
 
 @pytest.mark.parametrize("settings", [LM, TRANSLATION, MASKED_LM], ids=lambda settings: settings["task"])
 @pytest.mark.parametrize("how", ["checkpoint_activations", "offload_activations"])
-@pytest.mark.parametrize("grown", [False, True])
-def test_recomputing_activations_changes_no_gradient(settings, how, grown, request):
+@pytest.mark.parametrize("spawned", [False, True])
+def test_recomputing_activations_changes_no_gradient(settings, how, spawned, request):
     """Not that of the auxiliary loss either, which is no output of a layer."""
     data = request.getfixturevalue("translation_data" if settings is TRANSLATION else "lm_data")
     settings = {
         **settings,
         "moe_balance_weight": 1.0,
         "moe_hard_update": 1,
-        "moe_spawn_update": 0 if grown else 6,
+        "moe_spawn_update": 0 if spawned else 6,
     }
     found = []
     for options in ({}, {how: True}):

@@ -9,9 +9,9 @@ from cli import LM, MASKED_LM, TRANSLATION, build, call
 from rank_jobs import largest_difference, state_of, train_on_all_batches, train_on_ranks
 from test_growth import MIXED
 
-from fairseq_evomoe.evolution.parallel import set_idle
 from fairseq_evomoe.models.feed_forward import moe_layers
 from fairseq_evomoe.moe import ROUTERS
+from fairseq_evomoe.training.ranks import set_dummy_batch
 
 RANKS = 2
 TOLERANCE = 1e-5
@@ -236,7 +236,7 @@ def test_a_dummy_batch_reaches_every_parameter(options, lm_data):
     """pytorch_ddp waits for all of them."""
     settings = {**(MASKED_LM if "task" in options else LM), **options, "moe_spawn_update": 0}
     setup = build(lm_data, **settings)
-    set_idle([layer for _, layer in moe_layers(setup.model)], True)
+    set_dummy_batch([layer for _, layer in moe_layers(setup.model)], True)
     loss, _, _ = setup.criterion(setup.model.train(), setup.batches()[0])
     loss.backward()
     assert not [name for name, p in setup.model.named_parameters() if p.grad is None]
@@ -265,7 +265,7 @@ def test_contradictions_are_refused(options, message, lm_data, tmp_path):
 def test_a_model_is_used_without_regard_to_the_ranks_that_trained_it(lm_data):
     """As one with fewer experts than ranks, out of ``evomoe merge``."""
     setup = build(lm_data, **{**LM, "moe_experts": 2, "moe_expert_parallel": 4, "moe_spawn_update": 0})
-    assert setup.model.decoder.layers[1].moe.experts.own == [0, 1]
+    assert setup.model.decoder.layers[1].moe.experts.local == [0, 1]
     with pytest.raises(ValueError, match="--moe-expert-parallel must be from 1 to the --moe-experts"):
         setup.trainer()
 
@@ -279,7 +279,7 @@ def test_a_model_is_used_without_regard_to_the_ranks_that_trained_it(lm_data):
     ],
 )
 def test_what_does_not_work_on_ranks_is_refused(data, settings, options, message, request):
-    from fairseq_evomoe.evolution.checks import check_before_trainer
+    from fairseq_evomoe.training.checks import check_before_trainer
 
     setup = build(request.getfixturevalue(data), **{**settings, **SHARED, **options})
     setup.cfg.distributed_training.distributed_world_size = 2
@@ -289,7 +289,7 @@ def test_what_does_not_work_on_ranks_is_refused(data, settings, options, message
 
 @pytest.mark.parametrize("optimizer, refused", [("adafactor", True), ("adam", False)])
 def test_optimizers_that_mix_experts_are_refused(optimizer, refused, lm_data):
-    from fairseq_evomoe.evolution.checks import check_optimizer
+    from fairseq_evomoe.training.checks import check_optimizer
 
     trainer = build(lm_data, **{**LM, "optimizer": optimizer, "lr": None}).trainer()
     trainer.cfg.model.moe_expert_parallel = 2

@@ -20,11 +20,11 @@ from test_hydra import write_yaml
 from test_parallel import SENTENCES, SHARED
 from test_resume import check_resume
 
-from fairseq_evomoe.evolution.growth import watch_loss
+from fairseq_evomoe.config.options import complete
 from fairseq_evomoe.evolution.plateau import Plateau
 from fairseq_evomoe.models.causal_lm import EvoMoELanguageModelConfig
 from fairseq_evomoe.models.feed_forward import moe_layers
-from fairseq_evomoe.models.options import complete
+from fairseq_evomoe.training.growth import watch_loss
 
 WINDOW, SHARE, UPDATES = 5, 0.3, 52
 PLATEAU = {"moe_spawn_update": "auto", "moe_spawn_window": WINDOW, "moe_spawn_plateau": SHARE}
@@ -86,7 +86,7 @@ def test_the_rule_is_the_slow_one_and_survives_an_interruption(updates, window, 
             state, plateau = plateau.state(), Plateau(window, share)
             plateau.load(state)
             assert_equal(plateau.state(), state)
-            assert not plateau.resume(update - 1, grown=False)
+            assert not plateau.resume(update - 1, spawned=False)
         if plateau.see(update, loss, weight, lr):
             found = update
             break
@@ -165,7 +165,7 @@ def spawn_of(result):
     (line,) = result.lines("spawned experts before update")
     (reason,) = result.lines("spawning before update")
     update = int(line.split("before update ")[1].split(":")[0])
-    assert "| INFO |" in reason and "before update {}:".format(update) in reason
+    assert "| INFO |" in reason and f"before update {update}:" in reason
     return update
 
 
@@ -228,7 +228,7 @@ def test_the_usual_window(updates, window, lm_data):
     setup = build(lm_data, **{**AUTO, "moe_spawn_window": None, "max_update": updates})
     assert setup.model.plateau.window == window
     (layer,) = (layer for _, layer in moe_layers(setup.model))
-    assert layer.schedule.spawn_update == (updates // 2 or math.inf) and not layer.moe.grown
+    assert layer.schedule.spawn_update == (updates // 2 or math.inf) and not layer.moe.spawned
 
 
 def test_without_max_update_there_is_a_warning(lm_data, caplog):
@@ -272,7 +272,7 @@ RESET = {"reset_optimizer": True, "reset_lr_scheduler": True, "reset_meters": Tr
 def test_loading_with_the_counter_reset(run, lm_data, caplog):
     settings, folder, update = run
     _, plateau, layer = loaded(lm_data, settings, folder / "checkpoint_last.pt")
-    assert plateau.spawn_update == layer.schedule.spawn_update == update and layer.moe.grown
+    assert plateau.spawn_update == layer.schedule.spawn_update == update and layer.moe.spawned
     assert not caplog.records or "already" not in caplog.text
     # what has spawned goes on as if it had at the start
     trainer, plateau, layer = loaded(lm_data, settings, folder / "checkpoint_last.pt", **RESET)
@@ -280,9 +280,9 @@ def test_loading_with_the_counter_reset(run, lm_data, caplog):
     assert "the checkpoint's experts have spawned already" in caplog.text
     # what has not, even if it was to in a moment, waits for a plateau of its own
     for stop in (update - 5, update):
-        (path,) = folder.glob("checkpoint_?_{}.pt".format(stop))
+        (path,) = folder.glob(f"checkpoint_?_{stop}.pt")
         _, plateau, layer = loaded(lm_data, settings, path, **RESET)
-        assert plateau == Plateau(WINDOW, SHARE) and not layer.moe.grown
+        assert plateau == Plateau(WINDOW, SHARE) and not layer.moe.spawned
         assert layer.schedule.spawn_update == UPDATES // 2
         _, plateau, _ = loaded(lm_data, settings, path)
         assert (plateau.update, plateau.spawn_update) == (stop, update if stop == update else None)
@@ -295,7 +295,7 @@ def test_loading_into_a_model_that_spawns_otherwise(run, lm_data, caplog):
     plain.load_state_dict(parameters(folder / "checkpoint_last.pt"))  # strictly
     assert not set(Plateau.KEYS) & plain.state_dict().keys()
     auto.load_state_dict(plain.state_dict())
-    assert auto.plateau.resume(7, grown=True) and auto.plateau.spawn_update == 0
+    assert auto.plateau.resume(7, spawned=True) and auto.plateau.spawn_update == 0
 
 
 @pytest.mark.parametrize("task", [LM, TRANSLATION, MASKED_LM], ids=lambda each: each["task"])
@@ -357,7 +357,7 @@ def test_a_later_stable_update_is_taken(lm_data):
     model.plateau.spawn_update = 20
     model.count_from_spawn()
     (layer,) = (layer for _, layer in moe_layers(model))
-    assert [layer.schedule.phase(n, grown=True).name for n in (20, 29, 30)] == ["SOFT", "SOFT", "HARD"]
+    assert [layer.schedule.phase(n, spawned=True).name for n in (20, 29, 30)] == ["SOFT", "SOFT", "HARD"]
 
 
 def test_idle_options_are_named(lm_data, caplog):

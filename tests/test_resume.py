@@ -23,7 +23,7 @@ def check_resume(data, folder, settings, stops):
     saved = {int(path.stem.split("_")[2]): path for path in (folder / "whole").glob("checkpoint_?_*.pt")}
     whole = torch.load(folder / "whole/checkpoint_last.pt")
     for stop in stops:
-        restarted = folder / "from{}".format(stop)
+        restarted = folder / f"from{stop}"
         result = call("fairseq-train", data, save_dir=restarted, restore_file=saved[stop], **settings)
         assert [step["num_updates"] for step in result.log("train_inner")][0] == stop + 1
         assert_equal(*(parameters(path / "checkpoint_last.pt") for path in (restarted, folder / "whole")))
@@ -91,14 +91,16 @@ def test_with_schedules(schedule, lm_data, tmp_path):
     settings = {**LM, **SCHEDULES[schedule], "lr_scheduler": schedule}
     saved = check_resume(lm_data, tmp_path, settings, (SOFT,))
 
-    # the growth leaves no trace in the schedule
+    # the spawn leaves no trace in the schedule
     plain = {**settings, "moe_experts": 1, "save_dir": tmp_path / "plain", "save_interval_updates": 3}
     call("fairseq-train", lm_data, **plain)
     for path in saved.values():
-        grown, other = (torch.load(tmp_path / folder / path.name) for folder in ("whole", "plain"))
+        spawned, other = (torch.load(tmp_path / folder / path.name) for folder in ("whole", "plain"))
         if schedule != "reduce_lr_on_plateau":  # that one depends on the validation losses
-            ours, theirs = (each["optimizer_history"][-1]["lr_scheduler_state"] for each in (grown, other))
+            ours, theirs = (each["optimizer_history"][-1]["lr_scheduler_state"] for each in (spawned, other))
             ours.pop("best", None), theirs.pop("best", None)
             assert ours == theirs
-            ours, theirs = (each["last_optimizer_state"]["param_groups"][0]["lr"] for each in (grown, other))
+            ours, theirs = (
+                each["last_optimizer_state"]["param_groups"][0]["lr"] for each in (spawned, other)
+            )
             assert ours == theirs

@@ -131,7 +131,7 @@ def test_any_shapes(tokens, experts, dim, same, zero, training, seed):
     sum(routing.losses.values(), routing.weight_N.sum()).backward()
     assert all(torch.isfinite(p.grad).all() for p in router.parameters())
     if training:
-        sums = router.take()
+        sums = router.drain()
         assert sums[:experts].tolist() == mask.sum(0).tolist()
         assert torch.allclose(sums[experts:], x[~mask.any(1)].sum(0).float(), atol=1e-5)
 
@@ -163,7 +163,7 @@ def updates(router, *batches):
     """What a trainer does around updates."""
     for x in batches:
         router(x, RoutingContext())
-        router.fold(router.take())
+        router.commit(router.drain())
 
 
 def test_a_window_counts_what_happens_in_training():
@@ -202,7 +202,7 @@ def test_a_window_counts_what_happens_in_training():
 )
 def test_decisions(used, rejected, most, expected):
     router = make("dynmoe", 2, 3, max_experts=most)
-    router.fold(torch.tensor(used + rejected).float())
+    router.commit(torch.tensor(used + rejected).float())
     change = router.decide()
     if expected is None:
         assert change is None
@@ -239,7 +239,7 @@ def layer_with(widths):
         needs_activity = False
 
     layer = MoELayer(Experts(4, [8]), len(widths), make("dynmoe", 4, len(widths)).float, NoSpawn())
-    layer.grow_empty(widths)
+    layer.allocate_spawned(widths)
     fill(layer.experts)
     return layer.eval()
 
@@ -253,10 +253,10 @@ def test_a_layer_takes_the_state_of_one_with_other_experts():
         (Resize([1]), [24]),
     ):
         changed.router.resize(change)
-        changed.experts.resize(widths)
+        changed.experts.allocate(widths)
         fill(changed.experts)
         layer.load_state_dict(changed.state_dict())
-        assert layer.experts.widths == widths and layer.num_experts == len(widths) and layer.grown
+        assert layer.experts.widths == widths and layer.num_experts == len(widths) and layer.spawned
         x = torch.randn(7, 4)
         assert torch.equal(layer(x, RoutingContext()), changed(x, RoutingContext()))
     before = [id(p) for p in layer.parameters()]

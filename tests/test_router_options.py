@@ -7,8 +7,8 @@ import torch
 from cli import LM, MASKED_LM, TRANSLATION, build, call
 from test_generation import PLAIN
 
+from fairseq_evomoe.config.options import MoEOptions
 from fairseq_evomoe.models import make
-from fairseq_evomoe.models.options import MoEOptions
 from fairseq_evomoe.moe import ROUTERS
 
 
@@ -26,7 +26,7 @@ def test_every_argument_is_an_option_with_the_same_default(name):
             argument in ("renormalize", "gate_input", "balance_form") and default == "auto"
         )
     for loss in ROUTERS[name].loss_weights:
-        assert options["moe_{}_weight".format(loss)] is None
+        assert options[f"moe_{loss}_weight"] is None
 
 
 def test_options_reach_the_router(lm_data):
@@ -101,7 +101,7 @@ def test_loss_weights_are_the_published_ones_unless_given(name):
     assert {key: weights[key] for key in published} == published
     assert weights["penalty"] == weights["mutual_distillation"] == 0
     for loss in published:
-        setattr(options, "moe_{}_weight".format(loss), 0.25)
+        setattr(options, f"moe_{loss}_weight", 0.25)
     assert {make.loss_weights(options)[loss] for loss in published} <= {0.25}
 
 

@@ -11,8 +11,8 @@ from torch import nn
 
 from fairseq_evomoe.evolution.spawn import Spawn
 from fairseq_evomoe.moe import ROUTERS, Experts, MoELayer, RoutingContext
-from fairseq_evomoe.moe import dispatch as dispatch_module
-from fairseq_evomoe.moe.dispatch import dispatch
+from fairseq_evomoe.moe.dispatch import local as dispatch_module
+from fairseq_evomoe.moe.dispatch.local import dispatch
 
 
 @pytest.fixture(params=["fused", "autograd"])
@@ -160,7 +160,7 @@ def make_layer(dim, experts, slots=1):
         return router
 
     layer = MoELayer(base, experts, make_router, spawn)
-    layer.grow()
+    layer.spawn()
     return layer
 
 

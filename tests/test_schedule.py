@@ -32,22 +32,22 @@ def test_published_setting():
     """2.0 -> 0.5 over 5000 updates, hard from 6000."""
     schedule = Schedule()
     assert schedule.hard_after == 6000
-    assert schedule.phase(5999, grown=True) == Phase.SOFT
-    assert schedule.phase(6000, grown=True) == Phase.HARD
+    assert schedule.phase(5999, spawned=True) == Phase.SOFT
+    assert schedule.phase(6000, spawned=True) == Phase.HARD
 
 
 @pytest.mark.parametrize("hard, phases", [(None, "SSHHH"), (0, "HHHHH"), (-1, "SSSSS"), (1000, "SSSSH")])
 def test_phases_after_the_spawn(hard, phases):
     schedule = Schedule(spawn_update=50, anneal_updates=100, hard_update=hard)
-    got = [schedule.phase(n, grown=True) for n in (50, 169, 170, 1049, 1050)]
+    got = [schedule.phase(n, spawned=True) for n in (50, 169, 170, 1049, 1050)]
     assert [p.name[0] for p in got] == list(phases)
 
 
 def test_one_expert_is_the_diversify_phase():
-    assert Schedule(spawn_update=10).phase(100, grown=False) == Phase.DIVERSIFY
+    assert Schedule(spawn_update=10).phase(100, spawned=False) == Phase.DIVERSIFY
 
 
 def test_a_grown_checkpoint_with_its_counter_reset_waits_for_the_anneal():
     schedule = Schedule(spawn_update=100, anneal_updates=50)
-    assert schedule.phase(0, grown=True) == Phase.SOFT
+    assert schedule.phase(0, spawned=True) == Phase.SOFT
     assert schedule.temperature(0) == schedule.temperature(100) == 2.0

@@ -11,8 +11,8 @@ from fairseq import checkpoint_utils
 from rank_jobs import largest_difference, state_of, train_on_all_batches, train_on_ranks
 from test_parallel import RANKS, SENTENCES
 
-from fairseq_evomoe import cli
-from fairseq_evomoe.evolution.shards import DamagedCheckpoint, newest_whole
+from fairseq_evomoe.checkpoints import commands as cli
+from fairseq_evomoe.checkpoints.shards import DamagedCheckpoint, newest_whole
 
 SETTINGS = {**SENTENCES, "moe_balance_weight": 0.1, "save_interval_updates": 5}
 EMA = {"store_ema": True, "ema_fp32": True}
@@ -30,7 +30,7 @@ RESUMED = [
 
 def at(folder, update):
     """The checkpoint of an update."""
-    return next(folder.glob("checkpoint_*_{}.pt".format(update)))
+    return next(folder.glob(f"checkpoint_*_{update}.pt"))
 
 
 @pytest.fixture(scope="module")
@@ -48,12 +48,12 @@ def saved(lm_data, tmp_path_factory):
     for update, kind, parallel in RESUMED:
         options = {**SETTINGS, **EMA, "moe_expert_parallel": parallel, "save_interval_updates": 0}
         options["restore_file"] = at(folder / kind, update)
-        options["save_dir"] = folder / "{}-{}-{}".format(update, kind, parallel)
+        options["save_dir"] = folder / f"{update}-{kind}-{parallel}"
         jobs.append([[lm_data], options])
     for parallel in (1, 2):
         options = {**SETTINGS, "moe_spawn_update": 0, "moe_expert_parallel": parallel, "max_update": 6}
         options["finetune_from_model"] = at(folder / "whole", 5)
-        options["save_dir"] = folder / "upcycled-{}".format(parallel)
+        options["save_dir"] = folder / f"upcycled-{parallel}"
         jobs.append([[lm_data], options])
     train_on_ranks(RANKS, jobs, folder / "resumed")
     return folder
@@ -94,7 +94,7 @@ def test_old_checkpoints_are_removed_with_all_their_files(saved):
 
 @pytest.mark.parametrize("update, kind, parallel", RESUMED)
 def test_two_ranks_go_on_as_before(update, kind, parallel, saved):
-    resumed = load(saved / "{}-{}-{}".format(update, kind, parallel) / "checkpoint_last.pt")
+    resumed = load(saved / f"{update}-{kind}-{parallel}" / "checkpoint_last.pt")
     expected = load(saved / "whole" / "checkpoint_last.pt")
     assert largest_difference(resumed["model"], expected["model"]) < 1e-5
     assert largest_difference(resumed["ema"], expected["ema"]) < 1e-5
@@ -111,7 +111,7 @@ def test_two_ranks_go_on_as_before(update, kind, parallel, saved):
 
 
 def test_one_expert_is_spawned_on_loading(saved):
-    every, own = (state_of(saved / "upcycled-{}".format(p) / "checkpoint_last.pt") for p in (1, 2))
+    every, own = (state_of(saved / f"upcycled-{p}" / "checkpoint_last.pt") for p in (1, 2))
     assert largest_difference(every, own) < 1e-5
     assert every["decoder.layers.1.moe.experts.b2"].shape[0] == 4
 
@@ -219,7 +219,7 @@ def test_damage_is_named_and_nothing_is_loaded(damage, sharded, lm_data):
     with pytest.raises(DamagedCheckpoint) as error:
         call("fairseq-train", lm_data, **{**SETTINGS, "max_update": 21}, cpu=True, save_dir=sharded)
     assert message in str(error.value)
-    assert "give --restore-file {}".format(newest_whole(str(path))) in str(error.value)
+    assert f"give --restore-file {newest_whole(str(path))}" in str(error.value)
     assert newest_whole(str(path)) in (str(at(sharded, 20)), str(sharded / "checkpoint_best.pt"))
     assert set(sharded.iterdir()) == before
 

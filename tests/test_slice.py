@@ -10,8 +10,8 @@ from torch.nn import functional as F
 
 from fairseq_evomoe.evolution.spawn import Spawn, SpawnMethod, usefulness
 from fairseq_evomoe.moe import Experts, Hidden, MoELayer, RoutingContext
-from fairseq_evomoe.moe.collect import Activity
 from fairseq_evomoe.moe.routers.topk import TopKRouter
+from fairseq_evomoe.moe.statistics import Activity
 
 ROWS = ("w1", "b1", "w2", "w3")
 
@@ -165,15 +165,15 @@ def test_the_layer_measures_activations_of_real_tokens_while_training(gated):
     tokens = torch.cat([x[0], x[1, :20]])[:: Activity.STRIDE]
     hidden = F.silu(tokens @ layer.experts.w1.t() + layer.experts.b1)
     hidden = hidden * (tokens @ layer.experts.w3.t()) if gated else hidden
-    sums = layer.activity.take()
+    sums = layer.activity.drain()
     assert sums[-1] == len(tokens) == 4
     assert torch.allclose(sums[:-1], hidden.abs().sum(0), atol=1e-5)
-    assert not layer.activity.take().any()
+    assert not layer.activity.drain().any()
 
     # two updates and one without tokens
-    layer.activity.fold(sums)
-    layer.activity.fold(torch.zeros_like(sums))
-    layer.activity.fold(2 * sums)
+    layer.activity.commit(sums)
+    layer.activity.commit(torch.zeros_like(sums))
+    layer.activity.commit(2 * sums)
     mean = hidden.abs().mean(0)
     assert torch.allclose(layer.activity.magnitude_H, (0.01 + 0.99 * 0.01) * mean, rtol=1e-4)
 
@@ -185,7 +185,7 @@ def test_the_measurement_decides_what_is_kept_and_is_gone_afterwards():
     layer.activity.magnitude_H.copy_(activity)
     w1 = layer.experts.w1.detach().clone()
     assert "activity.magnitude_H" in layer.state_dict()
-    layer.grow()
+    layer.spawn()
     assert (layer.experts.w1[:4] == w1[11]).all(1).any()
     assert layer.experts.widths == [4, 8] and not any("activity" in key for key in layer.state_dict())
 
@@ -212,25 +212,25 @@ def test_states_with_and_without_a_measurement_load():
     other.load_state_dict(state)
     assert other.activity is None and torch.equal(other.experts.w1, source.experts.w1)
 
-    grown = make_layer([4, 8])
-    grown.grow()
+    spawned = make_layer([4, 8])
+    spawned.spawn()
     for given_state, activity in ((state, source.activity.magnitude_H), (dense, None)):
-        grown.load_state_dict(given_state)
-        plan = source.spawn.plan(source.expert_tensors(), activity)
-        assert torch.equal(grown.experts.w1, plan.weights("w1", source.experts.w1))
-    ungrown = make_layer([4, 8])
-    ungrown.load_state_dict(grown.state_dict())
-    assert ungrown.grown and all(
-        torch.equal(a, b) for a, b in zip(ungrown.state_dict().values(), grown.state_dict().values())
+        spawned.load_state_dict(given_state)
+        plan = source.spawner.plan(source.expert_tensors(), activity)
+        assert torch.equal(spawned.experts.w1, plan.weights("w1", source.experts.w1))
+    single = make_layer([4, 8])
+    single.load_state_dict(spawned.state_dict())
+    assert single.spawned and all(
+        torch.equal(a, b) for a, b in zip(single.state_dict().values(), spawned.state_dict().values())
     )
 
 
 def test_a_normalisation_of_hidden_units_needs_equal_widths():
     with pytest.raises(ValueError, match="--scale-fc.*--moe-expert-sizes"):
-        make_layer([4, 8], norm=torch.nn.LayerNorm(20)).grow()
+        make_layer([4, 8], norm=torch.nn.LayerNorm(20)).spawn()
     layer = make_layer([20, 20], norm=torch.nn.LayerNorm(20))
-    layer.grow()
-    assert layer.grown
+    layer.spawn()
+    assert layer.spawned
 
 
 SLICE = {**LM, "moe_spawn_method": "slice", "moe_expert_sizes": "1,2,4,1"}
@@ -239,9 +239,7 @@ SLICE = {**LM, "moe_spawn_method": "slice", "moe_expert_sizes": "1,2,4,1"}
 def test_a_run_resumes_bit_equal(lm_data, tmp_path):
     ema = {"store_ema": True, "ema_decay": 0.9, "ema_fp32": True}
     check_resume(lm_data, tmp_path, {**SLICE, **ema}, (3, 6))
-    before, after = (
-        parameters(next((tmp_path / "whole").glob("checkpoint_?_{}.pt".format(n)))) for n in (3, 9)
-    )
+    before, after = (parameters(next((tmp_path / "whole").glob(f"checkpoint_?_{n}.pt"))) for n in (3, 9))
     prefix = "decoder.layers.1.moe."
     assert (before[prefix + "activity.magnitude_H"] > 0).float().mean() > 0.8  # some units sleep
     assert not any("activity" in key for key in after)

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from fairseq_evomoe.evolution.plan import Inherit
 from fairseq_evomoe.evolution.spawn import Spawn, SpawnMethod
+from fairseq_evomoe.moe.plan import Inherit
 
 NAMES = ("w1", "b1", "w2", "b2")
 
@@ -164,7 +164,7 @@ def test_the_third_matrix_is_treated_as_the_first():
 @pytest.mark.parametrize("method", ("mask", "noise", "copy"))
 def test_other_widths_than_the_base_has_are_refused(method):
     for widths in ([200, 100, 200], [96] * 3):
-        with pytest.raises(ValueError, match="{}.*--moe-expert-sizes".format(method)):
+        with pytest.raises(ValueError, match=f"{method}.*--moe-expert-sizes"):
             Spawn(3, method=SpawnMethod(method), widths=widths).plan(base())
     assert Spawn(3, method=SpawnMethod(method), widths=[200] * 3).plan(base()).widths == [200] * 3
 

@@ -9,7 +9,7 @@ from test_resume import check_resume
 from test_training import dense
 from torch.nn import functional as F
 
-from fairseq_evomoe.evolution.kmeans import balanced_kmeans
+from fairseq_evomoe.evolution.clustering import balanced_kmeans
 from fairseq_evomoe.evolution.spawn import Spawn, SpawnMethod
 from fairseq_evomoe.moe import Experts, Hidden, MoELayer, Routing, RoutingContext
 from fairseq_evomoe.moe.routers import ROUTERS
@@ -53,7 +53,7 @@ def test_all_experts_together_are_the_base(gated, dtype, tolerance):
     x = torch.randn(5, 7, 6, dtype=dtype)
     before = layer(x, RoutingContext())
     w1 = layer.experts.w1.detach().clone()
-    layer.grow()
+    layer.spawn()
     assert layer.experts.widths == [6] * 4
     after = layer(x, RoutingContext())
     assert (after - before).abs().max() < tolerance * before.abs().max().clamp(min=1)
@@ -63,7 +63,7 @@ def test_all_experts_together_are_the_base(gated, dtype, tolerance):
 
 def test_the_gate_rows_are_the_mean_keys():
     layer = split_layer()
-    layer.grow()
+    layer.spawn()
     for expert, row in enumerate(layer.router.weight):
         keys = layer.experts.w1[6 * expert : 6 * expert + 6]
         assert torch.allclose(row, sum(keys) / 6, rtol=0, atol=1e-6)
@@ -137,7 +137,7 @@ def test_a_dense_state_is_split_when_it_is_loaded():
     dense = split_layer()
     state = dense.state_dict()
     layer = split_layer()
-    layer.grow()
+    layer.spawn()
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter.fill_(7)
@@ -145,21 +145,21 @@ def test_a_dense_state_is_split_when_it_is_loaded():
     assert layer.spawned_on_load
     x = torch.randn(9, 6, dtype=torch.float64)
     assert torch.allclose(layer(x, RoutingContext()), dense(x, RoutingContext()), rtol=0, atol=1e-12)
-    plan = dense.plan_growth()
+    plan = dense.plan_spawn()
     assert torch.equal(layer.router.weight, plan.gate_ED.to(layer.router.weight))
 
 
 def test_what_cannot_be_split_is_refused():
     with pytest.raises(ValueError, match="24.*units.*--moe-experts 5"):
-        split_layer(experts=5).grow()
+        split_layer(experts=5).spawn()
     with pytest.raises(ValueError, match="--moe-spawn-method split.*--moe-router Gateless"):
-        split_layer(router=Gateless).grow()
+        split_layer(router=Gateless).spawn()
     with pytest.raises(ValueError, match="--moe-expert-sizes"):
         Spawn(2, method=SpawnMethod.split, widths=[4, 20]).plan({"w1": torch.randn(24, 6)})
     with pytest.raises(ValueError, match="--scale-fc"):
         layer = split_layer()
         layer.experts.hidden.norm = torch.nn.LayerNorm(24)
-        layer.grow()
+        layer.spawn()
 
 
 @pytest.mark.parametrize("name", ["switch", "topk", "dts", "dynmoe"])
@@ -170,7 +170,7 @@ def test_routers_with_a_linear_gate_take_it(name):
         return made
 
     layer = split_layer(router=router)
-    layer.grow()
+    layer.spawn()
     assert torch.allclose(layer.router.weight[2], layer.experts.w1[12:18].mean(0), atol=1e-6)
     assert layer(torch.randn(3, 6, dtype=torch.float64), RoutingContext()).shape == (3, 6)
 

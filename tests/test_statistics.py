@@ -40,7 +40,7 @@ def test_every_log_has_them(settings, tmp_path, request):
     result = call("fairseq-train", data, save_dir=tmp_path, **settings)
     for tag, prefix in (("train_inner", ""), ("train", "train_"), ("valid", "valid_")):
         for line in result.log(tag):
-            assert all("{}moe_{}".format(prefix, name) in line for name in NAMES)
+            assert all(f"{prefix}moe_{name}" in line for name in NAMES)
     first = result.log("train_inner")[0]
     dense = build(data, **settings).model  # as it is before the spawn
     expected = {

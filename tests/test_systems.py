@@ -110,7 +110,7 @@ def test_a_system_trains_resumes_and_evaluates(name, lm_data, tmp_path, request,
     assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
 
     whole = (folder / "checkpoint_last.pt").rename("whole.pt")
-    next(folder.glob("checkpoint_*_{}.pt".format(MIDDLE))).rename(folder / "checkpoint_last.pt")
+    next(folder.glob(f"checkpoint_*_{MIDDLE}.pt")).rename(folder / "checkpoint_last.pt")
     again = call("fairseq-train", lm_data, *flags, **settings).log("train_inner")
     assert [step["loss"] for step in again] == losses[MIDDLE:]
     assert_equal(parameters(folder / "checkpoint_last.pt"), parameters(whole))
@@ -118,7 +118,7 @@ def test_a_system_trains_resumes_and_evaluates(name, lm_data, tmp_path, request,
     validated = {step["valid_num_updates"]: step["valid_ppl"] for step in result.log("valid")}
     assert perplexity("whole.pt", lm_data, system) == pytest.approx(validated[UPDATES], abs=0.011)
     if len(validated) > 2:  # one expert at first
-        before = next(folder.glob("checkpoint_*_{}.pt".format(BEFORE))).rename("before.pt")
+        before = next(folder.glob(f"checkpoint_*_{BEFORE}.pt")).rename("before.pt")
         assert parameters(before)["decoder.layers.0.moe.experts.b2"].shape == (1, 32)
         assert perplexity("before.pt", lm_data, system) == pytest.approx(validated[BEFORE], abs=0.011)
 
@@ -139,7 +139,7 @@ def test_one_expert_grows_into_many_with_any_router(router, lm_data):
     trainer.begin_epoch(1)
     losses, fresh = [], {}
     for batch in setup.batches()[:7]:
-        assert all(layer.moe.grown == (len(losses) >= 4) for layer in layers)
+        assert all(layer.moe.spawned == (len(losses) >= 4) for layer in layers)
         losses.append(float(trainer.train_step([batch])["loss"]))
         if len(losses) == 4:
             fresh = {n: p.detach().clone() for n, p in setup.model.named_parameters() if ".router." in n}
@@ -225,5 +225,5 @@ def test_the_readme_lists_the_systems():
     command = [sys.executable, str(EXAMPLES / "run.py"), "--list"]
     listed = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
     found = re.search(r"<!-- systems: .*-->\n(.*?)<!-- /systems -->", text, flags=re.DOTALL)
-    assert all("[{0}]({0}.yaml)".format(name) in listed for name in SYSTEMS)
+    assert all(f"[{name}]({name}.yaml)" in listed for name in SYSTEMS)
     assert found.group(1) == listed, "README.md: put in what `run.py --list` prints"

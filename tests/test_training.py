@@ -6,7 +6,7 @@ import pytest
 import torch
 from cli import CLASSIFICATION, LM, MASKED_LM, TRANSLATION, assert_equal, build, call, parameters, run
 
-from fairseq_evomoe.evolution.growth import spawn
+from fairseq_evomoe.training.growth import spawn
 
 DATA = {LM["task"]: "lm_data", MASKED_LM["task"]: "lm_data", TRANSLATION["task"]: "translation_data"}
 DENSE = {
@@ -36,7 +36,7 @@ def dense(settings):
 
 
 def check_phases(result, key="loss"):
-    """The training logs show every phase, and the last validation is that of a grown model."""
+    """The training logs show every phase, and the last validation is that of a spawned model."""
     steps = result.log("train_inner")
     assert [step["moe_phase"] for step in steps] == PHASES
     assert [step["moe_temperature"] for step in steps] == TEMPERATURES
@@ -65,11 +65,11 @@ def test_a_task_goes_through_all_phases(settings, tmp_path, request):
 
 def test_fine_tuning_from_a_masked_lm(lm_data, classification_data, tmp_path):
     call("fairseq-train", lm_data, save_dir=tmp_path, **{**MASKED_LM, "moe_spawn_update": 4})
-    grown = tmp_path / "checkpoint_last.pt"
+    spawned = tmp_path / "checkpoint_last.pt"
     result = call(
         "fairseq-train",
         classification_data,
-        restore_file=grown,
+        restore_file=spawned,
         reset_optimizer=True,
         reset_dataloader=True,
         reset_meters=True,
@@ -78,7 +78,7 @@ def test_fine_tuning_from_a_masked_lm(lm_data, classification_data, tmp_path):
     )
     assert not result.lines("spawned experts")
     assert {step["moe_phase"] for step in result.log("train_inner")} == {2}
-    tuned, before = parameters(tmp_path / "tuned/checkpoint_last.pt"), parameters(grown)
+    tuned, before = parameters(tmp_path / "tuned/checkpoint_last.pt"), parameters(spawned)
     name = "encoder.sentence_encoder.layers.1.moe.experts.w1"
     assert tuned[name].shape == before[name].shape and not torch.equal(tuned[name], before[name])
     assert any("classification_heads" in key for key in tuned)

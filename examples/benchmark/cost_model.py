@@ -117,7 +117,7 @@ class Phase:
 
     name: str
     active: int
-    grown: bool = True
+    spawned: bool = True
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ class Seconds:
 
 def phases(experts: int) -> list[Phase]:
     """The three of EvoMoE; the second one is the start of the Dense-To-Sparse gate."""
-    return [Phase("one expert", 1, grown=False), Phase("all experts", experts), Phase("top-1", 1)]
+    return [Phase("one expert", 1, spawned=False), Phase("all experts", experts), Phase("top-1", 1)]
 
 
 def other_ranks(experts: int, parallel: int, active: int) -> float:
@@ -152,7 +152,7 @@ def other_ranks(experts: int, parallel: int, active: int) -> float:
 
 def exchanged_bytes(layer: Layer, run: Run, phase: Phase) -> float:
     """Bytes that a rank sends to others in a step."""
-    if not phase.grown or run.parallel == 1:
+    if not phase.spawned or run.parallel == 1:
         return 0.0
     others = run.parallel - 1
     rows = run.tokens * other_ranks(layer.experts, run.parallel, phase.active)
@@ -186,26 +186,26 @@ def all_reduce(size: float, ranks: int, machine: Machine, stride: int = 1) -> fl
 
 def flop(layer: Layer, run: Run, phase: Phase) -> float:
     """FLOP of a rank in a step."""
-    router = layer.router_parameters if phase.grown else 0
+    router = layer.router_parameters if phase.spawned else 0
     experts = phase.active * layer.matrices * layer.dim * layer.hidden
     return 6 * run.tokens * (experts + router)
 
 
 def own_experts(layer: Layer, run: Run, phase: Phase) -> float:
     """Number of experts that a rank has, in the mean."""
-    return layer.experts / run.parallel if phase.grown else 1
+    return layer.experts / run.parallel if phase.spawned else 1
 
 
 def shared_parameters(layer: Layer, run: Run, phase: Phase) -> float:
     """Parameters of the layer that are on all ranks: the one expert, or the router and experts that are."""
-    if not phase.grown:
+    if not phase.spawned:
         return layer.expert_parameters
     return layer.router_parameters + (run.parallel == 1) * layer.experts * layer.expert_parameters
 
 
 def reduce_experts(layer: Layer, run: Run, phase: Phase, machine: Machine) -> float:
     """Seconds to add up the gradients of experts over the ranks that have the same ones."""
-    if not phase.grown or run.parallel == 1:
+    if not phase.spawned or run.parallel == 1:
         return 0.0
     size = own_experts(layer, run, phase) * layer.expert_parameters * run.gradient_bytes
     return all_reduce(size, run.ranks // run.parallel, machine, stride=run.parallel)
@@ -268,7 +268,7 @@ class Model:
     def parameters(self, run: Run, phase: Phase) -> float:
         """Parameters of a rank."""
         experts = own_experts(self.moe, run, phase) * self.moe.expert_parameters
-        router = self.moe.router_parameters if phase.grown else 0
+        router = self.moe.router_parameters if phase.spawned else 0
         return self.other_parameters + self.moe_layers * (experts + router)
 
 
@@ -300,7 +300,7 @@ def check(path: Path) -> str:
         machine = Machine(fitted["flops"], link, link, ranks)
         layer = Layer(size["dim"], size["hidden"], row["experts"])
         run = Run(ranks, ranks, size["tokens"], wire_bytes=4, gradient_bytes=4)
-        phase = Phase(case["name"], case["active"], grown=case["router"] is not None)
+        phase = Phase(case["name"], case["active"], spawned=case["router"] is not None)
         seconds = layer_seconds(layer, run, phase, machine)
         waiting = max(ranks / first["machine"]["cores"] - 1, 0) * seconds.compute  # for a core
         figures = [
@@ -312,7 +312,7 @@ def check(path: Path) -> str:
         sent = exchanged_bytes(layer, run, phase) / 1e6
         lines.append(
             [
-                "{}, {}".format(ranks, phase.name),
+                f"{ranks}, {phase.name}",
                 beside(sent, row["sent_bytes"] / 1e6, "{:.2f}"),
                 *(beside(1000 * model, 1000 * measured, "{:.1f}") for model, measured in figures),
             ]
@@ -325,7 +325,7 @@ def beside(expected: float, found: float, form: str) -> str:
     """Two figures and their ratio."""
     if not expected or not found:
         return "-"
-    return "{} / {} ({:.2f})".format(form.format(expected), form.format(found), expected / found)
+    return f"{form.format(expected)} / {form.format(found)} ({expected / found:.2f})"
 
 
 def by_ranks(model: Model, runs: list[Run], machine: Machine) -> str:
@@ -353,11 +353,11 @@ def by_ranks(model: Model, runs: list[Run], machine: Machine) -> str:
                     str(run.ranks),
                     str(run.parallel),
                     phase.name,
-                    "{:.0f}".format(exchanged_bytes(model.moe, run, phase) / 1e6),
-                    *("{:.1f}".format(1000 * t) for t in (s.compute, s.exchange, s.gradients, s.step)),
-                    "{:.2f}".format(s.step / top1),
-                    "{:.0%}".format(s.exchange / s.step),
-                    "{:.0%}".format(hidden_share(model.moe, run, phase, machine)) if s.exchange else "-",
+                    f"{exchanged_bytes(model.moe, run, phase) / 1e6:.0f}",
+                    *(f"{1000 * t:.1f}" for t in (s.compute, s.exchange, s.gradients, s.step)),
+                    f"{s.step / top1:.2f}",
+                    f"{s.exchange / s.step:.0%}",
+                    f"{hidden_share(model.moe, run, phase, machine):.0%}" if s.exchange else "-",
                 ]
             )
     return table(head, lines)
@@ -379,10 +379,10 @@ def by_parallel(model: Model, run: Run, machine: Machine) -> str:
         seconds = model_seconds(model, here, phase, machine)
         lines.append(
             [
-                "{}, {}".format(parallel, phase.name) if phase.grown else "any, one expert",
-                "{:.1f}".format(BYTES_OF_PARAMETER * model.parameters(here, phase) / 1e9),
-                "{:.0f}".format(exchanged_bytes(model.moe, here, phase) / 1e6),
-                *("{:.1f}".format(1000 * s) for s in (seconds.exchange, seconds.gradients, seconds.step)),
+                f"{parallel}, {phase.name}" if phase.spawned else "any, one expert",
+                f"{BYTES_OF_PARAMETER * model.parameters(here, phase) / 1e9:.1f}",
+                f"{exchanged_bytes(model.moe, here, phase) / 1e6:.0f}",
+                *(f"{1000 * s:.1f}" for s in (seconds.exchange, seconds.gradients, seconds.step)),
             ]
         )
     return table(head, lines)
@@ -403,7 +403,7 @@ def plot(model: Model, run: Run, machine: Machine, path: Path) -> None:
     for parallel in shares(layer, run)[1:]:
         here = replace(run, parallel=parallel)
         sent = [exchanged_bytes(layer, here, stage) / 1e6 for stage in stages]
-        left.plot(active, sent, label="P = {}".format(parallel))
+        left.plot(active, sent, label=f"P = {parallel}")
     left.set(xlabel="active experts of a token", ylabel="MB that a rank sends, a layer", ylim=(0, None))
     left.legend(frameon=False)
 
@@ -412,7 +412,7 @@ def plot(model: Model, run: Run, machine: Machine, path: Path) -> None:
     right.stackplot(active, parts, labels=["compute", "exchange of tokens", "sum of gradients"])
     one = model_seconds(model, run, phases(layer.experts)[0], machine)
     right.plot([1], [1000 * one.step], "ko", ms=4, label="one expert, before the spawn")
-    title = "{} GPUs, P = {}".format(run.ranks, run.parallel)
+    title = f"{run.ranks} GPUs, P = {run.parallel}"
     right.set(title=title, xlabel="active experts of a token", ylabel="ms of a step", xlim=(0.5, None))
     right.legend(frameon=False, loc="upper left")
     figure.savefig(path, metadata={"Date": None})
@@ -465,7 +465,7 @@ def main() -> None:
     print("A model, not a measurement. Milliseconds of a step of the whole model:\n")
     print(by_ranks(model, runs, machine))
     middle = runs[min(1, len(runs) - 1)]
-    print("\n{} GPUs by P\n\n{}".format(middle.ranks, by_parallel(model, middle, machine)))
+    print(f"\n{middle.ranks} GPUs by P\n\n{by_parallel(model, middle, machine)}")
     if args.plot:
         plot(model, middle, machine, args.plot)
 

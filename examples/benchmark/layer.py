@@ -11,7 +11,7 @@ from torch import nn
 
 from fairseq_evomoe.evolution.spawn import Spawn
 from fairseq_evomoe.moe import Experts, MoELayer, Routing, RoutingContext
-from fairseq_evomoe.moe.dispatch import dispatch
+from fairseq_evomoe.moe.dispatch.local import dispatch
 from fairseq_evomoe.moe.routers import DenseToSparseRouter
 
 
@@ -26,9 +26,9 @@ class Size:
     dtype: str = "float32"
 
     def __str__(self) -> str:
-        numbers = "T = {}, d = {}, h = {}".format(self.tokens, self.dim, self.hidden)
+        numbers = f"T = {self.tokens}, d = {self.dim}, h = {self.hidden}"
         usual = (self.dtype, self.device) == ("float32", "cpu")
-        return numbers if usual else "{}, {} on {}".format(numbers, self.dtype, self.device)
+        return numbers if usual else f"{numbers}, {self.dtype} on {self.device}"
 
     @property
     def like(self) -> dict:
@@ -111,7 +111,7 @@ def arithmetic(size: Size, experts: int) -> list[int]:
     return [round(size.hidden * experts * r / sum(ratios) / 8) * 8 for r in ratios]
 
 
-def layer_of(size: Size, experts: int, grown: bool = True) -> MoELayer:
+def layer_of(size: Size, experts: int, spawned: bool = True) -> MoELayer:
     """A whole layer with its Dense-To-Sparse gate."""
     base = Experts(size.dim, [size.hidden])
     base.set_expert(0, nn.Linear(size.dim, size.hidden), nn.Linear(size.hidden, size.dim))
@@ -122,8 +122,8 @@ def layer_of(size: Size, experts: int, grown: bool = True) -> MoELayer:
         return gate
 
     layer = MoELayer(base, experts, router, Spawn(experts, method="copy")).to(**size.like)
-    if grown:
-        layer.grow()
+    if spawned:
+        layer.spawn()
     return layer
 
 
@@ -167,7 +167,7 @@ def cases(size: Size, quick: bool) -> Iterator[Case]:
 
     yield case("top-1, E = 8, balanced", 1.12, balanced(size, 8))
     yield case("top-1, E = 16, Zipf load", 1.20, zipf(size, 16))
-    base = whole(size, layer_of(size, 8, grown=False), RoutingContext())
+    base = whole(size, layer_of(size, 8, spawned=False), RoutingContext())
     yield Case("single expert before the spawn", 1.02, base, dense(size, size.tokens))
     if quick:
         return

@@ -19,7 +19,7 @@ from timing import clean_up, interleave, peak_memory, ratios, step
 from torch import nn
 
 from fairseq_evomoe.moe import Experts, Hidden, Routing
-from fairseq_evomoe.moe.dispatch import dispatch
+from fairseq_evomoe.moe.dispatch.local import dispatch
 
 PACKAGES = ["transformers", "st-moe-pytorch", "mixture-of-experts", "fairscale"]
 
@@ -119,7 +119,7 @@ def mixtral(p: Problem, implementation: str) -> Callable[[], None]:
     if implementation == "batched_mm" and needed > 0.4 * os.sysconf("SC_PAGE_SIZE") * os.sysconf(
         "SC_PHYS_PAGES"
     ):
-        raise MemoryError("not run, it would need {:.0f} GB".format(needed / 1e9))
+        raise MemoryError(f"not run, it would need {needed / 1e9:.0f} GB")
     config = MixtralConfig(
         hidden_size=p.size.dim, intermediate_size=p.size.hidden, num_local_experts=p.experts
     )
@@ -208,7 +208,7 @@ def compare(p: Problem, group: dict, repeats: int) -> list[dict]:
             functions[name]()  # what cannot run fails here
         except Exception as error:  # whatever it is, it belongs into the table
             functions.pop(name, None)
-            errors[name] = "{}: {}".format(type(error).__name__, str(error).splitlines()[0][:100])
+            errors[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:100]}"
     times = interleave(functions, repeats)
     first = next(iter(group))
     rows = []
@@ -228,7 +228,7 @@ def run(repeats: int) -> dict:
         for group in GROUPS:
             p = Problem.make(Size(tokens, 512, 1024), experts, k)
             rows = compare(p, group, repeats if tokens > 100 else 3 * repeats)
-            cases.append({"case": "T = {}, E = {}, top-{}".format(tokens, experts, k), "rows": rows})
+            cases.append({"case": f"T = {tokens}, E = {experts}, top-{k}", "rows": rows})
             for row in rows:
                 figures = row.get("error") or {k: round(v, 2) for k, v in row["ratio"].items()}
                 print("  {}, {}: {}".format(cases[-1]["case"], row["name"], figures), flush=True)
@@ -236,9 +236,9 @@ def run(repeats: int) -> dict:
     versions = []
     for package in PACKAGES:
         try:
-            versions.append("{} {}".format(package, version(package)))
+            versions.append(f"{package} {version(package)}")
         except PackageNotFoundError:
-            versions.append("{} is not installed".format(package))
+            versions.append(f"{package} is not installed")
     note = "d = 512, h = 1024, forward and backward; times in units of the first row's; {}".format(
         ", ".join(versions)
     )

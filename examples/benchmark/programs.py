@@ -81,19 +81,19 @@ def command(script: str, arguments: list, threads: int) -> str:
         text=True,
     )
     if done.returncode != 0:
-        raise RuntimeError("{} failed:\n{}".format(script, done.stdout[-3000:]))
+        raise RuntimeError(f"{script} failed:\n{done.stdout[-3000:]}")
     return done.stdout
 
 
 def make_data(folder: Path) -> tuple[Path, Path]:
     """Random words, frequent ones first, binarised: a text, and pairs of two languages."""
     draw = random.Random(1)
-    words = ["w{}".format(i) for i in range(4000)]
+    words = [f"w{i}" for i in range(4000)]
     weights = [1 / (i + 2) for i in range(4000)]
     for name, lines in (("train", 4000), ("valid", 200)):
         for lang in ("de", "en"):
             text = "".join(" ".join(draw.choices(words, weights, k=24)) + "\n" for _ in range(lines))
-            (folder / "{}.{}".format(name, lang)).write_text(text)
+            (folder / f"{name}.{lang}").write_text(text)
     pref = ["--trainpref", folder / "train", "--validpref", folder / "valid", "--workers", 1]
     pairs = ["--source-lang", "de", "--target-lang", "en", "--joined-dictionary"]
     command("fairseq-preprocess", [*pairs, *pref, "--destdir", folder / "pairs"], 1)
@@ -129,7 +129,7 @@ def train(model: str, phase: str | None, data: Path, save: Path | None, updates:
 
 def generate(data: Path, checkpoint: Path, moe: bool, length: int, threads: int) -> float:
     """Tokens per second of ``fairseq-generate``, all hypotheses of one length."""
-    options = "--beam 4 --min-len {0} --max-len-a 0 --max-len-b {0} --batch-size 32".format(length).split()
+    options = f"--beam 4 --min-len {length} --max-len-a 0 --max-len-b {length} --batch-size 32".split()
     arguments = [data, "--path", checkpoint, *options, "--gen-subset", "valid", "--quiet"]
     arguments += ["--user-dir", str(PLUGIN)] if moe else []
     output = command("fairseq-generate", arguments, threads)
@@ -154,7 +154,7 @@ def row(name: str, unit: str, target: float, moe: list[Speed], dense: list[Speed
         "best": max(clock[0]) / max(clock[1]),
         "cpu": statistics.median(computed[0]) / statistics.median(computed[1]),
     }
-    print("  {}: {}".format(name, {key: round(value, 2) for key, value in share.items()}), flush=True)
+    print(f"  {name}: { ({key: round(value, 2) for key, value in share.items()}) }", flush=True)
     return {
         "name": name,
         "unit": unit,
@@ -211,7 +211,7 @@ def run(out: Path | None, threads: int, rounds: int, text: Path | None, pairs: P
                     program = partial(train, model, phase, data, None, threads=threads)
                     values.append(speeds(program, UPDATES, 2))
             for phase, (_, target) in PHASES.items():
-                rows.append(row("{}, {}".format(model, phase), "updates/s", target, runs[phase], runs[None]))
+                rows.append(row(f"{model}, {phase}", "updates/s", target, runs[phase], runs[None]))
         generated: dict[bool, list[Speed]] = {False: [], True: []}
         for moe in generated:
             train("translation", "top-1" if moe else None, pairs, folder / str(moe), 2, threads)
@@ -229,8 +229,6 @@ def run(out: Path | None, threads: int, rounds: int, text: Path | None, pairs: P
                 "target": 5.0,
             },
         ]
-        print("  {}".format(others), flush=True)
-    note = "{} runs each, {} updates, d = 256, 4 layers, every second one with 8 experts".format(
-        rounds, UPDATES
-    )
+        print(f"  {others}", flush=True)
+    note = f"{rounds} runs each, {UPDATES} updates, d = 256, 4 layers, every second one with 8 experts"
     return {"note": note, "rows": rows, "others": others}

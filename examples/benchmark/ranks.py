@@ -152,8 +152,8 @@ def build(case: Case, size: Size, ranks: Ranks) -> MoELayer:
 
     layer = MoELayer(base, EXPERTS, router, Spawn(EXPERTS, method="copy")).train()
     if case.router is not None:
-        layer.grow()
-    layer.join(ranks)
+        layer.spawn()
+    layer.attach_ranks(ranks)
     return layer
 
 
@@ -270,7 +270,7 @@ def work(rank: int, world: int, folder: str, path: str, size: Size, repeats: int
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
-        init_method="file://{}/meet-{}".format(folder, world),
+        init_method=f"file://{folder}/meet-{world}",
         rank=rank,
         world_size=world,
         timeout=timedelta(seconds=TIME_LIMIT),
@@ -300,7 +300,7 @@ def start(world: int, *arguments: Any) -> None:
     try:
         while not context.join(timeout=1):
             if time.monotonic() > deadline:
-                raise TimeoutError("{} ranks took more than {} s".format(world, TIME_LIMIT))
+                raise TimeoutError(f"{world} ranks took more than {TIME_LIMIT} s")
     finally:
         for process in context.processes:
             process.kill()
@@ -340,7 +340,7 @@ def markdown(rows: list[dict]) -> str:
     head = ["ranks, stage", "tokens", "step", "compute", "exchange", "sums", "gradients"]
     head += ["CPU, compute", "CPU, all", "MB sent"]
     units = ["ranks", "GFLOP/s of a rank", "GB/s that a rank sends", "latency, ms"]
-    return "{}\n\n{}\n".format(table(head, lines), table(units, fits))
+    return f"{table(head, lines)}\n\n{table(units, fits)}\n"
 
 
 def main() -> None:

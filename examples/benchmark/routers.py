@@ -53,7 +53,7 @@ def run(repeats: int, **sizes: int | str) -> dict:
             function()
             functions[name] = function
         except Exception as error:  # it belongs into the table
-            errors[name] = "{}: {}".format(type(error).__name__, str(error).splitlines()[0][:100])
+            errors[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:100]}"
     times = interleave(functions, repeats)
     rows = [
         {"name": name, "share": ratios(times, name, "dense FFN"), "ms": 1000 * times[name]["median"]}
@@ -62,5 +62,5 @@ def run(repeats: int, **sizes: int | str) -> dict:
     for row in rows:
         print("  {}: {}".format(row["name"], {k: round(v, 3) for k, v in row["share"].items()}), flush=True)
     clean_up()
-    note = "{}, E = {}; in units of a dense FFN's step".format(size, EXPERTS)
+    note = f"{size}, E = {EXPERTS}; in units of a dense FFN's step"
     return {"note": note, "rows": rows, "errors": errors}

@@ -31,7 +31,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3, help="timed runs of each whole program")
     parser.add_argument("--quick", action="store_true", help="three small cases of the layer: half a minute")
     for name, what in (("tokens", "a batch"), ("dim", "width of a token"), ("hidden", "of an expert")):
-        parser.add_argument("--" + name, type=int, help="{}, of the parts layer and routers".format(what))
+        parser.add_argument("--" + name, type=int, help=f"{what}, of the parts layer and routers")
     parser.add_argument("--device", help="of the parts layer and routers, such as cuda (cpu)")
     parser.add_argument("--dtype", help="of the parts layer and routers, such as bfloat16 (float32)")
     parser.add_argument("--limit", type=float, help="factor of a layer case's target that is still accepted")
@@ -102,7 +102,7 @@ def main() -> int:
     print("\n" + markdown(results))
     slow = too_slow(results["layer"]["rows"], args.limit) if args.limit else []
     for case in slow:
-        print("more than {:g} x its target: {}".format(args.limit, case))
+        print(f"more than {args.limit:g} x its target: {case}")
     return int(bool(slow))
 
 

@@ -43,7 +43,7 @@ def run(repeats: int) -> dict:
             del functions
             clean_up()
         result.append({"axis": axis, "x": values, **times})
-    note = "T = {}, d = {}, h = {} unless varied; random loads".format(SIZE.tokens, SIZE.dim, SIZE.hidden)
+    note = f"T = {SIZE.tokens}, d = {SIZE.dim}, h = {SIZE.hidden} unless varied; random loads"
     return {"note": note, "series": result}
 
 

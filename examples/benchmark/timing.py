@@ -13,7 +13,7 @@ from typing import Callable
 
 import torch
 
-from fairseq_evomoe.moe import memory
+from fairseq_evomoe.moe.dispatch import memory
 
 
 def machine(threads: int) -> dict:

@@ -137,8 +137,8 @@ def _intervals(records: list[dict[str, Any]]) -> dict[int, tuple[float, bool, di
 def _parameters(text: str) -> int:
     """Number of parameters at the end; growing models tell of it when they grow."""
     built = re.findall(r"num\. shared model params: ([\d,]+)", text)
-    grown = re.findall(r"-> ([\d,]+) parameters", text)
-    return int((grown or built)[-1].replace(",", ""))
+    spawned = re.findall(r"-> ([\d,]+) parameters", text)
+    return int((spawned or built)[-1].replace(",", ""))
 
 
 def bleu(path: Path) -> float:

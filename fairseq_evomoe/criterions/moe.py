@@ -23,7 +23,7 @@ class MoECriterion:
         """See fairseq's ``FairseqCriterion.forward``."""
         layers = [layer for _, layer in moe_layers(model)]
         for layer in layers:  # a layer that LayerDrop skips has nothing to report
-            layer.moe.forget()
+            layer.moe.clear_routing()
         loss, sample_size, logging_output = super().forward(model, sample, reduce)
         if layers:
             logging_output.update(statistics(model, layers, loss))
@@ -57,7 +57,7 @@ def statistics(model: nn.Module, layers: List[MoEFeedForward], like: Tensor) -> 
     Every key is there for every batch, so that the workers' sums match.
     """
     like = like.detach().float()
-    experts = max(layer.moe.num_experts if layer.moe.grown else 1 for layer in layers)
+    experts = max(layer.moe.num_experts if layer.moe.spawned else 1 for layer in layers)
     load_LE = like.new_zeros(len(layers), experts)
     balance = like.new_zeros(())
     gate_entropy = like.new_zeros(())
@@ -95,7 +95,7 @@ def statistics(model: nn.Module, layers: List[MoEFeedForward], like: Tensor) -> 
         "moe_other_params": float(_other_parameters(model, layers)),
         # the mean over ranks and layers; ranks are summed up later
         "moe_sent_bytes": sent_bytes / len(layers),
-        "moe_phase": float(first.schedule.phase(first.num_updates, first.moe.grown)),
+        "moe_phase": float(first.schedule.phase(first.num_updates, first.moe.spawned)),
         "moe_temperature": float(first.context.temperature),
     }
 
@@ -103,7 +103,7 @@ def statistics(model: nn.Module, layers: List[MoEFeedForward], like: Tensor) -> 
 def _other_parameters(model: nn.Module, layers: List[MoEFeedForward]) -> int:
     """Number of parameters that every token uses: all but those of experts that are routed to."""
     sizes = [layer.moe.experts.parameters_of_each() for layer in layers]
-    routed = sum(size[e] for size, layer in zip(sizes, layers) for e in layer.moe.experts.own)
+    routed = sum(size[e] for size, layer in zip(sizes, layers) for e in layer.moe.experts.local)
     return sum(p.numel() for p in model.parameters()) - routed
 
 

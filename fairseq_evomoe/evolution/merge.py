@@ -125,8 +125,8 @@ class Merge:
         if name in _UNCHANGED or name.startswith("gru."):
             return old
         raise MergeError(
-            "The router has a tensor {}, and there is no rule for merging its experts: merge checkpoints of "
-            "other routers than comet, whose experts have fixed places in a tree.".format(name)
+            f"The router has a tensor {name}, and there is no rule for merging its experts: merge "
+            "checkpoints of other routers than comet, whose experts have fixed places in a tree."
         )
 
 
@@ -192,9 +192,8 @@ def group_experts(similarity_EE: Tensor, widths: Sequence[int], experts: int) ->
     """
     if not 1 <= experts < len(widths):
         raise MergeError(
-            "--experts must be at least 1 and less than the {} experts that there are, but is {}.".format(
-                len(widths), experts
-            )
+            f"--experts must be at least 1 and less than the {len(widths)} experts that there are, but is "
+            f"{experts}."
         )
     classes = {width: [e for e, w in enumerate(widths) if w == width] for width in widths}
     groups = []
@@ -208,8 +207,8 @@ def _shares(sizes: Sequence[int], total: int) -> List[int]:
     """Numbers from 1 to each size that sum to the total, in proportion to the sizes as nearly as possible."""
     if total < len(sizes):
         raise MergeError(
-            "Only experts of equal widths are merged, and --moe-expert-sizes has made {0} widths: --experts "
-            "must be at least {0}, but is {1}.".format(len(sizes), total)
+            f"Only experts of equal widths are merged, and --moe-expert-sizes has made {len(sizes)} widths: "
+            f"--experts must be at least {len(sizes)}, but is {total}."
         )
     exact = [size * total / sum(sizes) for size in sizes]
     counts = [max(int(share), 1) for share in exact]

@@ -96,8 +96,8 @@ class Plateau:
         if self.spawn_update is None:
             return "the training loss has reached no plateau in the first half of --max-update"
         return (
-            "the mean loss of {} updates fell by {:.4g} to {:.4g}, by less than {:g} of its greatest fall "
-            "of {:.4g}".format(self.window, self.fall, self.mean, self.share, self.steepest)
+            f"the mean loss of {self.window} updates fell by {self.fall:.4g} to {self.mean:.4g}, by less "
+            f"than {self.share:g} of its greatest fall of {self.steepest:.4g}"
         )
 
     def state(self) -> Dict[str, Tensor]:
@@ -115,21 +115,21 @@ class Plateau:
         vars(self).update(zip(_COUNTS, counts))
         vars(self).update(zip(_LOSSES, state[self.KEYS[1]].tolist()))
 
-    def resume(self, update: int, grown: bool) -> bool:
+    def resume(self, update: int, spawned: bool) -> bool:
         """Begin anew if a checkpoint was loaded that another run, or another count of updates, left.
 
         What waits for a plateau forgets that other loss; experts that have spawned count as spawned at 0.
 
         Args:
             update: the number of updates that the run has made.
-            grown: whether the experts have spawned.
+            spawned: whether the experts have spawned.
 
         Returns:
             whether it was so.
         """
         foreign = update != self.update
-        if grown:
+        if spawned:
             foreign = self.spawn_update is None or update < self.spawn_update
         if foreign:
-            vars(self).update(vars(Plateau(self.window, self.share, update, 0 if grown else None)))
+            vars(self).update(vars(Plateau(self.window, self.share, update, 0 if spawned else None)))
         return foreign

@@ -65,15 +65,15 @@ class Schedule:
             return start * (end / start) ** done
         return start - done * (start - end)
 
-    def phase(self, update: Optional[int], grown: bool) -> Phase:
+    def phase(self, update: Optional[int], spawned: bool) -> Phase:
         """Phase at an update; ``None``: after training.
 
         Args:
             update: the update number.
-            grown: whether the experts have spawned.  A checkpoint whose experts have spawned stays
+            spawned: whether the experts have spawned.  A checkpoint whose experts have spawned stays
                 grown when its update counter is reset; it waits for the spawn update in the soft phase.
         """
-        if not grown:
+        if not spawned:
             return Phase.DIVERSIFY
         if update is None or update - self.spawn_update >= self.hard_after:
             return Phase.HARD if self.hard_after != float("inf") else Phase.SOFT

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..moe.noise import seed_of
-from .kmeans import balanced_kmeans
-from .plan import Inherit, Origin, Plan
+from ..moe.plan import Inherit, Origin, Plan
+from .clustering import balanced_kmeans
 
 
 class SpawnMethod(str, Enum):
@@ -89,8 +89,8 @@ class Spawn:
     def __post_init__(self) -> None:
         if self.widths is not None and (len(self.widths) != self.experts or min(self.widths) < 1):
             raise ValueError(
-                "--moe-expert-sizes must give each of the {} experts at least one hidden unit, but gives "
-                "{}.".format(self.experts, list(self.widths))
+                f"--moe-expert-sizes must give each of the {self.experts} experts at least one hidden unit, "
+                f"but gives {list(self.widths)}."
             )
 
     @property
@@ -123,9 +123,7 @@ class Spawn:
         if split and base % self.experts != 0:
             raise ValueError(
                 "--moe-spawn-method split divides the base's hidden units among the experts, but there are "
-                "{} units and --moe-experts {}: let the one be a multiple of the other.".format(
-                    base, self.experts
-                )
+                f"{base} units and --moe-experts {self.experts}: let the one be a multiple of the other."
             )
         expected = [base // self.experts if split else base] * self.experts
         if self.widths is None:
@@ -133,11 +131,9 @@ class Spawn:
         narrower = self.method == SpawnMethod.reinit and max(self.widths) <= base
         if not narrower and self.method != SpawnMethod.slice and list(self.widths) != expected:
             raise ValueError(
-                "--moe-spawn-method {} makes experts of {} hidden units out of a base of {}, but they are to "
-                "have {}: use --moe-spawn-method slice, or reinit if none is wider, or leave out "
-                "--moe-expert-sizes and --moe-total-ffn-dim.".format(
-                    self.method_name, expected[0], base, list(self.widths)
-                )
+                f"--moe-spawn-method {self.method_name} makes experts of {expected[0]} hidden units out of a "
+                f"base of {base}, but they are to have {list(self.widths)}: use --moe-spawn-method slice, or "
+                "reinit if none is wider, or leave out --moe-expert-sizes and --moe-total-ffn-dim."
             )
         return list(self.widths)
 
@@ -156,7 +152,7 @@ class Spawn:
         if self.method == SpawnMethod.slice:
             return self._slice(usefulness(base, activity_H), widths)
         if self.method == SpawnMethod.split:
-            return self._split(base["w1"])
+            return self._is_sharded(base["w1"])
         origins = [Origin(0, self._units(e, units, width)) for e, width in enumerate(widths)]
         return Plan(origins, self._diversify)
 
@@ -215,7 +211,7 @@ class Spawn:
 
         return Plan(origins, fill_new_units)
 
-    def _split(self, w1_HD: Tensor) -> Plan:
+    def _is_sharded(self, w1_HD: Tensor) -> Plan:
         cluster_H = balanced_kmeans(F.normalize(w1_HD.double(), dim=1), self.experts, self.generator("split"))
         units = [(cluster_H == e).nonzero().squeeze(1) for e in range(self.experts)]
         gate_ED = torch.stack([w1_HD[unit_K.to(w1_HD.device)].float().mean(0) for unit_K in units])

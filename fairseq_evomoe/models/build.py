@@ -22,13 +22,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import compat
-from ..evolution.plan import check_linear_gate
+from ..config.options import flag
 from ..moe import Experts, Hidden, MoELayer, RoutingContext
 from ..moe.multi_head import MultiHead
+from ..moe.plan import check_linear_gate
 from . import make
 from .feed_forward import MoEDecoderLayer, MoEEncoderLayer, StackInput
 from .layer_drop import MoELayerDrop
-from .options import flag
 
 logger = logging.getLogger(__name__)
 
@@ -59,8 +59,8 @@ def add_experts(
     }
     if not any(chosen.values()):
         raise ValueError(
-            "--moe-freq {} is greater than the number of layers ({}), so that no layer would be an MoE "
-            "layer: lower it.".format(cfg.moe_freq, max(map(len, layers.values())))
+            f"--moe-freq {cfg.moe_freq} is greater than the number of layers "
+            f"({max(map(len, layers.values()))}), so that no layer would be an MoE layer: lower it."
         )
     number = 0
     for side, stack in stacks.items():
@@ -71,13 +71,8 @@ def add_experts(
             number += 1
         if chosen[side]:
             logger.info(
-                "{}: {} of {} layers with {} experts of {} hidden units".format(
-                    side,
-                    len(chosen[side]),
-                    len(layers[side]),
-                    cfg.moe_experts,
-                    _listed(chosen[side][0].widths),
-                )
+                f"{side}: {len(chosen[side])} of {len(layers[side])} layers with {cfg.moe_experts} experts "
+                f"of {_listed(chosen[side][0].widths)} hidden units"
             )
         compat.remove_encoder_fast_path(layers[side])
 
@@ -95,8 +90,8 @@ def _layer_numbers(cfg: Any, side: str, stack: Sequence[nn.Module]) -> Sequence[
 def _check_side(cfg: Any, side: str) -> None:
     if side == "decoder" and make.router_class(cfg).needs_whole_sequence:
         raise ValueError(
-            "--moe-router {0} mixes each token with later ones, which a decoder must not see: choose "
-            "another router, or use {0} in evomoe_roberta.".format(cfg.moe_router)
+            f"--moe-router {cfg.moe_router} mixes each token with later ones, which a decoder must not see: "
+            f"choose another router, or use {cfg.moe_router} in evomoe_roberta."
         )
 
 
@@ -152,7 +147,7 @@ class _StackBuilder:
         make_hyper_adapter = None
         if cfg.moe_hyper_adapter:
             make_hyper_adapter = partial(make.make_hyper_adapter, cfg, experts.dim, spawn, self.shared)
-        losses = [name for name in make.LAYER_LOSSES if getattr(cfg, "moe_{}_weight".format(name)) > 0]
+        losses = [name for name in make.LAYER_LOSSES if getattr(cfg, f"moe_{name}_weight") > 0]
         moe = MoELayer(
             experts,
             cfg.moe_experts,
@@ -164,19 +159,19 @@ class _StackBuilder:
             losses=losses,
             scaling_factor=cfg.moe_scaling_factor,
         )
-        moe.wire = make.make_wire(cfg, spawn)
+        moe.transport = make.make_transport(cfg, spawn)
         return moe
 
     def _try_out(self, layer: nn.Module) -> None:
         """Find now what would else go wrong when the experts spawn, long into the run."""
         cfg, moe = self.cfg, layer.moe
         with _named_as_flags(cfg):
-            router = make.make_router(cfg, moe.experts.dim, moe.spawn, self.vocabulary, {}).eval()
+            router = make.make_router(cfg, moe.experts.dim, moe.spawner, self.vocabulary, {}).eval()
         if cfg.moe_experts == 1:
             return
         if layer.schedule.spawn_update > 0:
-            moe.spawn.widths_from(layer.ffn_dim)
-        if moe.spawn.makes_gate:
+            moe.spawner.widths_from(layer.ffn_dim)
+        if moe.spawner.makes_gate:
             check_linear_gate(router)
         if cfg.moe_penalty_weight > 0:
             zero_T = torch.zeros(1, dtype=torch.long)
@@ -184,14 +179,14 @@ class _StackBuilder:
             context = RoutingContext(token_T=zero_T, embedding_TC=embedding_TC, sequence_T=zero_T)
             if router(torch.zeros(1, moe.experts.dim), context).probability_TE is None:
                 raise ValueError(
-                    "--moe-penalty-weight penalises the gate's probabilities, and --moe-router {} has none: "
-                    "choose another router or leave it out.".format(cfg.moe_router)
+                    "--moe-penalty-weight penalises the gate's probabilities, and --moe-router "
+                    f"{cfg.moe_router} has none: choose another router or leave it out."
                 )
 
     def _grow_at_start(self, layer: nn.Module, fc1: nn.Linear, fc2: nn.Linear) -> None:
         """Experts that are there from the start have initial weights of their own."""
         moe = layer.moe
-        moe.grow_empty(layer.widths)
+        moe.allocate_spawned(layer.widths)
         keep = not moe.shared_expert and moe.experts.widths[0] == fc1.out_features
         if keep and self._is_dense(moe.experts):
             moe.experts.set_expert(0, fc1, fc2)

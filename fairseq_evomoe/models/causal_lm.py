@@ -11,11 +11,11 @@ from fairseq.models.transformer_lm import (
     transformer_lm_gpt2_medium,
 )
 
+from ..config.options import MoEOptions, complete, set_defaults
+from ..config.rules import check_options
 from .build import add_experts
 from .feed_forward import MoEModel
 from .make import make_plateau
-from .options import MoEOptions, complete, set_defaults
-from .rules import check_options
 
 
 @dataclass

@@ -18,7 +18,7 @@ from .. import compat
 from ..evolution.plateau import Plateau
 from ..evolution.schedule import Schedule
 from ..moe import MoELayer, RoutingContext
-from ..moe.loading import WIDTHS_OF_SHARE, is_share
+from ..moe.loading import WIDTHS_OF_SHARD, is_shard
 
 
 class CheckpointMismatch(ValueError):
@@ -87,7 +87,7 @@ class MoEFeedForward:
     loss_weights: Dict[str, float]
     num_updates: Optional[int] = None
     rows_routed = 0
-    idle = False
+    is_dummy_batch = False
     checkpoint_activations = False
     offload_activations = False
     stack: StackInput
@@ -108,7 +108,7 @@ class MoEFeedForward:
     @property
     def context(self) -> RoutingContext:
         """What the router is told at this update."""
-        phase = self.schedule.phase(self.num_updates, self.moe.grown)
+        phase = self.schedule.phase(self.num_updates, self.moe.spawned)
         return RoutingContext(
             temperature=self.schedule.temperature(self.num_updates),
             hard=phase == phase.HARD,
@@ -128,9 +128,9 @@ class MoEFeedForward:
             tokens = embeddings = None  # fairseq was given other embeddings than those of tokens
         padding_mask = batch.padding_mask
         if self.training:
-            context.noise_key = ("gate", moe.spawn.seed, self.num_updates, moe.spawn.layer)
+            context.noise_key = ("gate", moe.spawner.seed, self.num_updates, moe.spawner.layer)
             context.first_row = batch.first_row
-            if self.idle:
+            if self.is_dummy_batch:
                 padding_mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
         sequences = torch.arange(x.shape[0], device=x.device).unsqueeze(1).expand(x.shape[:2])
         return moe(x, context, padding_mask, tokens, sequences, embeddings).transpose(0, 1)
@@ -193,40 +193,37 @@ class MoEFeedForward:
                 tensor = tensor.t().contiguous() if new == "w2" else tensor
                 state_dict[experts + new] = tensor.unsqueeze(0) if new == "b2" else tensor
         for kind in ("weight", "bias"):
-            norm = state_dict.pop("{}ffn_layernorm.{}".format(prefix, kind), None)
+            norm = state_dict.pop(f"{prefix}ffn_layernorm.{kind}", None)
             if norm is not None:
-                state_dict["{}hidden.norm.{}".format(experts, kind)] = norm
+                state_dict[f"{experts}hidden.norm.{kind}"] = norm
 
     def _check_checkpoint(self, state_dict, name: str) -> None:
         prefix, moe = name + ".moe.", self.moe
-        w1, b2 = (state_dict.get("{}experts.{}".format(prefix, key)) for key in ("w1", "b2"))
+        w1, b2 = (state_dict.get(f"{prefix}experts.{key}") for key in ("w1", "b2"))
         if w1 is None or b2 is None:
             return  # fairseq names the missing keys
-        if is_share(moe, state_dict, prefix):
+        if is_shard(moe, state_dict, prefix):
             return  # the layer's own state
-        widths = state_dict.get(prefix + WIDTHS_OF_SHARE)
+        widths = state_dict.get(prefix + WIDTHS_OF_SHARD)
         found, units = (b2.shape[0], w1.shape[0]) if widths is None else (len(widths), int(widths.sum()))
         if found not in (1, moe.num_experts) and not moe.resizes:
             raise CheckpointMismatch(
-                "The checkpoint has {0} experts in {1}, but --moe-experts is {2}: give --moe-experts "
-                "{0}.".format(found, name, moe.num_experts)
+                f"The checkpoint has {found} experts in {name}, but --moe-experts is {moe.num_experts}: give "
+                f"--moe-experts {found}."
             )
         expected = sum(self.widths) if found > 1 else self.ffn_dim
         if units != expected and not moe.resizes:
             raise CheckpointMismatch(
-                "The checkpoint's experts in {} have {} hidden units in all, but the model's {}: give the "
-                "ffn-embed-dim, --moe-expert-sizes and --moe-total-ffn-dim that it was trained with.".format(
-                    name, units, expected
-                )
+                f"The checkpoint's experts in {name} have {units} hidden units in all, but the model's "
+                f"{expected}: give the ffn-embed-dim, --moe-expert-sizes and --moe-total-ffn-dim that it was "
+                "trained with."
             )
         router = {key[len(prefix) :] for key in state_dict if key.startswith(prefix + "router.")}
         expected = {"router." + key for key in (moe.router or moe.make_router()).state_dict()}
         if router and router != expected:
             raise CheckpointMismatch(
-                "The checkpoint's router in {} has the parameters {}, but that of --moe-router has {}: "
-                "give the --moe-router that it was trained with.".format(
-                    name, sorted(router), sorted(expected)
-                )
+                f"The checkpoint's router in {name} has the parameters {sorted(router)}, but that of "
+                f"--moe-router has {sorted(expected)}: give the --moe-router that it was trained with."
             )
 
 
@@ -310,8 +307,8 @@ class MoEModel:
         expected = {prefix + layer for layer, _ in moe_layers(self)}
         if found and found != expected:
             raise CheckpointMismatch(
-                "The checkpoint has MoE layers at {}, but the model has them at {}: give the --moe-freq "
-                "that it was trained with.".format(sorted(found), sorted(expected))
+                f"The checkpoint has MoE layers at {sorted(found)}, but the model has them at "
+                f"{sorted(expected)}: give the --moe-freq that it was trained with."
             )
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 

@@ -29,7 +29,7 @@ class MoELayerDrop(LayerDropModuleList):
         update, passes = self._passes
         passes = passes + 1 if update == first.num_updates else 1
         self._passes = first.num_updates, passes
-        spawn = first.moe.spawn
+        spawn = first.moe.spawner
         seed = seed_of("layer drop", spawn.seed, spawn.layer, first.num_updates, passes)
         probability = torch.rand(len(layers), generator=torch.Generator().manual_seed(seed))
         yield from (layer for layer, p in zip(layers, probability.tolist()) if p > self.p)

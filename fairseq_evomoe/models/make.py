@@ -8,15 +8,15 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..evolution.plan import Inherit
 from ..evolution.plateau import Plateau
 from ..evolution.schedule import Schedule, TemperatureSchedule
+from ..evolution.sizes import expert_widths, size_ratios
 from ..evolution.spawn import Spawn, SpawnMethod
 from ..moe import ROUTERS, Router, Vocabulary
-from ..moe.exchange import Wire
+from ..moe.dispatch.compression import LSH
+from ..moe.dispatch.exchange import Transport
 from ..moe.hyper_adapter import HyperAdapter
-from ..moe.lsh import LSH
-from ..moe.sizes import expert_widths, size_ratios
+from ..moe.plan import Inherit
 
 _GATED = {"swiglu": F.silu, "geglu": F.gelu, "reglu": F.relu}
 _PLAIN = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
@@ -187,13 +187,13 @@ def prefer_confident_gate(cfg: Any) -> None:
             setattr(cfg, "moe_" + name, value)
 
 
-def make_wire(cfg: Any, spawn: Spawn) -> Wire:
+def make_transport(cfg: Any, spawn: Spawn) -> Transport:
     """How tokens travel to experts on other ranks."""
     dtypes = {"model": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     lsh = None
     if str(cfg.moe_a2a_compress) == "lsh":
         lsh = LSH(cfg.moe_lsh_hashes, cfg.moe_lsh_dim, (spawn.seed, spawn.layer))
-    return Wire(dtypes[str(cfg.moe_a2a_dtype)], lsh)
+    return Transport(dtypes[str(cfg.moe_a2a_dtype)], lsh)
 
 
 def make_hyper_adapter(cfg: Any, dim: int, spawn: Spawn, shared: Dict[str, nn.Module]) -> HyperAdapter:
@@ -207,10 +207,10 @@ def loss_weights(cfg: Any) -> Dict[str, float]:
     """Weight of each auxiliary loss of a layer."""
     weights = {}
     for name, published in router_class(cfg).loss_weights.items():
-        given = getattr(cfg, "moe_{}_weight".format(name))
+        given = getattr(cfg, f"moe_{name}_weight")
         weights[name] = published if given is None else given
     for name in LAYER_LOSSES:
-        weights[name] = getattr(cfg, "moe_{}_weight".format(name))
+        weights[name] = getattr(cfg, f"moe_{name}_weight")
     return weights
 
 

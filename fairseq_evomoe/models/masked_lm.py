@@ -8,12 +8,12 @@ from fairseq.models import register_model, register_model_architecture
 from fairseq.models.roberta import RobertaModel, base_architecture, roberta_large_architecture
 from fairseq.modules.transformer_sentence_encoder import init_bert_params
 
+from ..config.options import MoEOptions, complete, option, set_defaults
+from ..config.rules import check_options
 from .build import add_experts
 from .feed_forward import MoEModel
 from .flat_config import config_from_parser, to_namespace
 from .make import make_plateau, prefer_confident_gate
-from .options import MoEOptions, complete, option, set_defaults
-from .rules import check_options
 
 
 def _defaults() -> dict:

@@ -14,12 +14,12 @@ from fairseq.models.transformer import (
 )
 from omegaconf import II
 
+from ..config.options import MoEOptions, complete, option, set_defaults
+from ..config.rules import check_options
 from .build import add_experts
 from .feed_forward import MoEModel
 from .flat_config import config_from_parser, to_namespace
 from .make import make_plateau
-from .options import MoEOptions, complete, option, set_defaults
-from .rules import check_options
 
 
 def _defaults() -> dict:

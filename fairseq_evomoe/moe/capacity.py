@@ -30,8 +30,8 @@ def limit_load(routing: Routing, factor: float, top_k: int = 1, ranks: Ranks = A
     if factor <= 0 or (routing.expert_N.numel() == 0 and ranks.size == 1):
         return
     experts = routing.experts
-    choice_N = place(routing.token_N, max(routing.tokens, 1))
-    place_N = place(choice_N * experts + routing.expert_N, top_k * experts)
+    choice_N = position(routing.token_N, max(routing.tokens, 1))
+    position_N = position(choice_N * experts + routing.expert_N, top_k * experts)
 
     # what comes before this rank's pairs of each choice and expert
     count_KE = torch.bincount(choice_N * experts + routing.expert_N, minlength=top_k * experts)
@@ -42,16 +42,16 @@ def limit_load(routing: Routing, factor: float, top_k: int = 1, ranks: Ranks = A
     before_KE = count_KE.cumsum(0) - count_KE + count_WKE[: ranks.rank].sum(0)
 
     capacity = torch.ceil(factor * top_k * count_WK[:, -1].sum().double() / experts)
-    keep_N = place_N + before_KE[choice_N, routing.expert_N] < capacity
+    keep_N = position_N + before_KE[choice_N, routing.expert_N] < capacity
     routing.dropped = (~keep_N).sum()
     keep_pairs(routing, keep_N)
 
 
-def place(expert_N: Tensor, experts: int) -> Tensor:
+def position(expert_N: Tensor, experts: int) -> Tensor:
     """How many pairs of the same expert are listed before each pair: int64, shape (N,)."""
     sorted_N, order_N = torch.sort(expert_N, stable=True)
     count_E = torch.bincount(expert_N, minlength=experts)
     first_E = count_E.cumsum(0) - count_E
-    place_N = torch.empty_like(order_N)
-    place_N[order_N] = torch.arange(order_N.shape[0], device=order_N.device) - first_E[sorted_N]
-    return place_N
+    position_N = torch.empty_like(order_N)
+    position_N[order_N] = torch.arange(order_N.shape[0], device=order_N.device) - first_E[sorted_N]
+    return position_N

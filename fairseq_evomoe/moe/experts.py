@@ -56,7 +56,7 @@ class Experts(nn.Module):
     Attributes:
         widths: hidden units of each expert, on whatever rank it is.
         own: numbers of the experts that are here, ascending; all without expert parallelism.
-        own_widths: hidden units of those; H is their sum.
+        local_widths: hidden units of those; H is their sum.
         split: whether the experts are shared out among ranks.
         w1: (H, D).  b1: (H,).  w2: (H, D).  b2: (E, D).  w3: (H, D), or ``None`` if not gated.
 
@@ -75,9 +75,9 @@ class Experts(nn.Module):
         self.gated = gated
         self.hidden = Hidden() if hidden is None else hidden
         self.widths: List[int] = []
-        self.resize(widths)
+        self.allocate(widths)
 
-    def resize(self, widths: Sequence[int], own: Optional[Sequence[int]] = None) -> None:
+    def allocate(self, widths: Sequence[int], own: Optional[Sequence[int]] = None) -> None:
         """Make room for experts of these widths.  The contents are undefined until they are filled.
 
         Args:
@@ -85,15 +85,15 @@ class Experts(nn.Module):
             own: numbers of those that shall be here, ascending, if they are shared out among ranks.
         """
         self.widths = list(widths)
-        self.split = own is not None
-        self.own = list(range(len(widths)) if own is None else own)
-        self.own_widths = [self.widths[e] for e in self.own]
-        total = sum(self.own_widths)
+        self.sharded = own is not None
+        self.local = list(range(len(widths)) if own is None else own)
+        self.local_widths = [self.widths[e] for e in self.local]
+        total = sum(self.local_widths)
         shapes = {
             "w1": (total, self.dim),
             "b1": (total,),
             "w2": (total, self.dim),
-            "b2": (len(self.own), self.dim),
+            "b2": (len(self.local), self.dim),
         }
         if self.gated:
             shapes["w3"] = (total, self.dim)
@@ -106,15 +106,15 @@ class Experts(nn.Module):
                 new.requires_grad_(old.requires_grad)
                 new.__dict__.update(old.__dict__)  # param_group, optim_overrides, ...
                 new.__dict__.pop("expert", None)
-            if self.split:
+            if self.sharded:
                 new.expert = True  # tells fairseq that other ranks have other values
             self.register_parameter(name, new)
 
     @torch.no_grad()
     def set_expert(self, index: int, fc1: nn.Linear, fc2: nn.Linear, fc3: Optional[nn.Linear] = None) -> None:
         """Copy a dense FFN, given as its linear layers, into expert ``index``."""
-        start = sum(self.own_widths[:index])
-        rows = slice(start, start + self.own_widths[index])
+        start = sum(self.local_widths[:index])
+        rows = slice(start, start + self.local_widths[index])
         self.w1[rows] = fc1.weight
         self.b1[rows] = fc1.bias
         self.w2[rows] = fc2.weight.t()
@@ -137,15 +137,15 @@ class Experts(nn.Module):
         Returns:
             shape (N, D).
         """
-        if len(self.own) == 1:
+        if len(self.local) == 1:
             return self._expert(x_ND, self.w1, self.b1, self.w2, self.b2[0], self.w3)
         parts = zip(
             x_ND.split(list(counts)),
-            self.w1.split(self.own_widths),
-            self.b1.split(self.own_widths),
-            self.w2.split(self.own_widths),
+            self.w1.split(self.local_widths),
+            self.b1.split(self.local_widths),
+            self.w2.split(self.local_widths),
             self.b2.unbind(0),
-            self.w3.split(self.own_widths) if self.gated else [None] * len(self.own),
+            self.w3.split(self.local_widths) if self.gated else [None] * len(self.local),
         )
         return torch.cat([x_ND[:0]] + [self._expert(*part) for part in parts])
 
@@ -157,4 +157,4 @@ class Experts(nn.Module):
 
     def extra_repr(self) -> str:
         """Sizes, for ``print(model)``."""
-        return "dim={}, widths={}".format(self.dim, self.widths) + (", own={}".format(self.own) * self.split)
+        return f"dim={self.dim}, widths={self.widths}" + (f", own={self.local}" * self.sharded)

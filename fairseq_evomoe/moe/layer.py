@@ -7,53 +7,53 @@ import torch
 from torch import Tensor, nn
 
 from . import loading
-from .collect import Activity
 from .dispatch import dispatch
-from .exchange import Wire, depart
+from .dispatch.exchange import Transport, send
 from .experts import Experts
 from .hyper_adapter import HyperAdapter
 from .losses import penalty_loss
 from .multi_head import MultiHead
 from .mutual_distillation import dispatch_and_compare
-from .placement import join_experts, place_experts, rows_of_each, take_experts
 from .ranks import ALONE, Ranks
 from .routers import Router
 from .routing import Routing, RoutingContext
+from .sharding import concat_experts, deal_experts, rows_per_expert, take_experts
+from .statistics import Activity
 
 if TYPE_CHECKING:
-    from ..evolution.plan import Plan
     from ..evolution.spawn import Spawn
+    from .plan import Plan
 
 
 class MoELayer(nn.Module):
-    """A feed-forward layer that owns one expert at first and, once grown, many and a router.
+    """A feed-forward layer that owns one expert at first and, once they have spawned, many and a router.
 
-    Before it grows it computes what the dense feed-forward layer computes, at the same cost, and has
-    the same parameters.  ``load_state_dict`` takes both forms: one expert loaded into a grown layer
-    is spawned into all of them, and a layer with one expert grows if the state has grown.
+    Before the spawn it computes what the dense feed-forward layer computes, at the same cost, and has the
+    same parameters.  ``load_state_dict`` takes both forms: one expert loaded into a layer with many is
+    spawned into all of them, and a layer with one expert gets room for as many as the state has.
 
     Attributes:
-        experts: the experts; one before the growth.
-        router: the router; ``None`` before the growth.
+        experts: the experts; one before the spawn.
+        router: the router; ``None`` before the spawn.
         shared: an always-on expert beside the routed ones, which starts as the base expert; ``None`` without
-            ``shared_expert`` and before the growth.
+            ``shared_expert`` and before the spawn.
         activity: measures the base expert's hidden units for the spawn, if that asks for it; ``None``
-            once the layer is grown.
-        hyper_adapter: HyperMoE's adapter; ``None`` without ``make_hyper_adapter`` and before the growth.
+            once the experts have spawned.
+        hyper_adapter: HyperMoE's adapter; ``None`` without ``make_hyper_adapter`` and before the spawn.
         ranks: the processes that train the model together; see ``join``.
-        wire: how tokens travel among those of them that share the experts.
+        transport: how tokens travel among those of them that share the experts.
         routing: how the last batch was routed; ``None`` before the first and after ``forget``.
-        first_widths: hidden units of the experts when there was one, and once the layer is grown, of those
+        first_widths: hidden units of the experts when there was one, and once the layer is spawned, of those
             that it grew; routers that resize count from them.
         spawned_on_load: whether the experts were spawned from a single one when a state was loaded.
 
     Args:
         experts: the base expert.
-        num_experts: E, the number of experts after the growth.
+        num_experts: E, the number of experts after the spawn.
         make_router: builds and initialises the router when the layer grows.
         spawn: how the base expert becomes many, an ``evolution.spawn.Spawn``.
         heads: splits tokens into sub-tokens around the experts.
-        shared_expert: whether there is an always-on expert once the layer is grown.
+        shared_expert: whether there is an always-on expert once the experts have spawned.
         make_hyper_adapter: builds and initialises the adapter when the layer grows.
         losses: which of the losses that are the layer's, not the router's, to compute: ``penalty`` (HMoE),
             ``mutual_distillation`` (MoDE).
@@ -76,8 +76,8 @@ class MoELayer(nn.Module):
         self.experts = experts
         self.num_experts = num_experts
         self.make_router = make_router
-        self.spawn = spawn
-        # registered before it exists, so that parameters have one order in grown and loaded models
+        self.spawner = spawn
+        # registered before it exists, so that parameters have one order in spawned and loaded models
         self.register_module("router", None)
         self.register_module("shared", None)
         self.register_module("hyper_adapter", None)
@@ -89,7 +89,7 @@ class MoELayer(nn.Module):
         self.losses = frozenset(losses)
         self.scaling_factor = scaling_factor
         self.ranks: Ranks = ALONE
-        self.wire = Wire()
+        self.transport = Transport()
         self.routing: Optional[Routing] = None
         self.first_widths = list(experts.widths)
         self.spawned_on_load = False
@@ -100,39 +100,39 @@ class MoELayer(nn.Module):
         return (self.router or self.make_router()).resizes
 
     @property
-    def grown(self) -> bool:
+    def spawned(self) -> bool:
         """Whether the layer has all its experts."""
         return self.router is not None or self.num_experts == 1
 
     @property
-    def split(self) -> bool:
+    def sharded(self) -> bool:
         """Whether the experts are shared out among ranks; a single one never is."""
-        return self.experts.split
+        return self.experts.sharded
 
     @torch.no_grad()
-    def join(self, ranks: Ranks) -> None:
+    def attach_ranks(self, ranks: Ranks) -> None:
         """Let ranks train the layer together; experts that there are already are shared out among them.
 
         All of the ranks must call this.
         """
-        whole = self.whole_experts()
+        whole = self.gather_experts()
         self.ranks = ranks
         if self.router is not None:
-            self.make_room(self.experts.widths)
+            self.allocate(self.experts.widths)
             for name, tensor in whole.items():
-                getattr(self.experts, name).copy_(self.share(name, tensor))
+                getattr(self.experts, name).copy_(self.local_rows(name, tensor))
 
-    def make_room(self, widths: Sequence[int]) -> None:
+    def allocate(self, widths: Sequence[int]) -> None:
         """Let the experts have these widths; each rank has room for its own, whose contents are undefined."""
         parallel = self.ranks.parallel
-        own = place_experts(widths, parallel)[self.ranks.place] if parallel > 1 else None
-        self.experts.resize(widths, own)
+        own = deal_experts(widths, parallel)[self.ranks.group_rank] if parallel > 1 else None
+        self.experts.allocate(widths, own)
 
-    def share(self, name: str, whole: Tensor) -> Tensor:
+    def local_rows(self, name: str, whole: Tensor) -> Tensor:
         """The rows that this rank has of a tensor of all experts, such as one of a checkpoint."""
-        return take_experts(name, whole, self.experts.widths, self.experts.own) if self.split else whole
+        return take_experts(name, whole, self.experts.widths, self.experts.local) if self.sharded else whole
 
-    def whole(self, name: str, own: Tensor, to: Optional[int] = None) -> Optional[Tensor]:
+    def gather_rows(self, name: str, own: Tensor, to: Optional[int] = None) -> Optional[Tensor]:
         """A tensor of all experts, from the rows that each rank has; the ranks must all call this.
 
         Args:
@@ -143,41 +143,41 @@ class MoELayer(nn.Module):
         Returns:
             the tensor, or ``None`` where it is not wanted.
         """
-        if not self.split:
+        if not self.sharded:
             return own
         widths = self.experts.widths
-        experts_of = place_experts(widths, self.ranks.parallel)
-        sizes = [sum(rows_of_each(name, [widths[e] for e in experts])) for experts in experts_of]
+        experts_of = deal_experts(widths, self.ranks.parallel)
+        sizes = [sum(rows_per_expert(name, [widths[e] for e in experts])) for experts in experts_of]
         parts = self.ranks.gather_experts(own, sizes, to)
-        return join_experts(name, parts, widths, experts_of) if parts else None
+        return concat_experts(name, parts, widths, experts_of) if parts else None
 
-    def whole_experts(self) -> Dict[str, Tensor]:
+    def gather_experts(self) -> Dict[str, Tensor]:
         """The tensors of all experts by name; the ranks that share them must all call this."""
-        return {name: self.whole(name, tensor) for name, tensor in self.expert_tensors().items()}
+        return {name: self.gather_rows(name, tensor) for name, tensor in self.expert_tensors().items()}
 
-    def plan_growth(self) -> "Plan":
+    def plan_spawn(self) -> "Plan":
         """What would become of the base expert and its copies if the layer grew now."""
         activity_H = None if self.activity is None else self.activity.magnitude_H
-        return self.spawn.plan(self.expert_tensors(), activity_H)
+        return self.spawner.plan(self.expert_tensors(), activity_H)
 
     @torch.no_grad()
-    def grow(self, plan: Optional["Plan"] = None) -> None:
+    def spawn(self, plan: Optional["Plan"] = None) -> None:
         """Spawn the experts and make the router.  The parameters are new objects afterwards.
 
         Args:
-            plan: what becomes of the base expert; ``plan_growth()`` if not given.
+            plan: what becomes of the base expert; ``plan_spawn()`` if not given.
         """
-        plan = self.plan_growth() if plan is None else plan
+        plan = self.plan_spawn() if plan is None else plan
         base = self.expert_tensors()
-        self.become(plan)
+        self.apply_plan(plan)
         self._complete(base)
         plan.fill_gate(self.router)
 
     @torch.no_grad()
-    def grow_empty(self, widths: Sequence[int]) -> None:
+    def allocate_spawned(self, widths: Sequence[int]) -> None:
         """Make the router and room for experts of these widths, whose weights are then up to the caller."""
         base = self.expert_tensors()
-        self.experts.resize(widths)
+        self.experts.allocate(widths)
         self.num_experts = len(widths)
         self._complete(base)
 
@@ -187,7 +187,7 @@ class MoELayer(nn.Module):
         self._add_companions(base)
 
     @torch.no_grad()
-    def become(self, plan: "Plan") -> None:
+    def apply_plan(self, plan: "Plan") -> None:
         """Make the experts others.  Their parameters are new objects afterwards.
 
         The ranks that share the experts must all call this.
@@ -195,16 +195,14 @@ class MoELayer(nn.Module):
         Raises:
             ValueError: experts of other widths, with a normalisation of hidden units that they share.
         """
-        old = self.whole_experts()
+        old = self.gather_experts()
         if self.experts.hidden.norm is not None and set(plan.widths) != set(self.experts.widths):
             raise ValueError(
-                "--scale-fc normalises the hidden units of an expert, so that their number must stay {}: "
-                "leave it out, or --moe-expert-sizes and --moe-spawn-method split.".format(
-                    self.experts.widths[0]
-                )
+                "--scale-fc normalises the hidden units of an expert, so that their number must stay "
+                f"{self.experts.widths[0]}: leave it out, or --moe-expert-sizes and --moe-spawn-method split."
             )
-        self.make_room(plan.widths)
-        plan = plan.only(self.experts.own)
+        self.allocate(plan.widths)
+        plan = plan.only(self.experts.local)
         for name, tensor in old.items():
             getattr(self.experts, name).copy_(plan.weights(name, tensor))
         self.num_experts = len(self.experts.widths)
@@ -214,7 +212,7 @@ class MoELayer(nn.Module):
         return {name: p.detach() for name, p in self.experts.named_parameters(recurse=False)}
 
     def _add_companions(self, base: Dict[str, Tensor]) -> None:
-        """Make the router and the other modules that work beside the experts of a grown layer."""
+        """Make the router and the other modules that work beside the experts of a layer that has spawned."""
         like, experts = self.experts.w1, self.experts
         self.router = self.make_router()
         if self.shared_expert:
@@ -228,7 +226,7 @@ class MoELayer(nn.Module):
                 module.to(device=like.device, dtype=like.dtype).train(self.training)
                 module.requires_grad_(like.requires_grad)
 
-    def forget(self) -> None:
+    def clear_routing(self) -> None:
         """Forget the last batch, so that a layer that is skipped next does not report it again."""
         self.routing = None
 
@@ -247,7 +245,7 @@ class MoELayer(nn.Module):
             x: tokens, shape (..., D).
             context: phase and temperature.
             padding_mask: bool, shape (...): positions that are padding.  They are neither routed nor
-                counted, and the output there is zero once the layer is grown.
+                counted, and the output there is zero once the experts have spawned.
             tokens: int64, shape (...): vocabulary index of each token, for the routers that need it.
             sequences: int64, shape (...): number of the sequence that each token belongs to, for the routers
                 that mix the tokens of a sequence.
@@ -284,11 +282,11 @@ class MoELayer(nn.Module):
         turned = x.dim() > 2 and not x.is_contiguous() and x.transpose(0, 1).is_contiguous()
         x = x.transpose(0, 1) if turned else x
         x_TD = x.reshape(-1, x.shape[-1])
-        row_RD = x_TD if self.heads is None else self.heads.split(x_TD)
+        row_RD = x_TD if self.heads is None else self.heads.split_heads(x_TD)
         rows = tokens if self.heads is None else tokens * self.heads.heads
         self.routing = _to_single_expert(x_TD, rows)
         y_RD = self.experts(row_RD, [row_RD.shape[0]])
-        y = (y_RD if self.heads is None else self.heads.join(y_RD, x_TD.shape[0])).view(x.shape)
+        y = (y_RD if self.heads is None else self.heads.merge_heads(y_RD, x_TD.shape[0])).view(x.shape)
         return y.transpose(0, 1) if turned else y
 
     def _watch(self, x_TD: Tensor, keep_T: Optional[Tensor], context: RoutingContext) -> None:
@@ -297,7 +295,9 @@ class MoELayer(nn.Module):
         before = context.first_row + context.rows_of_ranks(rows, x_TD.device)[0]
         sample = slice(-before % self.activity.STRIDE, None, self.activity.STRIDE)
         sample_TD = x_TD[sample] if keep_T is None else x_TD[keep_T[sample]]
-        self.activity.watch(self.experts, sample_TD if self.heads is None else self.heads.split(sample_TD))
+        self.activity.watch(
+            self.experts, sample_TD if self.heads is None else self.heads.split_heads(sample_TD)
+        )
 
     def _all_experts(self, x_TD: Tensor, context: RoutingContext) -> Tensor:
         """What the grown layer makes of tokens without padding."""
@@ -309,16 +309,16 @@ class MoELayer(nn.Module):
             sequence_T=None if context.sequence_T is None else self.heads.repeat(context.sequence_T),
             embedding_TC=None if context.embedding_TC is None else self.heads.repeat(context.embedding_TC),
         )
-        return self.heads.join(self._route(self.heads.split(x_TD), context), x_TD.shape[0])
+        return self.heads.merge_heads(self._route(self.heads.split_heads(x_TD), context), x_TD.shape[0])
 
     def _route(self, x_TD: Tensor, context: RoutingContext) -> Tensor:
         routing = self.routing = self.router(x_TD, context)
-        if self.split:
-            wire = self.wire if self.training else replace(self.wire, lsh=None)
-            journey = depart(x_TD, routing, self.experts, self.ranks, wire)
-            routing.sent_bytes = journey.sent_bytes
+        if self.sharded:
+            transport = self.transport if self.training else replace(self.transport, lsh=None)
+            shipment = send(x_TD, routing, self.experts, self.ranks, transport)
+            routing.sent_bytes = shipment.sent_bytes
             beside_TD = self._beside(x_TD, routing, context)  # while tokens travel
-            y_TD = self._scaled(journey.arrive())
+            y_TD = self._scaled(shipment.receive())
             return y_TD if beside_TD is None else y_TD + beside_TD
         if "mutual_distillation" in self.losses:
             y_TD, routing.losses["mutual_distillation"] = dispatch_and_compare(
@@ -356,7 +356,7 @@ class MoELayer(nn.Module):
 
     def extra_repr(self) -> str:
         """State of growth, for ``print(model)``."""
-        return "num_experts={}, grown={}".format(self.num_experts, self.grown)
+        return f"num_experts={self.num_experts}, spawned={self.spawned}"
 
 
 def _flat(x: Optional[Tensor]) -> Optional[Tensor]:

@@ -16,7 +16,7 @@ class MultiHead(nn.Module):
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
         if dim % heads:
-            raise ValueError("heads must divide the width {}, but is {}".format(dim, heads))
+            raise ValueError(f"heads must divide the width {dim}, but is {heads}")
         self.heads = heads
         self.head = nn.Linear(dim, dim)
         self.merge = nn.Linear(dim, dim)
@@ -25,12 +25,12 @@ class MultiHead(nn.Module):
         nn.init.zeros_(self.head.bias)
         nn.init.zeros_(self.merge.bias)
 
-    def split(self, x_TD: Tensor) -> Tensor:
+    def split_heads(self, x_TD: Tensor) -> Tensor:
         """Shape (T, D) -> (T h, D / h): the sub-tokens of a token follow each other."""
         tokens, dim = x_TD.shape
         return self.head(x_TD).reshape(tokens * self.heads, dim // self.heads)
 
-    def join(self, x_SD: Tensor, tokens: int) -> Tensor:
+    def merge_heads(self, x_SD: Tensor, tokens: int) -> Tensor:
         """Shape (T h, D / h) -> (T, D)."""
         return self.merge(x_SD.reshape(tokens, self.heads * x_SD.shape[1]))
 

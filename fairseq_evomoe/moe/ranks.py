@@ -48,7 +48,7 @@ class Ranks:
         """
         size, rank = dist.get_world_size(group), dist.get_rank(group)
         if parallel < 1 or size % parallel:
-            raise ValueError("parallel must divide the number of ranks {}, but is {}".format(size, parallel))
+            raise ValueError(f"parallel must divide the number of ranks {size}, but is {parallel}")
         # a group of its own, since whoever adds up gradients on the given one does so while the backward pass
         # goes on, at other moments on each rank
         own = _new_groups(group, [list(range(size))], rank)
@@ -61,7 +61,7 @@ class Ranks:
         return cls(size, rank, parallel, own, expert_group, replica_group)
 
     @property
-    def place(self) -> int:
+    def group_rank(self) -> int:
         """Number of this rank among those that share the experts."""
         return self.rank % self.parallel
 
@@ -112,17 +112,17 @@ class Ranks:
         """
         if self.parallel == 1:
             return [rows]
-        first = self.rank - self.place
+        first = self.rank - self.group_rank
         parts = [rows.new_empty((size,) + rows.shape[1:]) for size in sizes]
-        parts[self.place].copy_(rows)
+        parts[self.group_rank].copy_(rows)
         for place, part in enumerate(parts):
             if to is None:
                 dist.broadcast(part, self._global(first + place), group=self.expert_group)
-            elif place != to and self.place == place:
+            elif place != to and self.group_rank == place:
                 dist.send(part, self._global(first + to), group=self.expert_group)
-            elif place != to and self.place == to:
+            elif place != to and self.group_rank == to:
                 dist.recv(part, self._global(first + place), group=self.expert_group)
-        return parts if to is None or self.place == to else []
+        return parts if to is None or self.group_rank == to else []
 
     def _global(self, rank: int) -> int:
         return _global_rank(self.group, rank)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .capacity import place
+from .capacity import position
 
 
 @dataclass
@@ -39,9 +39,9 @@ class Slots:
         # numbered anew, so that every sequence has a token
         present_B, sequence_T = sequence_T.unique(return_inverse=True)
         sequences = present_B.shape[0]
-        place_T = place(sequence_T, sequences)
-        length = int(place_T.max()) + 1 if tokens else 0
-        row_T = sequence_T * length + place_T
+        position_T = position(sequence_T, sequences)
+        length = int(position_T.max()) + 1 if tokens else 0
+        row_T = sequence_T * length + position_T
         padded = logits_TS.new_full((sequences * length, slots), float("-inf"))
         dispatch = padded.index_copy(0, row_T, logits_TS).view(sequences, length, slots).softmax(1)
         combine = _pad(logits_TS.softmax(-1), row_T, sequences, length)

@@ -46,7 +46,7 @@ class CometRouter(Router):
         super().__init__(dim, experts)
         check_top_k(top_k, experts)
         if gamma <= 0:
-            raise ValueError("gamma must be greater than 0, but is {}".format(gamma))
+            raise ValueError(f"gamma must be greater than 0, but is {gamma}")
         self.top_k = top_k
         self.gamma = gamma
         self.node = nn.Parameter(torch.empty(top_k, experts - 1, dim))

@@ -89,7 +89,7 @@ class DenseToSparseRouter(LinearRouter):
     ) -> None:
         super().__init__(dim, experts, **options)
         if not 0 <= threshold < 1:
-            raise ValueError("threshold must be in [0, 1), but is {}".format(threshold))
+            raise ValueError(f"threshold must be in [0, 1), but is {threshold}")
         self.threshold = threshold
         self.gate_weight = GateWeight(gate_weight)
         self.gate_noise = GateNoise(gate_noise)
@@ -97,9 +97,7 @@ class DenseToSparseRouter(LinearRouter):
         self.balance_form = BalanceForm(balance_form)
         self.eval_routing = EvalRouting(eval_routing)
         if not 1 <= hard_experts <= experts:
-            raise ValueError(
-                "hard_experts must be from 1 to the {} experts, but is {}".format(experts, hard_experts)
-            )
+            raise ValueError(f"hard_experts must be from 1 to the {experts} experts, but is {hard_experts}")
         self.hard_experts = hard_experts
 
     def forward(self, x_TD: Tensor, context: RoutingContext) -> Routing:

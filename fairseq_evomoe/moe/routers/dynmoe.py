@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..collect import Collector
 from ..routing import Routing, RoutingContext
+from ..statistics import Collector
 from .router import Router, float32, linear32
 
 
@@ -69,11 +69,11 @@ class DynMoERouter(Collector, Router):
     def __init__(self, dim: int, experts: int, dynmoe_window: int = 100, max_experts: int = 0) -> None:
         super().__init__(dim, experts)
         if dynmoe_window < 0:
-            raise ValueError("dynmoe_window must be at least 0 (0: never), but is {}".format(dynmoe_window))
+            raise ValueError(f"dynmoe_window must be at least 0 (0: never), but is {dynmoe_window}")
         if max_experts != 0 and max_experts < experts:
             raise ValueError(
-                "max_experts must be at least the {} experts that there are at first, or 0 for as many, but "
-                "is {}".format(experts, max_experts)
+                f"max_experts must be at least the {experts} experts that there are at first, or 0 for as "
+                f"many, but is {max_experts}"
             )
         self.window = dynmoe_window
         self.max_experts = max_experts or experts
@@ -127,13 +127,13 @@ class DynMoERouter(Collector, Router):
         rejected_T1 = (~active_TE.any(1, keepdim=True)).to(x_TD.dtype)
         used_E = active_TE.to(x_TD.dtype).sum(0)
         # no matrix product, which autocast would round
-        self.collect(torch.cat([used_E, (rejected_T1 * x_TD).sum(0)]))
+        self.add(torch.cat([used_E, (rejected_T1 * x_TD).sum(0)]))
 
     def no_sums(self) -> Tensor:
         """See ``Collector``: the E loads and the sum of the rejected tokens."""
         return self.used_E.new_zeros(self.experts + self.dim)
 
-    def fold(self, sums_K: Tensor) -> None:
+    def commit(self, sums_K: Tensor) -> None:
         """See ``Collector``."""
         used_E, rejected_D = sums_K.split([self.experts, self.dim])
         self.used_E += used_E
@@ -167,11 +167,11 @@ class DynMoERouter(Collector, Router):
         if change.copied is not None:
             old["weight"][-1] = change.direction_D
             old["threshold_E"][-1] = 0
-        self.make_room(len(sources))
+        self.allocate(len(sources))
         for name, tensor in old.items():
             getattr(self, name).copy_(tensor)
 
-    def make_room(self, experts: int) -> None:
+    def allocate(self, experts: int) -> None:
         """Change the number of experts.  What concerns them is undefined until it is filled."""
         self.experts = experts
         for name, old in list(self.named_parameters()):

@@ -54,9 +54,9 @@ class HashRouter(Router):
         self.vocabulary = need_vocabulary(vocabulary, "hash")
         self.hash = HashKind(hash)
         if hashes < 1 or experts % hashes:
-            raise ValueError("hashes must be a divisor of the {} experts, but is {}".format(experts, hashes))
+            raise ValueError(f"hashes must be a divisor of the {experts} experts, but is {hashes}")
         if hashes > 1 and self.hash == HashKind.balanced:
-            raise ValueError("hashes must be 1 with hash balanced, but is {}".format(hashes))
+            raise ValueError(f"hashes must be 1 with hash balanced, but is {hashes}")
         self.hashes = hashes
         shape = (self.vocabulary.size,) + ((hashes,) if hashes > 1 else ())
         self.register_buffer("table_V", torch.zeros(shape, dtype=torch.long))

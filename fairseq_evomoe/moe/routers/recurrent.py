@@ -44,7 +44,7 @@ class RecurrentRouter(TopKRouter):
         shared: Optional[Dict[str, Any]] = None,
     ) -> None:
         if recurrent_dim < 1:
-            raise ValueError("recurrent_dim must be at least 1, but is {}".format(recurrent_dim))
+            raise ValueError(f"recurrent_dim must be at least 1, but is {recurrent_dim}")
         super().__init__(recurrent_dim, experts, top_k, renormalize)  # whose tokens are the states
         self.dim = dim
         self.recurrent_dim = recurrent_dim
@@ -86,8 +86,8 @@ class RecurrentRouter(TopKRouter):
             state_TP = torch.zeros_like(x_TP)
         if state_TP.shape != x_TP.shape:
             raise ValueError(
-                "the recurrent router has a state of {} tokens from the layer before, but routes {} here: "
-                "all MoE layers of a stack must see the same tokens, and each forward pass needs a new "
-                "RoutingContext.memory".format(state_TP.shape[0], x_TP.shape[0])
+                f"the recurrent router has a state of {state_TP.shape[0]} tokens from the layer before, but "
+                f"routes {x_TP.shape[0]} here: all MoE layers of a stack must see the same tokens, and each "
+                "forward pass needs a new RoutingContext.memory"
             )
         return state_TP.to(x_TP.dtype)

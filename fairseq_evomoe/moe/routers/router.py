@@ -127,9 +127,9 @@ class LinearRouter(Router):
     ) -> None:
         super().__init__(dim, experts)
         if table_std < 0:
-            raise ValueError("table_std must be at least 0, but is {}".format(table_std))
+            raise ValueError(f"table_std must be at least 0, but is {table_std}")
         if gate_lr_scale <= 0:
-            raise ValueError("gate_lr_scale must be over 0, but is {}".format(gate_lr_scale))
+            raise ValueError(f"gate_lr_scale must be over 0, but is {gate_lr_scale}")
         self.gate_input = GateInput(gate_input)
         self.table_std = table_std
         self.gate_lr_scale = gate_lr_scale
@@ -253,8 +253,8 @@ def need_vocabulary(vocabulary: Optional[Vocabulary], router: str) -> Vocabulary
     """``vocabulary``, or ``ValueError`` if there is none."""
     if vocabulary is None:
         raise ValueError(
-            "The router {0} needs the vocabulary of its tokens: give {0} a vocabulary or choose another "
-            "router.".format(router)
+            f"The router {router} needs the vocabulary of its tokens: give {router} a vocabulary or choose "
+            "another router."
         )
     return vocabulary
 
@@ -263,8 +263,8 @@ def need_tokens(context: RoutingContext, router: str) -> Tensor:
     """The tokens' vocabulary indices, or ``ValueError`` if there are none."""
     if context.token_T is None:
         raise ValueError(
-            "The router {} needs the vocabulary index of each token: call the model with tokens instead of "
-            "embeddings or choose another router.".format(router)
+            f"The router {router} needs the vocabulary index of each token: call the model with tokens "
+            "instead of embeddings or choose another router."
         )
     return context.token_T
 
@@ -281,7 +281,7 @@ def divisor(total: Tensor, how: Renormalize) -> Tensor:
 def check_top_k(top_k: int, experts: int) -> None:
     """Raise ``ValueError`` unless k experts can be chosen."""
     if not 1 <= top_k <= experts:
-        raise ValueError("top_k must be from 1 to the {} experts, but is {}".format(experts, top_k))
+        raise ValueError(f"top_k must be from 1 to the {experts} experts, but is {top_k}")
 
 
 def entropy_sum(probability_TE: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ class SoftRouter(Router):
     def __init__(self, dim: int, experts: int, slots: int = 1) -> None:
         super().__init__(dim, experts)
         if slots < 1:
-            raise ValueError("slots must be at least 1, but is {}".format(slots))
+            raise ValueError(f"slots must be at least 1, but is {slots}")
         self.slots = slots
         self.weight = nn.Parameter(torch.empty(experts * slots, dim))
         self.scale = nn.Parameter(torch.empty(1))

@@ -51,7 +51,7 @@ class StableRouter(CentroidRouter):
         super().__init__(dim, experts)
         size = need_vocabulary(vocabulary, "stable").size
         if light_dim < 1:
-            raise ValueError("light_dim must be at least 1, but is {}".format(light_dim))
+            raise ValueError(f"light_dim must be at least 1, but is {light_dim}")
         self.embedding_VL = nn.Parameter(torch.empty(size, light_dim))
         self.light_centroid_EL = nn.Parameter(torch.empty(experts, light_dim))
         self.register_buffer("table_V", torch.full((size,), -1))

@@ -40,7 +40,7 @@ class TopPRouter(LinearRouter):
     ) -> None:
         super().__init__(dim, experts, **options)
         if not 0 < top_p <= 1:
-            raise ValueError("top_p must be greater than 0 and at most 1, but is {}".format(top_p))
+            raise ValueError(f"top_p must be greater than 0 and at most 1, but is {top_p}")
         self.top_p = top_p
         self.renormalize = Renormalize(renormalize)
 

@@ -6,10 +6,10 @@ import torch
 from fairseq import checkpoint_utils, utils
 from torch import Tensor
 
+from ..evolution.merge import output_products
 from ..models.feed_forward import moe_layers
 from ..moe import MoELayer, Routing
-from .merge import output_products
-from .merge_checkpoint import Observed
+from .merge import Observed
 
 _CHUNK = 256
 """Tokens that all experts are applied to at once."""

@@ -7,7 +7,7 @@ from typing import Callable, List, Optional, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..moe import ROUTERS
+from . import ROUTERS
 
 
 @dataclass(frozen=True)
@@ -144,14 +144,12 @@ def check_linear_gate(router: nn.Module) -> None:
         if gate_input is not None and type(router).linear_gate:
             raise ValueError(
                 "--moe-spawn-method split makes the rows of a gate that sees the layer's input, which "
-                "--moe-gate-input {} does not: use hidden or both, or another method.".format(
-                    gate_input.value
-                )
+                f"--moe-gate-input {gate_input.value} does not: use hidden or both, or another method."
             )
         name = {cls: name for name, cls in ROUTERS.items()}.get(type(router), type(router).__name__)
         raise ValueError(
-            "--moe-spawn-method split makes the rows of a linear gate, which --moe-router {} has not: use "
-            "another router, such as topk, or another method.".format(name)
+            f"--moe-spawn-method split makes the rows of a linear gate, which --moe-router {name} has not: "
+            "use another router, such as topk, or another method."
         )
 
 

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from ..models.feed_forward import moe_layers
 from ..moe import MoELayer
-from ..moe.placement import place_experts, rows_of_each
 from ..moe.ranks import ALONE
+from ..moe.sharding import deal_experts, rows_per_expert
+from ..training.ranks import ranks_of, sharded_parameters
 from . import optimizer_state, shards
-from .parallel import ranks_of, split_parameters
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +75,7 @@ def own_statistics(trainer: Trainer) -> Dict[str, Dict[str, Tensor]]:
             for name, value in states[parameter].statistics.items()
             if torch.is_tensor(value) and value.dim() > 0
         }
-        for key, _, _, parameter in split_parameters(trainer.get_model())
+        for key, _, _, parameter in sharded_parameters(trainer.get_model())
         if parameter in states
     }
 
@@ -90,7 +90,7 @@ def gather_whole(trainer: Trainer) -> WholeExperts:
     statistics = own_statistics(trainer)
     ema = trainer.ema if trainer.cfg.ema.store_ema else None
     ema_tensors = {} if ema is None else ema.get_model().state_dict()
-    for key, moe, name, parameter in split_parameters(model):
+    for key, moe, name, parameter in sharded_parameters(model):
         _gather_into(whole.model, key, moe, name, parameter.detach())
         for statistic, own in statistics.get(key, {}).items():
             _gather_into(whole.optimizer.setdefault(key, {}), statistic, moe, name, own)
@@ -102,7 +102,7 @@ def gather_whole(trainer: Trainer) -> WholeExperts:
 
 
 def _gather_into(result: Dict[str, Tensor], key: str, moe: MoELayer, name: str, own: Tensor) -> None:
-    tensor = moe.whole(name, own, to=0)
+    tensor = moe.gather_rows(name, own, to=0)
     if tensor is not None:
         result[key] = tensor.cpu()
 
@@ -110,7 +110,7 @@ def _gather_into(result: Dict[str, Tensor], key: str, moe: MoELayer, name: str, 
 def name_set(trainer: Trainer) -> str:
     """A name for the set of files that a checkpoint will be; all ranks must call this and get the same."""
     update = trainer.get_num_updates()
-    return _of_first_rank(trainer, lambda update: "{}-{}".format(update, uuid.uuid4().hex), update)
+    return _of_first_rank(trainer, lambda update: f"{update}-{uuid.uuid4().hex}", update)
 
 
 def shard_of(trainer: Trainer, state: Dict[str, Any], name: str) -> Dict[str, Any]:
@@ -122,24 +122,24 @@ def shard_of(trainer: Trainer, state: Dict[str, Any], name: str) -> Dict[str, An
         name: of the set of files.
     """
     model = trainer.get_model()
-    layers = {name: layer.moe.experts.widths for name, layer in moe_layers(model) if layer.moe.split}
+    layers = {name: layer.moe.experts.widths for name, layer in moe_layers(model) if layer.moe.sharded}
     ranks = ranks_of(model)
     index = shards.Index(
         name,
         trainer.get_num_updates(),
         layers,
-        {layer: place_experts(widths, ranks.parallel) for layer, widths in layers.items()},
+        {layer: deal_experts(widths, ranks.parallel) for layer, widths in layers.items()},
         None if trainer.cfg.checkpoint.no_save_optimizer_state else layout_of(trainer),
     )
     extra = state["extra_state"]
     pick = lambda tensors: {k: x for k, x in tensors.items() if shards.is_expert(k)}  # noqa: E731
-    share = shards.Share(
+    share = shards.Shard(
         pick(state["model"]),
         own_statistics(trainer),
         pick(extra.get("ema", {})),
         pick(extra.get("ema_fp32_params", {})),
     )
-    return shards.file_of(state, index, ranks.place, share)
+    return shards.file_of(state, index, ranks.group_rank, share)
 
 
 @contextlib.contextmanager
@@ -169,7 +169,7 @@ def loading(trainer: Trainer, path: str) -> Iterator[str]:
         whole = shards.newest_whole(path)
         if whole is None:
             raise
-        message = "{} The newest whole one there is {}: give --restore-file {}.".format(error, whole, whole)
+        message = f"{error} The newest whole one there is {whole}: give --restore-file {whole}."
         raise shards.DamagedCheckpoint(message) from error
     finally:
         options.load_checkpoint_on_all_dp_ranks = on_all_ranks
@@ -194,8 +194,8 @@ def move_to_position(trainer: Trainer, extra_state: Optional[Dict[str, Any]]) ->
     position["iterations_in_epoch"] = consumed // now
     if consumed % now:
         logger.warning(
-            "{} batches of the epoch were used by {} ranks, which {} ranks cannot have used evenly: the last "
-            "{} are used once more".format(consumed, before, now, consumed % now)
+            f"{consumed} batches of the epoch were used by {before} ranks, which {now} ranks cannot have "
+            f"used evenly: the last {consumed % now} are used once more"
         )
 
 
@@ -206,7 +206,7 @@ def _heal(path: str) -> str:
     if whole is None:
         return path  # the error of loading it tells what is wrong
     if whole != path:
-        logger.warning("{} is not whole: the run goes on from {}".format(path, whole))
+        logger.warning(f"{path} is not whole: the run goes on from {whole}")
     return whole
 
 
@@ -229,7 +229,7 @@ def layout_of(trainer: Trainer, whole: bool = False) -> optimizer_state.Layout:
     named = {}
     for module in (trainer.get_model(), trainer.get_criterion()):
         named.update({parameter: key for key, parameter in module.named_parameters()})
-    sizes = {key: _whole_size(moe, p, name) for key, moe, name, p in split_parameters(trainer.get_model())}
+    sizes = {key: _whole_size(moe, p, name) for key, moe, name, p in sharded_parameters(trainer.get_model())}
     parameters = optimizer_state.in_order(trainer.optimizer)
     keys = [named[parameter] for parameter in parameters]
     own = [parameter.numel() for parameter in parameters]
@@ -241,15 +241,15 @@ def layout_of(trainer: Trainer, whole: bool = False) -> optimizer_state.Layout:
 
 
 def _whole_size(moe: MoELayer, parameter: Tensor, name: str) -> int:
-    return sum(rows_of_each(name, moe.experts.widths)) * math.prod(parameter.shape[1:])
+    return sum(rows_per_expert(name, moe.experts.widths)) * math.prod(parameter.shape[1:])
 
 
-def share_optimizer_state(trainer: Trainer, state_dict: Dict[str, Any]) -> Dict[str, Any]:
+def local_optimizer_state(trainer: Trainer, state_dict: Dict[str, Any]) -> Dict[str, Any]:
     """What a rank needs of the state of an optimizer of all experts, such as one of a checkpoint.
 
     A state that has this rank's part already stays as it is.
     """
-    split = {key: (moe, name, p) for key, moe, name, p in split_parameters(trainer.get_model())}
+    split = {key: (moe, name, p) for key, moe, name, p in sharded_parameters(trainer.get_model())}
 
     def share(key: str, _: str, whole: Tensor) -> Tensor:
         if key not in split:
@@ -257,15 +257,15 @@ def share_optimizer_state(trainer: Trainer, state_dict: Dict[str, Any]) -> Dict[
         moe, name, parameter = split[key]
         if whole.numel() == parameter.numel():
             return whole
-        return moe.share(name, whole.view((-1,) + parameter.shape[1:]))
+        return moe.local_rows(name, whole.view((-1,) + parameter.shape[1:]))
 
     return optimizer_state.replace(state_dict, layout_of(trainer, whole=True), share)
 
 
-def share_tensors(model: nn.Module, tensors: Dict[str, Tensor]) -> Dict[str, Tensor]:
+def local_tensors(model: nn.Module, tensors: Dict[str, Tensor]) -> Dict[str, Tensor]:
     """A state of a model of which this rank's experts are taken, such as the float32 weights of an EMA."""
     result = dict(tensors)
-    for key, moe, name, parameter in split_parameters(model):
+    for key, moe, name, parameter in sharded_parameters(model):
         if key in result and result[key].shape != parameter.shape:
-            result[key] = moe.share(name, result[key])
+            result[key] = moe.local_rows(name, result[key])
     return result

@@ -4,9 +4,9 @@ A token travels once to each rank that has any of its experts, however many it h
 back: the weighted sum of their outputs.  Splits are uneven and nothing is padded or dropped.  The numbers of
 rows go ahead, once for each layer; rows then travel while the caller computes something else::
 
-    journey = depart(x_TD, routing, experts, ranks)
+    shipment = send(x_TD, routing, experts, ranks)
     y_TD = shared_expert(x_TD)
-    y_TD = y_TD + journey.arrive()
+    y_TD = y_TD + shipment.receive()
 
 The gradients take the same ways back, and while those of the outputs travel, autograd computes those of what
 was computed meanwhile.
@@ -24,16 +24,16 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .dispatch import outputs, sum_of_outputs
-from .experts import Experts
-from .lsh import LSH, Buckets
-from .placement import place_experts
-from .ranks import Ranks
-from .routing import Routing
+from ..experts import Experts
+from ..ranks import Ranks
+from ..routing import Routing
+from ..sharding import deal_experts
+from .compression import LSH, Buckets
+from .local import outputs, sum_of_outputs
 
 
 @dataclass(frozen=True)
-class Wire:
+class Transport:
     """How tokens travel.
 
     Attributes:
@@ -45,18 +45,20 @@ class Wire:
     lsh: Optional[LSH] = None
 
 
-class Journey(Protocol):
+class Shipment(Protocol):
     """Tokens that are under way."""
 
     sent_bytes: int
     """What this rank sends to others for this batch, in all exchanges, there and back; while training, with
     those of the backward pass."""
 
-    def arrive(self) -> Tensor:
+    def receive(self) -> Tensor:
         """Apply the experts and return the tokens' outputs: (T, D), dtype of the tokens."""
 
 
-def depart(x_TD: Tensor, routing: Routing, experts: Experts, ranks: Ranks, wire: Wire = Wire()) -> Journey:
+def send(
+    x_TD: Tensor, routing: Routing, experts: Experts, ranks: Ranks, transport: Transport = Transport()
+) -> Shipment:
     """Send tokens to the ranks that have their experts.  All ranks that share the experts must call this.
 
     Args:
@@ -64,32 +66,34 @@ def depart(x_TD: Tensor, routing: Routing, experts: Experts, ranks: Ranks, wire:
         routing: the active (token, expert) pairs.
         experts: those of this rank.
         ranks: P > 1 of them share the experts.
-        wire: how tokens travel.
+        transport: how tokens travel.
     """
     slots = routing.slots
     x_TD = x_TD if slots is None else slots.mix(x_TD)
-    kind = _WeightedSums if wire.lsh is None else _BucketMeans
-    journey = kind(x_TD, routing, experts, ranks, wire)
-    return journey if slots is None else _Spread(journey, slots)
+    kind = _WeightedSums if transport.lsh is None else _BucketMeans
+    shipment = kind(x_TD, routing, experts, ranks, transport)
+    return shipment if slots is None else _Spread(shipment, slots)
 
 
 class _Spread:
     """The tokens' outputs from those of the slots."""
 
-    def __init__(self, journey: Journey, slots: Any) -> None:
-        self.journey = journey
+    def __init__(self, shipment: Shipment, slots: Any) -> None:
+        self.shipment = shipment
         self.slots = slots
-        self.sent_bytes = journey.sent_bytes
+        self.sent_bytes = shipment.sent_bytes
 
-    def arrive(self) -> Tensor:
-        y_ND = self.journey.arrive()
+    def receive(self) -> Tensor:
+        y_ND = self.shipment.receive()
         return self.slots.spread(y_ND).to(y_ND.dtype)
 
 
 class _WeightedSums:
     """A row for each token and rank that has experts of it; the weights travel with it."""
 
-    def __init__(self, x_TD: Tensor, routing: Routing, experts: Experts, ranks: Ranks, wire: Wire) -> None:
+    def __init__(
+        self, x_TD: Tensor, routing: Routing, experts: Experts, ranks: Ranks, transport: Transport
+    ) -> None:
         self.experts = experts
         plan = _destinations(tuple(experts.widths), ranks.parallel, x_TD.device)
         expert_N, order_N = plan.sort(routing.expert_N)
@@ -110,18 +114,18 @@ class _WeightedSums:
 
         sent, received = counts.wait()
         self.counts = received
-        row_trip = _Trip(ranks, sent.rows, received.rows, wire.dtype)
+        row_trip = _Trip(ranks, sent.rows, received.rows, transport.dtype)
         pair_trip = _Trip(ranks, sent.pairs, received.pairs)
         self.rows = row_trip.start(sent_RD)
         self.pairs = pair_trip.start(pair_N2)
-        self.back = _Trip(ranks, received.rows, sent.rows, wire.dtype)
+        self.back = _Trip(ranks, received.rows, sent.rows, transport.dtype)
         self.like = x_TD
         self.sent_bytes = counts.sent_bytes + sum(
             trip.sent_bytes(rows) for trip, rows in ((row_trip, sent_RD), (pair_trip, pair_N2))
         )
         self.sent_bytes += self.back.sent_bytes(sent_RD)
 
-    def arrive(self) -> Tensor:
+    def receive(self) -> Tensor:
         counts, pair_S2 = self.counts, self.pairs.finish()
         expert_M = counts.experts(pair_S2.device)
         first_M = _repeat(counts.first_rows, counts.pairs, pair_S2.device)
@@ -137,25 +141,29 @@ class _WeightedSums:
 class _BucketMeans:
     """A row for each bucket of similar tokens of an expert: LSH-MoE, see ``lsh.py``."""
 
-    def __init__(self, x_TD: Tensor, routing: Routing, experts: Experts, ranks: Ranks, wire: Wire) -> None:
+    def __init__(
+        self, x_TD: Tensor, routing: Routing, experts: Experts, ranks: Ranks, transport: Transport
+    ) -> None:
         self.experts, self.like = experts, x_TD
         plan = _destinations(tuple(experts.widths), ranks.parallel, x_TD.device)
         expert_N, order_N = plan.sort(routing.expert_N)
         self.token_N, self.weight_N = routing.token_N[order_N], routing.weight_N[order_N]
-        self.buckets: Buckets = wire.lsh.buckets(x_TD.index_select(0, self.token_N), plan.place_E[expert_N])
+        self.buckets: Buckets = transport.lsh.buckets(
+            x_TD.index_select(0, self.token_N), plan.position_E[expert_N]
+        )
 
-        expert_B = plan.by_place(self.buckets.group_B)
+        expert_B = plan.by_position(self.buckets.group_B)
         row_P = torch.bincount(plan.rank_E[expert_B], minlength=ranks.parallel)
         counts = plan.exchange_counts(row_P, torch.bincount(expert_B, minlength=routing.experts), ranks)
         mean_BD = self.buckets.mean_BD
         sent, received = counts.wait()
         self.counts = received
-        trip = _Trip(ranks, sent.rows, received.rows, wire.dtype)
+        trip = _Trip(ranks, sent.rows, received.rows, transport.dtype)
         self.rows = trip.start(mean_BD)
-        self.back = _Trip(ranks, received.rows, sent.rows, wire.dtype)
+        self.back = _Trip(ranks, received.rows, sent.rows, transport.dtype)
         self.sent_bytes = counts.sent_bytes + trip.sent_bytes(mean_BD) + self.back.sent_bytes(mean_BD)
 
-    def arrive(self) -> Tensor:
+    def receive(self) -> Tensor:
         expert_S, order_S = torch.sort(self.counts.experts(self.like.device), stable=True)
         out_SD = outputs(self.rows.finish()[order_S], expert_S, self.experts)
         out_SD = torch.empty_like(out_SD).index_copy(0, order_S, out_SD).to(self.like.dtype)
@@ -172,27 +180,27 @@ class _Destinations:
     Attributes:
         experts_of: numbers of the experts of each rank.
         rank_E: int64, the place of the rank that has each expert.
-        place_E: int64, the place of each expert if those of the first rank are listed first, ...
+        position_E: int64, the place of each expert if those of the first rank are listed first, ...
         order_E: int64, the experts in that order.
     """
 
     def __init__(self, widths: Sequence[int], parallel: int, device: torch.device) -> None:
-        self.experts_of = place_experts(widths, parallel)
+        self.experts_of = deal_experts(widths, parallel)
         order = [expert for own in self.experts_of for expert in own]
         rank_of = {expert: place for place, own in enumerate(self.experts_of) for expert in own}
         self.order_E = torch.tensor(order, device=device)
         self.rank_E = torch.tensor([rank_of[e] for e in range(len(order))], device=device)
-        self.place_E = torch.empty_like(self.order_E)
-        self.place_E[self.order_E] = torch.arange(len(order), device=device)
+        self.position_E = torch.empty_like(self.order_E)
+        self.position_E[self.order_E] = torch.arange(len(order), device=device)
 
     def sort(self, expert_N: Tensor) -> Tuple[Tensor, Tensor]:
         """Pairs in the order of ranks and their experts: the expert of each, and where each was."""
-        place_N, order_N = torch.sort(self.place_E[expert_N], stable=True)
-        return self.order_E[place_N], order_N
+        position_N, order_N = torch.sort(self.position_E[expert_N], stable=True)
+        return self.order_E[position_N], order_N
 
-    def by_place(self, place_N: Tensor) -> Tensor:
+    def by_position(self, position_N: Tensor) -> Tensor:
         """The experts at places."""
-        return self.order_E[place_N]
+        return self.order_E[position_N]
 
     def exchange_counts(self, row_P: Tensor, pair_E: Tensor, ranks: Ranks) -> "_CountsUnderWay":
         """Tell the other ranks how much they will get.
@@ -255,15 +263,15 @@ class _CountsUnderWay:
 
     def __init__(self, sent: Tensor, experts_of: List[List[int]], ranks: Ranks) -> None:
         self.experts = [len(own) for own in experts_of]
-        self.own = self.experts[ranks.place]
+        self.local = self.experts[ranks.group_rank]
         self.sent = sent
-        self.received = sent.new_empty(ranks.parallel * (1 + self.own))
+        self.received = sent.new_empty(ranks.parallel * (1 + self.local))
         send = [1 + count for count in self.experts]
-        receive = [1 + self.own] * ranks.parallel
+        receive = [1 + self.local] * ranks.parallel
         self.work = dist.all_to_all_single(
             self.received, sent, receive, send, group=ranks.expert_group, async_op=True
         )
-        self.sent_bytes = (sent.numel() - send[ranks.place]) * sent.element_size()
+        self.sent_bytes = (sent.numel() - send[ranks.group_rank]) * sent.element_size()
 
     def wait(self) -> Tuple[_Counts, _Counts]:
         """What this rank sends and what it receives."""
@@ -271,7 +279,7 @@ class _CountsUnderWay:
         numbers = torch.cat([self.sent, self.received]).tolist()
         split = self.sent.numel()
         sent = _Counts.parse(numbers[:split], self.experts)
-        return sent, _Counts.parse(numbers[split:], [self.own] * len(self.experts))
+        return sent, _Counts.parse(numbers[split:], [self.local] * len(self.experts))
 
 
 class _Trip:
@@ -316,7 +324,7 @@ class _Trip:
 
     def sent_bytes(self, like: Tensor) -> int:
         """What this rank sends to others of rows like these, with gradients if there are any."""
-        send, receive = (sum(split) - split[self.ranks.place] for split in self.splits)
+        send, receive = (sum(split) - split[self.ranks.group_rank] for split in self.splits)
         size = torch.empty((), dtype=self.dtype or like.dtype).element_size()
         rows = send + receive if torch.is_grad_enabled() and like.requires_grad else send
         return rows * math.prod(like.shape[1:]) * size

@@ -9,7 +9,7 @@ ROWS_BY_EXPERT = "b2"
 """The tensor of ``Experts`` with one row for each expert; the others have one for each hidden unit."""
 
 
-def place_experts(widths: Sequence[int], ranks: int) -> List[List[int]]:
+def deal_experts(widths: Sequence[int], ranks: int) -> List[List[int]]:
     """Deal experts out so that the ranks have about as many hidden units each.
 
     The widest expert first, each goes to the rank with the fewest hidden units so far, of those to that with
@@ -32,7 +32,7 @@ def place_experts(widths: Sequence[int], ranks: int) -> List[List[int]]:
     return [sorted(experts) for experts in experts_of]
 
 
-def rows_of_each(name: str, widths: Sequence[int]) -> List[int]:
+def rows_per_expert(name: str, widths: Sequence[int]) -> List[int]:
     """Number of rows that each expert has in a tensor of ``Experts``.
 
     Args:
@@ -44,11 +44,11 @@ def rows_of_each(name: str, widths: Sequence[int]) -> List[int]:
 
 def take_experts(name: str, whole: Tensor, widths: Sequence[int], experts: Sequence[int]) -> Tensor:
     """The rows of some experts, in their order, out of those of all experts."""
-    parts = whole.split(rows_of_each(name, widths))
+    parts = whole.split(rows_per_expert(name, widths))
     return torch.cat([whole[:0]] + [parts[e] for e in experts])
 
 
-def join_experts(
+def concat_experts(
     name: str,
     parts: Sequence[Tensor],
     widths: Sequence[int],
@@ -58,13 +58,13 @@ def join_experts(
     """The rows of experts out of those that each rank has.
 
     Args:
-        name: see ``rows_of_each``.
+        name: see ``rows_per_expert``.
         parts: rows of the experts of each rank.
         widths: hidden units of each expert.
         experts_of: numbers of the experts of each rank.
         experts: those to take, in this order; ``None``: all.
     """
-    rows = rows_of_each(name, widths)
+    rows = rows_per_expert(name, widths)
     pieces: Dict[int, Tensor] = {}
     for part, own in zip(parts, experts_of):
         pieces.update(zip(own, part.split([rows[e] for e in own])))

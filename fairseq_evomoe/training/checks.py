@@ -8,9 +8,9 @@ from typing import Any, List
 from fairseq.criterions import CRITERION_REGISTRY, FairseqCriterion
 from fairseq.optim import FairseqOptimizer
 
+from ..config.rules import check_rank_options, warn_of_idle_options
 from ..criterions.moe import MoECriterion
 from ..models.feed_forward import MoEFeedForward
-from ..models.rules import check_rank_options, warn_of_idle_options
 
 logger = logging.getLogger(__name__)
 
@@ -24,13 +24,13 @@ def check_before_trainer(cfg: Any) -> None:
     parallel = cfg.distributed_training
     if parallel.ddp_backend not in ("c10d", "pytorch_ddp", "legacy_ddp", "no_c10d"):
         raise ValueError(
-            "--ddp-backend {} cannot rebuild its wrapper when experts spawn: use legacy_ddp or "
-            "pytorch_ddp.".format(parallel.ddp_backend)
+            f"--ddp-backend {parallel.ddp_backend} cannot rebuild its wrapper when experts spawn: use "
+            "legacy_ddp or pytorch_ddp."
         )
     if getattr(parallel, "zero_sharding", "none") != "none":
         raise ValueError(
-            "--zero-sharding {} does not keep optimizer state where a spawn could carry it over: leave "
-            "it out.".format(parallel.zero_sharding)
+            f"--zero-sharding {parallel.zero_sharding} does not keep optimizer state where a spawn could "
+            "carry it over: leave it out."
         )
     for name, used in (
         ("--use-bmuf", cfg.optimization.use_bmuf),
@@ -38,7 +38,7 @@ def check_before_trainer(cfg: Any) -> None:
         ("--model-parallel-size", cfg.common.model_parallel_size > 1),
     ):
         if used:
-            raise ValueError("{} does not work in a model with MoE layers: leave it out.".format(name))
+            raise ValueError(f"{name} does not work in a model with MoE layers: leave it out.")
     _check_sharing(cfg)
     optimizer = getattr(cfg.optimizer, "_name", None)
     if optimizer == "composite":
@@ -49,10 +49,9 @@ def check_before_trainer(cfg: Any) -> None:
     launched = int(os.environ.get("WORLD_SIZE", 1))
     if "RANK" in os.environ and launched != parallel.distributed_world_size:
         raise ValueError(
-            "{} processes were launched, but --distributed-world-size is {}, so each would train a "
-            "model of its own into the same folder: add --distributed-world-size {}.".format(
-                launched, parallel.distributed_world_size, launched
-            )
+            f"{launched} processes were launched, but --distributed-world-size is "
+            f"{parallel.distributed_world_size}, so each would train a model of its own into the same "
+            f"folder: add --distributed-world-size {launched}."
         )
 
 
@@ -65,21 +64,21 @@ def _check_sharing(cfg: Any) -> None:
     )
     if ranks % parallel:
         raise ValueError(
-            "--moe-expert-parallel {} does not divide the number of ranks, {}: give a divisor of it, or "
-            "start another number of processes.".format(parallel, ranks)
+            f"--moe-expert-parallel {parallel} does not divide the number of ranks, {ranks}: give a divisor "
+            "of it, or start another number of processes."
         )
     if parallel == 1:
         return
     if cfg.common.amp:
         raise ValueError(
-            "--amp scales the loss by what happens on each rank alone, but with --moe-expert-parallel {} "
-            "their gradients differ: use --fp16 or --bf16.".format(parallel)
+            "--amp scales the loss by what happens on each rank alone, but with --moe-expert-parallel "
+            f"{parallel} their gradients differ: use --fp16 or --bf16."
         )
     if getattr(cfg.task, "eval_bleu", False):
         raise ValueError(
-            "--eval-bleu generates another number of words on each rank, but with --moe-expert-parallel {} "
-            "they need each other for each word: leave it out and use fairseq-generate, or set "
-            "--moe-expert-parallel 1.".format(parallel)
+            "--eval-bleu generates another number of words on each rank, but with --moe-expert-parallel "
+            f"{parallel} they need each other for each word: leave it out and use fairseq-generate, or set "
+            "--moe-expert-parallel 1."
         )
 
 
@@ -95,18 +94,16 @@ def check_optimizer(cfg: Any, optimizer: FairseqOptimizer) -> None:
     scale = getattr(cfg.model, "moe_gate_lr_scale", 1)
     if scale != 1 and cfg.optimizer._name not in ("adam", "adamax", "adagrad"):
         raise ValueError(
-            "--moe-gate-lr-scale {} needs steps that do not depend on the size of gradients and weights, as "
-            "those of --optimizer {} do: use adam, adamax or adagrad, or leave it out.".format(
-                scale, cfg.optimizer._name
-            )
+            f"--moe-gate-lr-scale {scale} needs steps that do not depend on the size of gradients and "
+            f"weights, as those of --optimizer {cfg.optimizer._name} do: use adam, adamax or adagrad, or "
+            "leave it out."
         )
     parallel = getattr(cfg.model, "moe_expert_parallel", 1)
     if parallel > 1 and not optimizer.supports_flat_params:
         raise ValueError(
-            "--optimizer {} takes all experts of a rank as one, so that the result would depend on "
-            "--moe-expert-parallel {}: use one that updates each number for itself, such as adam.".format(
-                cfg.optimizer._name, parallel
-            )
+            f"--optimizer {cfg.optimizer._name} takes all experts of a rank as one, so that the result would "
+            f"depend on --moe-expert-parallel {parallel}: use one that updates each number for itself, such "
+            "as adam."
         )
 
 
@@ -125,8 +122,8 @@ def check_run(cfg: Any, layers: List[MoEFeedForward], criterion: FairseqCriterio
     spawn_update, max_update = layers[0].schedule.spawn_update, cfg.optimization.max_update
     if layers[0].moe.num_experts > 1 and 0 < max_update <= spawn_update:
         raise ValueError(
-            "--moe-spawn-update {} is not before --max-update {}, so the experts would never spawn: "
-            "lower the one or raise the other.".format(spawn_update, max_update)
+            f"--moe-spawn-update {spawn_update} is not before --max-update {max_update}, so the experts "
+            "would never spawn: lower the one or raise the other."
         )
     if math.isinf(spawn_update):
         logger.warning(

@@ -7,16 +7,16 @@ from typing import Any, Callable, Dict, List, Optional, Sequence
 
 import torch
 
-from .evolution import shards
-from .evolution.merge import MergeError
-from .evolution.merge_checkpoint import (
+from ..evolution.merge import MergeError
+from . import shards
+from .merge import (
     LayerMerge,
     merge_checkpoint,
     model_options,
     moe_layers_of,
     plan_checkpoint,
 )
-from .evolution.saved_optimizer import UnknownLayout, parameter_names
+from .saved_optimizer import UnknownLayout, parameter_names
 
 
 def merge(arguments: Optional[Sequence[str]] = None) -> None:
@@ -90,14 +90,14 @@ def _merge(args: argparse.Namespace) -> None:
 
 def _check_arguments(args: argparse.Namespace) -> None:
     if args.experts < 1:
-        raise MergeError("--experts must be at least 1, but is {}.".format(args.experts))
+        raise MergeError(f"--experts must be at least 1, but is {args.experts}.")
     for flag, value in (("--subset", args.subset), ("--tokens", args.tokens)):
         if value is not None and args.data is None:
-            raise MergeError("{} has no effect without --data: give --data or leave it out.".format(flag))
+            raise MergeError(f"{flag} has no effect without --data: give --data or leave it out.")
     if args.tokens is not None and args.tokens < 1:
-        raise MergeError("--tokens must be at least 1, but is {}.".format(args.tokens))
+        raise MergeError(f"--tokens must be at least 1, but is {args.tokens}.")
     if not Path(args.checkpoint).is_file():
-        raise MergeError("There is no checkpoint {}.".format(args.checkpoint))
+        raise MergeError(f"There is no checkpoint {args.checkpoint}.")
     if args.dry_run:
         return
     if args.out is None:
@@ -107,7 +107,7 @@ def _check_arguments(args: argparse.Namespace) -> None:
 
 def _check_out(args: argparse.Namespace) -> None:
     if not Path(args.out).resolve().parent.is_dir():
-        raise MergeError("The folder of --out {} does not exist: create it.".format(args.out))
+        raise MergeError(f"The folder of --out {args.out} does not exist: create it.")
     if Path(args.out).resolve() == Path(args.checkpoint).resolve():
         raise MergeError("--out is the checkpoint itself, which would be lost: give another name.")
 
@@ -125,31 +125,31 @@ def _load(path: str) -> Dict[str, Any]:
 
 def _load_file(path: str) -> Dict[str, Any]:
     if not Path(path).is_file():
-        raise MergeError("There is no checkpoint {}.".format(path))
+        raise MergeError(f"There is no checkpoint {path}.")
     try:
         state = torch.load(path, map_location="cpu")
     except Exception as error:  # whatever unpickling other bytes leads to
-        raise MergeError("{} is not a checkpoint that can be read.".format(path)) from error
+        raise MergeError(f"{path} is not a checkpoint that can be read.") from error
     if not isinstance(state, dict):
-        raise MergeError("{} is no checkpoint of fairseq's.".format(path))
+        raise MergeError(f"{path} is no checkpoint of fairseq's.")
     return state
 
 
 def _observe(args: argparse.Namespace) -> Dict[str, Any]:
-    from .evolution.observe import observe
+    from .observe import observe
 
     for folder in args.data.split(os.pathsep):  # fairseq takes several
         if not Path(folder).is_dir():
-            raise MergeError("--data {} is not a folder.".format(folder))
+            raise MergeError(f"--data {folder} is not a folder.")
     try:
         observed = observe(args.checkpoint, args.data, args.subset or "valid", args.tokens or 4096)
     except (OSError, RuntimeError, ValueError) as error:  # a missing file, another dictionary
         text = " ".join(str(error).split()).rstrip(".")
-        raise MergeError("The model cannot be run on --data {}: {}.".format(args.data, text)) from error
+        raise MergeError(f"The model cannot be run on --data {args.data}: {text}.") from error
     tokens = [seen.tokens for seen in observed.values()]
     if min(tokens) == 0:
-        raise MergeError("--data {} gave a layer no tokens: choose another --subset.".format(args.data))
-    print("outputs of all experts compared on {:,} tokens of each layer".format(min(tokens)))
+        raise MergeError(f"--data {args.data} gave a layer no tokens: choose another --subset.")
+    print(f"outputs of all experts compared on {min(tokens):,} tokens of each layer")
     return observed
 
 
@@ -157,7 +157,7 @@ def _save(state: Dict[str, Any], path: str) -> None:
     try:
         torch.save(state, path)
     except (OSError, RuntimeError) as error:
-        raise MergeError("The checkpoint cannot be written to {}: {}.".format(path, error)) from error
+        raise MergeError(f"The checkpoint cannot be written to {path}: {error}.") from error
 
 
 def consolidate(arguments: Optional[Sequence[str]] = None) -> None:
@@ -173,7 +173,7 @@ def consolidate(arguments: Optional[Sequence[str]] = None) -> None:
     def run() -> None:
         _check_out(args)
         if shards.INDEX not in _load_file(args.checkpoint):
-            raise MergeError("{} has all experts already: there is nothing to do.".format(args.checkpoint))
+            raise MergeError(f"{args.checkpoint} has all experts already: there is nothing to do.")
         state = _load(args.checkpoint)
         _save(state, args.out)
         print("{:,} parameters: {}".format(_parameters(state["model"]), args.out))
@@ -199,13 +199,13 @@ def reshard(arguments: Optional[Sequence[str]] = None) -> None:
     def run() -> None:
         _check_out(args)
         if not args.out.endswith(".pt"):
-            raise MergeError("--out {} must end in .pt, as fairseq's checkpoints do.".format(args.out))
+            raise MergeError(f"--out {args.out} must end in .pt, as fairseq's checkpoints do.")
         state = _load(args.checkpoint)
         layers = moe_layers_of(state)
         fewest = min(len(layer.widths) for layer in layers)
         if not 1 < args.parts <= fewest:
             raise MergeError(
-                "--parts must be from 2 to the {} experts of a layer, but is {}.".format(fewest, args.parts)
+                f"--parts must be from 2 to the {fewest} experts of a layer, but is {args.parts}."
             )
         paths = shards.write(state, {layer.name: layer.widths for layer in layers}, args.parts, args.out)
         print("\n".join(paths))
@@ -217,7 +217,7 @@ def _exit_with_error(parser: argparse.ArgumentParser, run: Callable[[], None]) -
     try:
         run()
     except (MergeError, shards.DamagedCheckpoint, UnknownLayout) as error:
-        parser.exit(2, "{}: {}\n".format(parser.prog, error))
+        parser.exit(2, f"{parser.prog}: {error}\n")
 
 
 def table(plans: List[LayerMerge]) -> str:
@@ -226,7 +226,7 @@ def table(plans: List[LayerMerge]) -> str:
     for plan in plans:
         found = len(plan.layer.widths)
         if plan.merge is None:
-            rows.append((plan.layer.name, "{} as before".format(found), "", "", ""))
+            rows.append((plan.layer.name, f"{found} as before", "", "", ""))
             continue
         groups = plan.merge.groups
         number = {e: m for m, group in enumerate(groups) for e in group}
@@ -236,9 +236,9 @@ def table(plans: List[LayerMerge]) -> str:
         rows.append(
             (
                 plan.layer.name,
-                "{} -> {}".format(found, len(groups)),
-                "{:.3f}".format(min(within)),
-                "{:.3f}".format(max(between)) if between else "",
+                f"{found} -> {len(groups)}",
+                f"{min(within):.3f}",
+                f"{max(between):.3f}" if between else "",
                 " | ".join(" ".join(map(str, group)) for group in groups),
             )
         )

@@ -12,13 +12,14 @@ from fairseq.distributed import utils as distributed_utils
 from fairseq.trainer import Trainer
 from torch import Tensor
 
+from ..checkpoints import optimizer_state
+from ..evolution.plateau import Plateau
 from ..models.feed_forward import moe_layers
 from ..moe import MoELayer
-from ..moe.collect import Collector
+from ..moe.plan import Inherit, Plan, resize_plan
 from ..moe.routers.dynmoe import Resize
-from . import optimizer_state, parallel
-from .plan import Inherit, Plan, resize_plan
-from .plateau import Plateau
+from ..moe.statistics import Collector
+from . import ranks as parallel
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +30,7 @@ Change = Tuple[Plan, Callable[[MoELayer], None]]
 def spawn_is_due(trainer: Trainer) -> bool:
     """Whether the experts must spawn before the next update."""
     return any(
-        not layer.moe.grown and trainer.get_num_updates() >= layer.schedule.spawn_update
+        not layer.moe.spawned and trainer.get_num_updates() >= layer.schedule.spawn_update
         for _, layer in moe_layers(trainer.get_model())
     )
 
@@ -64,10 +65,10 @@ def resume(trainer: Trainer) -> None:
     plateau = _plateau(model)
     if plateau is None:
         return
-    grown = any(layer.moe.router is not None for _, layer in moe_layers(model))
-    if plateau.resume(update, grown):
+    spawned = any(layer.moe.router is not None for _, layer in moe_layers(model))
+    if plateau.resume(update, spawned):
         model.count_from_spawn()
-        if grown:
+        if spawned:
             logger.warning(
                 "the checkpoint's experts have spawned already, but not in this count of updates: the gate "
                 "anneals from update 0, as with --moe-spawn-update 0 (to start from the sparse gate, set "
@@ -81,27 +82,20 @@ def spawn(trainer: Trainer) -> None:
     model = trainer.get_model()
     plateau = _plateau(model)
     if plateau is not None:
-        logger.info("spawning before update {}: {}".format(trainer.get_num_updates(), plateau.reason()))
+        logger.info(f"spawning before update {trainer.get_num_updates()}: {plateau.reason()}")
         plateau.spawn_update = trainer.get_num_updates()
         model.count_from_spawn()
     parameters = count_parameters(model)
     changes: Dict[str, Change] = {}
     for name, layer in moe_layers(model):
-        plan = layer.moe.plan_growth()
-        changes[name] = plan, functools.partial(MoELayer.grow, plan=plan)
+        plan = layer.moe.plan_spawn()
+        changes[name] = plan, functools.partial(MoELayer.spawn, plan=plan)
         moe = layer.moe
     change_experts(trainer, changes)
     logger.info(
-        "spawned experts before update {}: 1 -> {} experts, {:,} -> {:,} parameters, method {} "
-        "(strength {}), {:.2f} s".format(
-            trainer.get_num_updates(),
-            moe.num_experts,
-            parameters,
-            count_parameters(model),
-            moe.spawn.method_name,
-            moe.spawn.used_strength,
-            time.perf_counter() - start,
-        )
+        f"spawned experts before update {trainer.get_num_updates()}: 1 -> {moe.num_experts} experts, "
+        f"{parameters:,} -> {count_parameters(model):,} parameters, method {moe.spawner.method_name} "
+        f"(strength {moe.spawner.used_strength}), {time.perf_counter() - start:.2f} s"
     )
 
 
@@ -128,7 +122,7 @@ def resize(trainer: Trainer) -> None:
                 moe.num_experts,
                 len(plan.widths),
                 removed or "none",
-                "none" if change.copied is None else "a copy of {}".format(change.copied),
+                "none" if change.copied is None else f"a copy of {change.copied}",
             )
         )
     if changes:
@@ -144,7 +138,7 @@ def resize(trainer: Trainer) -> None:
 
 
 def _resize_layer(plan: Plan, change: Resize, moe: MoELayer) -> None:
-    moe.become(plan)
+    moe.apply_plan(plan)
     moe.router.resize(change)
 
 
@@ -157,7 +151,7 @@ def collect(trainer: Trainer, updated: bool) -> None:
     """
     update = trainer.get_num_updates()
     collectors = [module for module in trainer.get_model().modules() if isinstance(module, Collector)]
-    sums = [collector.take() for collector in collectors]
+    sums = [collector.drain() for collector in collectors]
     # with --amp, trainer.py calls train_step again from within, to try a batch once more
     if not collectors or not updated or getattr(trainer, "_evomoe_collected", None) == update:
         return
@@ -166,7 +160,7 @@ def collect(trainer: Trainer, updated: bool) -> None:
     if trainer.data_parallel_world_size > 1:
         distributed_utils.all_reduce(total, group=trainer.data_parallel_process_group)
     for collector, part in zip(collectors, total.split([len(each) for each in sums])):
-        collector.fold(part)
+        collector.commit(part)
 
 
 @torch.no_grad()
@@ -208,17 +202,17 @@ def count_parameters(model: torch.nn.Module) -> int:
     count = sum(p.numel() for p in model.parameters())
     for _, layer in moe_layers(model):
         sizes = layer.moe.experts.parameters_of_each()
-        count += sum(sizes) - sum(sizes[e] for e in layer.moe.experts.own)
+        count += sum(sizes) - sum(sizes[e] for e in layer.moe.experts.local)
     return count
 
 
 def _gather_states(states: Dict[Tensor, optimizer_state.ParameterState], moe: MoELayer) -> None:
     """Let the states of experts that are shared out among ranks be those of all experts."""
-    if moe.split:
+    if moe.sharded:
         for name, parameter in moe.experts.named_parameters(recurse=False):
             if parameter in states:
                 whole = functools.partial(moe.whole, name)
-                states[parameter] = states[parameter].become(whole, whole)
+                states[parameter] = states[parameter].apply(whole, whole)
 
 
 def _change_states(
@@ -226,7 +220,7 @@ def _change_states(
 ) -> None:
     """Replace the states of a layer's old parameters by those of its new ones."""
     new = dict(moe.named_parameters())
-    own = plan.only(moe.experts.own)
+    own = plan.only(moe.experts.local)
     anew = plan.inherit == Inherit.none
     gone = {key: states.pop(p, None) for key, p in old.items() if new.get(key) is not p}
     for key, parameter in new.items():
@@ -237,9 +231,9 @@ def _change_states(
             continue
         if module == "experts":
             statistics = functools.partial(own.statistics, name, weights=old[key].detach())
-            state = state.become(functools.partial(own.weights, name), None if anew else statistics)
+            state = state.apply(functools.partial(own.weights, name), None if anew else statistics)
         elif module == "router":
-            state = state.become(functools.partial(plan.per_expert, new=parameter.float()), plan.per_expert)
+            state = state.apply(functools.partial(plan.per_expert, new=parameter.float()), plan.per_expert)
         states[parameter] = state
 
 
@@ -251,11 +245,11 @@ def _change_ema(ema: Any, changes: Dict[str, Change]) -> None:
         for name, _ in moe.experts.named_parameters(recurse=False):
             key = prefix + "experts." + name
             if key in ema.fp32_params:
-                ema.fp32_params[key] = moe.whole(name, ema.fp32_params[key])
+                ema.fp32_params[key] = moe.gather_rows(name, ema.fp32_params[key])
         carry_out(moe)
         if not ema.fp32_params:
             continue
-        own = plan.only(moe.experts.own)
+        own = plan.only(moe.experts.local)
         parameters, state = dict(moe.named_parameters()), moe.state_dict()
         for key in [key for key in ema.fp32_params if key.startswith(prefix)]:
             if key[len(prefix) :] not in state:

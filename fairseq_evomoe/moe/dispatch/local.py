@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .experts import Experts
+from ..experts import Experts
+from ..routing import Routing
 from .fused import ACTIVATIONS, fused_experts
-from .routing import Routing
 
 _ALIGNMENT = 16  # bytes that every row of a grouped product must be a multiple of
 
@@ -68,7 +68,7 @@ def sum_of_outputs(
         counts = _counts(expert_N, experts)
         weights = (experts.w1, experts.b1, experts.w2, experts.b2)
         activation = experts.hidden.activation
-        widths, w3 = experts.own_widths, experts.w3
+        widths, w3 = experts.local_widths, experts.w3
         return fused_experts(x_TD, weight_N, *weights, token_N, counts, widths, activation, w3)
     # not x_TD[token_N], whose gradient sorts
     weighted_ND = outputs(x_TD.index_select(0, token_N), expert_N, experts) * weight_N.unsqueeze(1)
@@ -92,14 +92,14 @@ def outputs(x_ND: Tensor, expert_N: Tensor, experts: Experts) -> Tensor:
 
 
 def _counts(expert_N: Tensor, experts: Experts) -> List[int]:
-    return torch.bincount(expert_N, minlength=len(experts.own)).tolist()
+    return torch.bincount(expert_N, minlength=len(experts.local)).tolist()
 
 
 def _one_token(x_TD: Tensor, expert_N: Tensor, weight_N: Tensor, experts: Experts) -> Tensor:
     y_TD = None
     for expert, weight in zip(expert_N.tolist(), weight_N.tolist()):
-        start = sum(experts.own_widths[:expert])
-        units = slice(start, start + experts.own_widths[expert])
+        start = sum(experts.local_widths[:expert])
+        units = slice(start, start + experts.local_widths[expert])
         factor = None if experts.w3 is None else F.linear(x_TD, experts.w3[units])
         hidden = experts.hidden(F.linear(x_TD, experts.w1[units], experts.b1[units]), factor)
         out_TD = torch.addmm(experts.b2[expert], hidden, experts.w2[units])
@@ -118,15 +118,15 @@ def _can_fuse(x_TD: Tensor, experts: Experts) -> bool:
 def _can_group(x_TD: Tensor, experts: Experts) -> bool:
     """Whether ``grouped_experts`` computes these experts: one width, and rows of whole 16 bytes."""
     dtype = _autocast_dtype(x_TD) or x_TD.dtype
-    if not experts.own:  # the others' experts were chosen
+    if not experts.local:  # the others' experts were chosen
         return False
-    width = experts.own_widths[0]
+    width = experts.local_widths[0]
     return (
         hasattr(F, "grouped_mm")
         and dtype in (torch.float32, torch.float16, torch.bfloat16)
         # torch.compile knows them in bfloat16 only, as of PyTorch 2.13
         and (dtype == torch.bfloat16 or not torch.compiler.is_compiling())
-        and experts.own_widths.count(width) == len(experts.own)
+        and experts.local_widths.count(width) == len(experts.local)
         and width * dtype.itemsize % _ALIGNMENT == 0
         and experts.dim * dtype.itemsize % _ALIGNMENT == 0
     )
@@ -144,7 +144,7 @@ def grouped_experts(x_ND: Tensor, expert_N: Tensor, experts: Experts) -> Tensor:
         shape (N, D), dtype of ``x_ND`` or that of autocast.
     """
     dtype = _autocast_dtype(x_ND) or x_ND.dtype
-    count = len(experts.own)
+    count = len(experts.local)
     end_E = torch.searchsorted(
         expert_N, torch.arange(count, device=expert_N.device), right=True, out_int32=True
     )

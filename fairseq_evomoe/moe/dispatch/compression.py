@@ -6,7 +6,7 @@ from typing import Tuple
 import torch
 from torch import Tensor
 
-from .noise import seed_of
+from ..noise import seed_of
 
 
 @dataclass

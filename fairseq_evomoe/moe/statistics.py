@@ -24,12 +24,12 @@ class Collector(nn.Module):
 
     _sums_K: Optional[Tensor] = None
 
-    def collect(self, sums_K: Tensor) -> None:
+    def add(self, sums_K: Tensor) -> None:
         """Add sums over some tokens."""
         sums_K = sums_K.detach().float()
         self._sums_K = sums_K if self._sums_K is None else self._sums_K + sums_K
 
-    def take(self) -> Tensor:
+    def drain(self) -> Tensor:
         """The sums since the last call: float32, shape (K,); zeros if nothing was collected."""
         sums_K, self._sums_K = self._sums_K, None
         return self.no_sums() if sums_K is None else sums_K
@@ -38,7 +38,7 @@ class Collector(nn.Module):
         """Zeros in the shape of the sums: float32, shape (K,)."""
         raise NotImplementedError
 
-    def fold(self, sums_K: Tensor) -> None:
+    def commit(self, sums_K: Tensor) -> None:
         """Take the sums of one update, over all processes, into the buffers."""
         raise NotImplementedError
 
@@ -80,13 +80,13 @@ class Activity(Collector):
         if experts.w3 is not None:
             hidden_TH = hidden_TH * (x_TD @ experts.w3.t())
         sum_H = hidden_TH.abs().sum(0, dtype=torch.float32)
-        self.collect(torch.cat([sum_H, sum_H.new_full((1,), x_TD.shape[0])]))
+        self.add(torch.cat([sum_H, sum_H.new_full((1,), x_TD.shape[0])]))
 
     def no_sums(self) -> Tensor:
         """See ``Collector``: the H sums of magnitudes and the number of tokens."""
         return self.magnitude_H.new_zeros(len(self.magnitude_H) + 1)
 
-    def fold(self, sums_K: Tensor) -> None:
+    def commit(self, sums_K: Tensor) -> None:
         """See ``Collector``."""
         tokens = sums_K[-1]
         if tokens > 0:

@@ -4,8 +4,8 @@ import logging
 from dataclasses import fields
 from typing import Any, Callable, List, Tuple
 
+from ..models.make import LAYER_LOSSES, latest_spawn, router_class, router_options, spawns_by_itself
 from ..moe import ROUTERS
-from .make import LAYER_LOSSES, latest_spawn, router_class, router_options, spawns_by_itself
 from .options import MoEOptions, flag
 
 logger = logging.getLogger(__name__)
@@ -213,7 +213,7 @@ def check_options(cfg: Any) -> None:
     for name, reason in _UNSUPPORTED.items():
         if (getattr(cfg, name, None) or 0) > 0:
             raise ValueError(
-                "{} does not work in a model with MoE layers ({}): leave it out.".format(flag(name), reason)
+                f"{flag(name)} does not work in a model with MoE layers ({reason}): leave it out."
             )
     _check(_RULES, cfg)
     _check_weights(cfg)
@@ -240,7 +240,7 @@ def warn_of_idle_options(cfg: Any) -> None:
         cfg: anything with the attributes of ``MoEOptions``.
     """
     for idle, where in (
-        (_ANNEAL if not router_class(cfg).anneals else (), "with --moe-router {}".format(cfg.moe_router)),
+        (_ANNEAL if not router_class(cfg).anneals else (), f"with --moe-router {cfg.moe_router}"),
         (_PLATEAU if not spawns_by_itself(cfg) else (), "without --moe-spawn-update auto"),
         (_SPAWN if cfg.moe_spawn_update == 0 else (), "with --moe-spawn-update 0"),
     ):
@@ -260,7 +260,7 @@ def _check_weights(cfg: Any) -> None:
         if not option.name.endswith("_weight") or not isinstance(value, (int, float)):
             continue
         if value < 0:
-            raise ValueError("{} must not be negative, but is {}.".format(flag(option.name), value))
+            raise ValueError(f"{flag(option.name)} must not be negative, but is {value}.")
         name = option.name[len("moe_") : -len("_weight")]
         if value > 0 and name not in known:
             raise ValueError(

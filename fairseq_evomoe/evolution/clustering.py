@@ -25,7 +25,7 @@ def balanced_kmeans(x_ND: Tensor, clusters: int, generator: torch.Generator, ste
     """
     points = x_ND.shape[0]
     if points % clusters != 0:
-        raise ValueError("{} points cannot be {} clusters of equal sizes".format(points, clusters))
+        raise ValueError(f"{points} points cannot be {clusters} clusters of equal sizes")
     x_ND = x_ND.double().cpu()
     mean_KD = x_ND[torch.randperm(points, generator=generator)[:clusters]]
     cluster_N = torch.full((points,), -1)

@@ -26,7 +26,7 @@ class ParameterState:
     statistics: Dict[str, Any] = field(default_factory=dict)
     master: Optional[Tensor] = None
 
-    def become(self, weights: Callable, statistics: Optional[Callable]) -> "ParameterState":
+    def apply(self, weights: Callable, statistics: Optional[Callable]) -> "ParameterState":
         """The state of a parameter that was made from this one.
 
         Args:

@@ -11,7 +11,7 @@ fairseq has no hook that is given the Trainer, so ``install`` wraps methods of i
 - ``consolidate_optimizer``, ``state_dict``, ``save_checkpoint``: a checkpoint has all experts, in one file or
   in several (``shards.py``), for which ``should_save_checkpoint_on_current_rank`` and ``checkpoint_suffix``
   are there, and ``checkpoint_utils.load_checkpoint_to_cpu`` reads them;
-- ``load_checkpoint``: the distributed wrapper is rebuilt if the model has grown;
+- ``load_checkpoint``: the distributed wrapper is rebuilt if the model has spawned;
 - ``_build_ema``: its EMA would average whatever a checkpoint holds, tables of integers too.
 
 Two more functions are wrapped so that errors tell what to do: ``fsdp_enable_wrap``, which would ask for
@@ -29,9 +29,12 @@ from fairseq.models import ARCH_MODEL_REGISTRY
 from fairseq.nan_detector import NanDetector
 from fairseq.trainer import Trainer
 
+from ..checkpoints import shards
+from ..checkpoints import whole as checkpoints
 from ..models.feed_forward import CheckpointMismatch, MoEFeedForward, MoEModel, moe_layers
 from ..moe import MoELayer, Router
-from . import checkpoints, growth, parallel, shards
+from . import growth
+from . import ranks as parallel
 from .checks import check_before_trainer, check_optimizer, check_run
 
 logger = logging.getLogger(__name__)
@@ -97,7 +100,7 @@ def _checked_init(original):
         layers = [layer for _, layer in moe_layers(model)]
         if layers:
             check_before_trainer(cfg)
-            parallel.join(cfg, model)
+            parallel.attach_ranks(cfg, model)
         original(self, cfg, task, model, criterion, *args, **kwargs)
         if layers:
             check_run(self.cfg, layers, criterion)
@@ -111,27 +114,27 @@ def _build_ema_of_integers(original):
         original(self)
         if self._ema is not None:
             growth.copy_integers(self._ema)
-            if _split(self):
-                _take_share(self._ema)
+            if _is_sharded(self):
+                _take_shard(self._ema)
 
     return _build_ema
 
 
-def _take_share(ema) -> None:
+def _take_shard(ema) -> None:
     # trainer.py hands the float32 weights of a checkpoint, those of all experts, to this method
     original = ema.build_fp32_params
 
     @functools.wraps(original)
     def build_fp32_params(state_dict=None):
         if state_dict is not None:
-            state_dict = checkpoints.share_tensors(ema.get_model(), state_dict)
+            state_dict = checkpoints.local_tensors(ema.get_model(), state_dict)
         original(state_dict)
 
     ema.build_fp32_params = build_fp32_params
 
 
-def _split(trainer: Trainer) -> bool:
-    return next(parallel.split_parameters(trainer.get_model()), None) is not None
+def _is_sharded(trainer: Trainer) -> bool:
+    return next(parallel.sharded_parameters(trainer.get_model()), None) is not None
 
 
 def _growing_train_step(original):
@@ -172,7 +175,7 @@ def _telling_prepare_sample(original):
     @functools.wraps(original)
     def _prepare_sample(self, *args, **kwargs):
         sample, is_dummy = original(self, *args, **kwargs)
-        parallel.set_idle([layer for _, layer in moe_layers(self.get_model())], is_dummy)
+        parallel.set_dummy_batch([layer for _, layer in moe_layers(self.get_model())], is_dummy)
         return sample, is_dummy
 
     return _prepare_sample
@@ -181,7 +184,7 @@ def _telling_prepare_sample(original):
 def _whole_clip_grad_norm(original):
     @functools.wraps(original)
     def clip_grad_norm(self, clip_norm):
-        norm = parallel.clip_grad_norm(self, clip_norm) if _split(self) else original(self, clip_norm)
+        norm = parallel.clip_grad_norm(self, clip_norm) if _is_sharded(self) else original(self, clip_norm)
         if torch.is_tensor(norm) and not torch.isfinite(norm).all():
             # now, since fairseq clears the gradients before it raises its error
             self._evomoe_broken = parallel.broken_parts(self)
@@ -199,8 +202,8 @@ def _sharing_build_optimizer(original):
 
         @functools.wraps(load)
         def load_state_dict(state_dict, *args, **kwargs):
-            if _split(self):
-                state_dict = checkpoints.share_optimizer_state(self, state_dict)
+            if _is_sharded(self):
+                state_dict = checkpoints.local_optimizer_state(self, state_dict)
             load(state_dict, *args, **kwargs)
 
         self._optimizer.load_state_dict = load_state_dict
@@ -214,7 +217,7 @@ def _gathering_consolidate_optimizer(original):
     def consolidate_optimizer(self):
         original(self)
         self._evomoe_whole = self._evomoe_set = None
-        if not _split(self) or self.__dict__.get("_evomoe_in_step"):
+        if not _is_sharded(self) or self.__dict__.get("_evomoe_in_step"):
             return
         if self.cfg.model.moe_sharded_checkpoint:
             self._evomoe_set = checkpoints.name_set(self)
@@ -230,7 +233,7 @@ def _whole_state_dict(original):
         state = original(self)
         if _saves_shards(self):
             state = checkpoints.shard_of(self, state, self._evomoe_set)
-        elif _split(self):
+        elif _is_sharded(self):
             whole = self.__dict__.pop("_evomoe_whole", None) or checkpoints.gather_whole(self)
             whole.fill(state, checkpoints.layout_of(self))
         return state
@@ -266,8 +269,8 @@ def _noting_save_checkpoint(original):
     @functools.wraps(original)
     def save_checkpoint(self, filename, extra_state):
         # trainer.py saves crash.pt when an update fails, perhaps on this rank alone
-        if self.__dict__.get("_evomoe_in_step") and _split(self):
-            logger.error("{} is not written, since experts of other ranks would be missing".format(filename))
+        if self.__dict__.get("_evomoe_in_step") and _is_sharded(self):
+            logger.error(f"{filename} is not written, since experts of other ranks would be missing")
             return None
         checkpoints.note_ranks(self, extra_state)
         return original(self, filename, extra_state)
@@ -296,7 +299,7 @@ def _growing_load_checkpoint(original):
             parallel.keep_from_ddp(self.get_model())
         if layers:
             growth.resume(self)
-            _warn_if_grown_early(self, layers)
+            _warn_if_spawned_early(self, layers)
             checkpoints.move_to_position(self, result)
         return result
 
@@ -322,11 +325,11 @@ def _mismatch_behind(
     return cause
 
 
-def _warn_if_grown_early(trainer: Trainer, layers: List[MoEFeedForward]) -> None:
+def _warn_if_spawned_early(trainer: Trainer, layers: List[MoEFeedForward]) -> None:
     update, spawn_update = trainer.get_num_updates(), layers[0].schedule.spawn_update
     if layers[0].moe.router is not None and update < spawn_update:
         logger.warning(
-            "the checkpoint's experts have spawned already, so nothing spawns at --moe-spawn-update {0}; "
-            "the gate is dense until then and anneals from there (to start from the sparse gate, set "
-            "--moe-spawn-update 0 --moe-hard-update 0)".format(spawn_update)
+            "the checkpoint's experts have spawned already, so nothing spawns at --moe-spawn-update "
+            f"{spawn_update}; the gate is dense until then and anneals from there (to start from the sparse "
+            "gate, set --moe-spawn-update 0 --moe-hard-update 0)"
         )

@@ -10,10 +10,10 @@ from fairseq.utils import safe_hasattr
 from omegaconf import II, OmegaConf, open_dict
 
 from .. import compat
-from ..evolution.plan import Inherit
 from ..evolution.schedule import TemperatureSchedule
 from ..evolution.spawn import SpawnMethod
 from ..moe import ROUTERS
+from ..moe.plan import Inherit
 from ..moe.routers.dts import BalanceForm, EvalRouting, GateNoise, GateWeight
 from ..moe.routers.router import GateInput, Renormalize
 
@@ -43,7 +43,7 @@ class ExpertActivation(str, Enum):
     reglu = "reglu"
 
 
-class WireType(str, Enum):
+class TransportType(str, Enum):
     """The precision in which tokens travel."""
 
     model = "model"
@@ -303,7 +303,7 @@ class MoEOptions(FairseqDataclass):
         "Number of ranks that share the experts of a layer, each holding its part of them and sending tokens "
         "to the others; a divisor of the number of ranks; 1: every rank holds all experts.",
     )
-    moe_a2a_dtype: _choices(WireType) = option(
+    moe_a2a_dtype: _choices(TransportType) = option(
         "model", "Precision in which tokens and gradients travel between ranks; model is their own."
     )
     moe_a2a_compress: _choices(Compression) = option(

@@ -14,14 +14,14 @@ from fairseq.distributed import utils as distributed_utils
 from fairseq.trainer import Trainer
 from torch import Tensor, nn
 
+from ..checkpoints import optimizer_state
 from ..models.feed_forward import MoEFeedForward, moe_layers
 from ..moe import MoELayer
-from ..moe.placement import rows_of_each
 from ..moe.ranks import ALONE, Ranks
-from . import optimizer_state
+from ..moe.sharding import rows_per_expert
 
 
-def join(cfg: Any, model: nn.Module) -> None:
+def attach_ranks(cfg: Any, model: nn.Module) -> None:
     """Let the ranks of a run train the MoE layers of a model together; all ranks must call this."""
     layers = [layer for _, layer in moe_layers(model)]
     if not layers or cfg.distributed_training.distributed_world_size == 1:
@@ -32,7 +32,7 @@ def join(cfg: Any, model: nn.Module) -> None:
     group = distributed_utils.get_data_parallel_group()
     ranks = Ranks.of_group(group, getattr(cfg.model, "moe_expert_parallel", 1))
     for layer in layers:
-        layer.moe.join(ranks)
+        layer.moe.attach_ranks(ranks)
     keep_from_ddp(model)
 
 
@@ -41,17 +41,17 @@ def ranks_of(model: nn.Module) -> Ranks:
     return next((layer.moe.ranks for _, layer in moe_layers(model)), ALONE)
 
 
-def split_parameters(model: nn.Module) -> Iterator[Tuple[str, MoELayer, str, nn.Parameter]]:
+def sharded_parameters(model: nn.Module) -> Iterator[Tuple[str, MoELayer, str, nn.Parameter]]:
     """The parameters of which other ranks have other rows: key in the model, layer, name in it, parameter."""
     for layer_name, layer in moe_layers(model):
-        if layer.moe.split:
+        if layer.moe.sharded:
             for name, parameter in layer.moe.experts.named_parameters(recurse=False):
-                yield "{}.moe.experts.{}".format(layer_name, name), layer.moe, name, parameter
+                yield f"{layer_name}.moe.experts.{name}", layer.moe, name, parameter
 
 
 def keep_from_ddp(model: nn.Module) -> None:
     """Let torch's DistributedDataParallel leave split parameters alone, once it is built around the model."""
-    model._ddp_params_and_buffers_to_ignore = [key for key, _, _, _ in split_parameters(model)]
+    model._ddp_params_and_buffers_to_ignore = [key for key, _, _, _ in sharded_parameters(model)]
 
 
 def clip_grad_norm(trainer: Trainer, clip_norm: float) -> Tensor:
@@ -62,11 +62,11 @@ def clip_grad_norm(trainer: Trainer, clip_norm: float) -> Tensor:
     """
     model = trainer.get_model()
     ranks = ranks_of(model)
-    split = {parameter for _, _, _, parameter in split_parameters(model)}
+    split = {parameter for _, _, _, parameter in sharded_parameters(model)}
     for parameter in split:
         if parameter.grad is None:  # LayerDrop left the layer out
             parameter.grad = torch.zeros_like(parameter)
-    for _, _, _, parameter in split_parameters(model):
+    for _, _, _, parameter in sharded_parameters(model):
         # as the other gradients: the mean over all ranks of what each rank's loss makes of them
         parameter.grad.div_(ranks.size)
         if ranks.size > ranks.parallel:
@@ -110,19 +110,19 @@ def broken_parts(trainer: Trainer) -> List[str]:
         moe = layer.moe
         entropy = None if moe.routing is None else moe.routing.gate_entropy
         if entropy is not None and not torch.isfinite(entropy):
-            causes.append("the gate of {}".format(layer_name))
+            causes.append(f"the gate of {layer_name}")
         if moe.router is None:
             continue
         broken = {"weights": set(), "gradients": set()}
         for name, parameter in moe.experts.named_parameters(recurse=False):
-            rows = rows_of_each(name, moe.experts.own_widths)
+            rows = rows_per_expert(name, moe.experts.local_widths)
             for kind, tensor in (("weights", parameter.detach()), ("gradients", gradient.get(parameter))):
                 parts = () if tensor is None else tensor.view(parameter.shape).split(rows)
                 broken[kind].update(
-                    expert for expert, part in zip(moe.experts.own, parts) if not torch.isfinite(part).all()
+                    expert for expert, part in zip(moe.experts.local, parts) if not torch.isfinite(part).all()
                 )
-        causes += ["expert {} of {}".format(e, layer_name) for e in sorted(broken["weights"])]
-        gradients += ["the gradients of expert {} of {}".format(e, layer_name) for e in broken["gradients"]]
+        causes += [f"expert {e} of {layer_name}" for e in sorted(broken["weights"])]
+        gradients += [f"the gradients of expert {e} of {layer_name}" for e in broken["gradients"]]
     # where one expert's weights are broken, all gradients are
     ranks = ranks_of(model)
     return _of_all_ranks(ranks, causes) or _of_all_ranks(ranks, gradients)
@@ -135,10 +135,10 @@ def _of_all_ranks(ranks: Ranks, names: List[str]) -> List[str]:
     dist.all_gather_object(found, (ranks.rank, names), group=ranks.group)
     if ranks.parallel == 1:
         return sorted({name for _, of_rank in found for name in of_rank})
-    return ["{} (rank {})".format(name, rank) for rank, of_rank in found for name in of_rank]
+    return [f"{name} (rank {rank})" for rank, of_rank in found for name in of_rank]
 
 
-def set_idle(layers: List[MoEFeedForward], idle: bool) -> None:
+def set_dummy_batch(layers: List[MoEFeedForward], idle: bool) -> None:
     """Tell layers whether fairseq's dummy batch comes next, which is not to be routed."""
     for layer in layers:
-        layer.idle = idle
+        layer.is_dummy_batch = idle

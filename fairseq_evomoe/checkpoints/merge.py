@@ -7,8 +7,8 @@ from typing import Any, Dict, List, Optional
 import torch
 from torch import Tensor
 
-from ..moe.sizes import expert_widths, size_ratios
-from .merge import Merge, MergeError, plan_merge, weight_similarity
+from ..evolution.merge import Merge, MergeError, plan_merge, weight_similarity
+from ..evolution.sizes import expert_widths, size_ratios
 from .optimizer_state import ParameterState
 from .saved_optimizer import by_parameter, flatten
 
@@ -92,8 +92,8 @@ def moe_layers_of(state: Dict[str, Any]) -> List[Layer]:
         experts, units = tensors["experts.b2"].shape[0], tensors["experts.w1"].shape[0]
         if experts == 1 and not any(key.startswith("router.") for key in tensors):
             raise MergeError(
-                "The checkpoint has one expert in {}, as before the spawn, so that there is nothing to "
-                "merge: give one from after --moe-spawn-update.".format(name)
+                f"The checkpoint has one expert in {name}, as before the spawn, so that there is nothing to "
+                "merge: give one from after --moe-spawn-update."
             )
         layers.append(Layer(name, tensors, _widths(options, experts, units)))
     return layers
@@ -107,8 +107,8 @@ def _widths(options: Any, experts: int, units: int) -> List[int]:
         return expert_widths(size_ratios(sizes, experts), units)
     except ValueError as error:  # --moe-router dynmoe has changed their number
         raise MergeError(
-            "The checkpoint's --moe-expert-sizes {} do not tell the widths of its {} experts: only those of "
-            "equal widths can be merged after their number has changed.".format(sizes, experts)
+            f"The checkpoint's --moe-expert-sizes {sizes} do not tell the widths of its {experts} experts: "
+            "only those of equal widths can be merged after their number has changed."
         ) from error
 
 
@@ -166,9 +166,7 @@ def _check(layers: List[Layer], options: Any, experts: int, align: bool) -> None
     most = max(len(layer.widths) for layer in layers)
     if not 1 <= experts < most:
         raise MergeError(
-            "--experts must be at least 1 and less than the checkpoint's {} experts, but is {}.".format(
-                most, experts
-            )
+            f"--experts must be at least 1 and less than the checkpoint's {most} experts, but is {experts}."
         )
     router = str(_get(options, "moe_router", "dts"))
     for name, routers in _AT_LEAST.items():
@@ -190,17 +188,15 @@ def _check(layers: List[Layer], options: Any, experts: int, align: bool) -> None
     ):
         if found and experts == 1:
             raise MergeError(
-                "A model with {} is another one with a single expert: --experts must be at least 2.".format(
-                    name
-                )
+                f"A model with {name} is another one with a single expert: --experts must be at least 2."
             )
     for layer in layers if experts == 1 else []:
         side = "decoder" if "decoder" in layer.name.split(".") else "encoder"
         width = _get(options, side + "_ffn_embed_dim", layer.widths[0])
         if len(set(layer.widths)) == 1 and layer.widths[0] != width:
             raise MergeError(
-                "A single expert must be as wide as the model's other layers, but those of {} have {} hidden "
-                "units: --experts must be at least 2.".format(layer.name, layer.widths[0])
+                f"A single expert must be as wide as the model's other layers, but those of {layer.name} "
+                f"have {layer.widths[0]} hidden units: --experts must be at least 2."
             )
     if align and any("experts.hidden.norm.weight" in layer.tensors for layer in layers):
         raise MergeError(
@@ -295,7 +291,7 @@ def merge_optimizer(optimizer: Dict[str, Any], model: Dict[str, Tensor], plans: 
             def change(x: Tensor, name: str = name) -> Tensor:
                 return _new_tensor(name, x, changed[name])
 
-            merged.append(ParameterState(statistics).become(change, change).statistics)
+            merged.append(ParameterState(statistics).apply(change, change).statistics)
     if flat:
         merged = [flatten(merged)]
     optimizer["param_groups"][0]["params"] = list(range(len(merged)))

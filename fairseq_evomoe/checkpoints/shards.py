@@ -20,9 +20,9 @@ from fairseq.file_io import PathManager
 from torch import Tensor
 
 from ..models.feed_forward import CheckpointMismatch
-from ..moe.loading import WIDTHS_OF_SHARE
-from ..moe.placement import join_experts, place_experts, rows_of_each, take_experts
+from ..moe.loading import WIDTHS_OF_SHARD
 from ..moe.ranks import ALONE, Ranks
+from ..moe.sharding import concat_experts, deal_experts, rows_per_expert, take_experts
 from .optimizer_state import Layout, replace
 from .saved_optimizer import layout_of_checkpoint
 
@@ -73,7 +73,7 @@ class Index:
 
 
 @dataclass
-class Share:
+class Shard:
     """The experts of one file.
 
     Attributes:
@@ -111,10 +111,10 @@ def path_of(path: str, number: int) -> str:
 
 def suffix_of(number: int) -> str:
     """What the name of a file of a set has before its ending."""
-    return "-experts{}".format(number) if number > 0 else ""
+    return f"-experts{number}" if number > 0 else ""
 
 
-def file_of(state: Dict[str, Any], index: Index, number: int, share: Share) -> Dict[str, Any]:
+def file_of(state: Dict[str, Any], index: Index, number: int, share: Shard) -> Dict[str, Any]:
     """What a file of a set holds.
 
     Args:
@@ -191,9 +191,7 @@ def readable(path: str) -> Iterator[None]:
         local = PathManager.get_local_path(path)
         if not os.path.isfile(local) or zipfile.is_zipfile(local):  # which has its directory at its end
             raise
-        raise DamagedCheckpoint(
-            "{} cannot be read: it is truncated, or no checkpoint.".format(path)
-        ) from error
+        raise DamagedCheckpoint(f"{path} cannot be read: it is truncated, or no checkpoint.") from error
 
 
 def assemble(state: Dict[str, Any], path: str, ranks: Ranks = ALONE) -> None:
@@ -213,16 +211,16 @@ def assemble(state: Dict[str, Any], path: str, ranks: Ranks = ALONE) -> None:
             "{} has a part of the experts of a checkpoint: give its first file, without {} in its "
             "name.".format(path, suffix_of(1)[:-1] + "N")
         )
-    shares = [Share(**state.pop(EXPERTS))]
-    shares += [_read_share(path, index, number) for number in range(1, index.files)]
+    shares = [Shard(**state.pop(EXPERTS))]
+    shares += [_read_shard(path, index, number) for number in range(1, index.files)]
     for number, share in enumerate(shares):
-        _check_share(share, shares[0], index, number, path_of(path, number))
+        _check_shard(share, shares[0], index, number, path_of(path, number))
 
     def join(key: str, tensors: Sequence[Tensor]) -> Tensor:
         layer = layer_of(key)
         widths = index.widths[layer]
-        wanted = place_experts(widths, ranks.parallel)[ranks.place] if ranks.parallel > 1 else None
-        return join_experts(name_of(key), tensors, widths, index.experts_of[layer], wanted)
+        wanted = deal_experts(widths, ranks.parallel)[ranks.group_rank] if ranks.parallel > 1 else None
+        return concat_experts(name_of(key), tensors, widths, index.experts_of[layer], wanted)
 
     def fill(tensors: Dict[str, Tensor], kind: str) -> None:
         parts = [getattr(share, kind) for share in shares]
@@ -234,7 +232,7 @@ def assemble(state: Dict[str, Any], path: str, ranks: Ranks = ALONE) -> None:
             fill(tensors, kind)
             if ranks.parallel > 1:
                 for layer, widths in index.widths.items():
-                    tensors["{}.moe.{}".format(layer, WIDTHS_OF_SHARE)] = torch.tensor(widths)
+                    tensors[f"{layer}.moe.{WIDTHS_OF_SHARD}"] = torch.tensor(widths)
     if extra.get("ema_fp32_params") is not None:
         fill(extra["ema_fp32_params"], "ema_fp32")
     if state.get("last_optimizer_state") is not None and index.layout is not None:
@@ -249,21 +247,21 @@ def assemble(state: Dict[str, Any], path: str, ranks: Ranks = ALONE) -> None:
         )
 
 
-def _read_share(path: str, index: Index, number: int) -> Share:
+def _read_shard(path: str, index: Index, number: int) -> Shard:
     path = path_of(path, number)
     if not PathManager.exists(path):
         raise DamagedCheckpoint(
-            "{} is missing: the checkpoint has {} files, which belong together.".format(path, index.files)
+            f"{path} is missing: the checkpoint has {index.files} files, which belong together."
         )
     with readable(path):
         state = _load_lazily(path)
     if INDEX not in state or state["moe_shard"] != number or state[INDEX]["name"] != index.name:
         update = state[INDEX]["update"] if INDEX in state else "unknown"
         raise DamagedCheckpoint(
-            "{} belongs to another checkpoint (update {}) than {} (update {}): put the files of one "
-            "checkpoint there.".format(path, update, path_of(path, 0), index.update)
+            f"{path} belongs to another checkpoint (update {update}) than {path_of(path, 0)} (update "
+            f"{index.update}): put the files of one checkpoint there."
         )
-    return Share(**state[EXPERTS])
+    return Shard(**state[EXPERTS])
 
 
 def _load_lazily(path: str) -> Dict[str, Any]:
@@ -272,21 +270,19 @@ def _load_lazily(path: str) -> Dict[str, Any]:
     return torch.load(PathManager.get_local_path(path), map_location="cpu", **lazily)
 
 
-def _check_share(share: Share, first: Share, index: Index, number: int, path: str) -> None:
+def _check_shard(share: Shard, first: Shard, index: Index, number: int, path: str) -> None:
     for layer, widths in index.widths.items():
         own = index.experts_of[layer][number]
         keys = {key for key in first.model if layer_of(key) == layer}
-        rows = {key: sum(rows_of_each(name_of(key), [widths[e] for e in own])) for key in keys}
+        rows = {key: sum(rows_per_expert(name_of(key), [widths[e] for e in own])) for key in keys}
         found = {key: len(tensor) for key, tensor in share.model.items() if layer_of(key) == layer}
         if found != rows:
             raise DamagedCheckpoint(
-                "{} has other experts of {} than the checkpoint's index says: it is damaged.".format(
-                    path, layer
-                )
+                f"{path} has other experts of {layer} than the checkpoint's index says: it is damaged."
             )
 
 
-def split_state(state: Dict[str, Any], index: Index, number: int) -> Share:
+def split_state(state: Dict[str, Any], index: Index, number: int) -> Shard:
     """The share of one file in the state of a checkpoint that has all experts.
 
     Args:
@@ -303,7 +299,7 @@ def split_state(state: Dict[str, Any], index: Index, number: int) -> Share:
         return take_experts(name_of(key), whole, index.widths[layer], index.experts_of[layer][number])
 
     extra = state.get("extra_state") or {}
-    share = Share(cut(state["model"]), {}, cut(extra.get("ema")), cut(extra.get("ema_fp32_params")))
+    share = Shard(cut(state["model"]), {}, cut(extra.get("ema")), cut(extra.get("ema_fp32_params")))
     if state.get("last_optimizer_state") is not None and index.layout is not None:
 
         def collect(key: str, name: str, value: Tensor) -> Tensor:
@@ -334,10 +330,10 @@ def write(state: Dict[str, Any], widths: Dict[str, List[int]], files: int, path:
     history = state.get("optimizer_history") or [{}]
     update = history[-1].get("num_updates", 0)
     index = Index(
-        "{}-{}".format(update, uuid.uuid4().hex),
+        f"{update}-{uuid.uuid4().hex}",
         update,
         widths,
-        {layer: place_experts(layer_widths, files) for layer, layer_widths in widths.items()},
+        {layer: deal_experts(layer_widths, files) for layer, layer_widths in widths.items()},
         layout_of_checkpoint(state),
     )
     paths = [path_of(path, number) for number in range(files)]
@@ -358,7 +354,7 @@ def is_whole(path: Path) -> bool:
         if INDEX in state:
             index = Index.from_dict(state[INDEX])
             for number in range(1, index.files):
-                _read_share(str(path), index, number)
+                _read_shard(str(path), index, number)
     except DamagedCheckpoint:
         return False
     return True

@@ -57,9 +57,7 @@ def expert_widths(ratios: Sequence[float], total: int) -> List[int]:
     units = round(total / MULTIPLE)
     if units < experts:
         raise ValueError(
-            "total_ffn_dim must be at least {} for {} experts, but is {}".format(
-                experts * MULTIPLE, experts, total
-            )
+            f"total_ffn_dim must be at least {experts * MULTIPLE} for {experts} experts, but is {total}"
         )
     # one block for each expert first, and the largest remainders last, so that the sum is exact
     exact = [r / sum(ratios) * units for r in ratios]

@@ -1,0 +1,1 @@
+"""Options, presets, and how they become one typed configuration."""

@@ -1,0 +1,1 @@
+"""Experts inside a running fairseq ``Trainer``: hooks, growth, ranks and checks."""
