@@ -15,6 +15,7 @@ from ..config.models import resolve_model
 from ..config.options import MoEOptions, complete, set_defaults
 from .build import add_experts
 from .feed_forward import MoEModel
+from .registration import options_of
 
 
 @dataclass
@@ -29,7 +30,7 @@ class EvoMoELanguageModel(MoEModel, TransformerLanguageModel):
     @classmethod
     def build_model(cls, cfg, task):
         """Build the model that the configuration describes."""
-        cfg = complete(cfg, EvoMoELanguageModelConfig)
+        cfg = complete(cfg, options_of(cls))
         config = resolve_model(cfg, ffn_dims=[cfg.decoder_ffn_embed_dim])
         model = super().build_model(cfg, task)
         add_experts(cfg, config, {"decoder": model.decoder})

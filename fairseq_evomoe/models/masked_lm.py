@@ -13,6 +13,7 @@ from ..config.options import MoEOptions, complete, option, set_defaults
 from .build import add_experts
 from .feed_forward import MoEModel
 from .flat_config import config_from_parser, to_namespace
+from .registration import options_of
 
 
 def _defaults() -> dict:
@@ -50,7 +51,7 @@ class EvoMoERoberta(MoEModel, RobertaModel):
     @classmethod
     def build_model(cls, cfg, task):
         """Build the model that the configuration describes."""
-        cfg = complete(cfg, EvoMoERobertaConfig)
+        cfg = complete(cfg, options_of(cls))
         config = resolve_model(cfg, ffn_dims=[cfg.encoder_ffn_embed_dim], masked=True)
         args = to_namespace(cfg)
         if args.max_positions is None:  # fairseq 0.12.2's masked_lm does not tell max_positions()

@@ -20,6 +20,7 @@ from ..config.options import MoEOptions, complete, option, set_defaults
 from .build import add_experts
 from .feed_forward import MoEModel
 from .flat_config import config_from_parser, to_namespace
+from .registration import options_of
 
 
 def _defaults() -> dict:
@@ -55,7 +56,7 @@ class EvoMoETransformer(MoEModel, TransformerModel):
     @classmethod
     def build_model(cls, cfg, task):
         """Build the model that the configuration describes."""
-        cfg = complete(cfg, EvoMoETransformerConfig)
+        cfg = complete(cfg, options_of(cls))
         ffn_dims = [cfg.encoder_ffn_embed_dim, cfg.decoder_ffn_embed_dim]
         config = resolve_model(cfg, ffn_dims=ffn_dims, experts=4)
         args = to_namespace(cfg)
