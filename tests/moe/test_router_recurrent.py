@@ -204,9 +204,9 @@ def test_initialisation():
 
 
 def test_refused():
-    with pytest.raises(ValueError, match="recurrent_dim must be at least 1, but is 0"):
+    with pytest.raises(ValueError, match="`recurrent_dim` must be at least 1, but is 0"):
         make("recurrent", 6, 5, recurrent_dim=0)
-    with pytest.raises(ValueError, match="top_k must be from 1 to the 1 experts, but is 2"):
+    with pytest.raises(ValueError, match="`top_k` must be from 1 to the 1 experts, but is 2"):
         make("recurrent", 6, 1)
 
 

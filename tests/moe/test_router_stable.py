@@ -235,7 +235,7 @@ def test_what_is_missing_is_named():
         make()(batch()[0], RoutingContext())
     with pytest.raises(ValueError, match="router stable needs the vocabulary of its tokens"):
         StableRouter(3, 2)
-    with pytest.raises(ValueError, match="light_dim must be at least 1, but is 0"):
+    with pytest.raises(ValueError, match="`light_dim` must be at least 1, but is 0"):
         make(light_dim=0)
 
 
