@@ -137,6 +137,8 @@ def _without_effect(
         elif name not in known:
             yield OptionError(name, f"`{name}` is no option: leave it out.")
         elif owner(name) is None and router not in routers_with(name):
+            if known[name][0].loss and str(value) in ("0", "0.0"):
+                continue  # that there is no such loss is true
             others = ", ".join(routers_with(name))
             yield OptionError(
                 name,

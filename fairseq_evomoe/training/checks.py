@@ -82,7 +82,7 @@ def settle_options(cfg: Any, config: MoEConfig) -> None:
 def _check_sharing(cfg: Any) -> None:
     """Refuse what does not work with experts that are shared out among ranks."""
     parallel, ranks = (
-        getattr(cfg.model, "moe_expert_parallel", 1),
+        getattr(cfg.model, "moe_expert_parallel", None) or 1,
         cfg.distributed_training.distributed_world_size,
     )
     if ranks % parallel:

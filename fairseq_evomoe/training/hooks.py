@@ -261,7 +261,7 @@ def _suffix_of_shard(original):
     def checkpoint_suffix(self) -> str:
         suffix = original(self)
         if _saves_shards(self):
-            suffix += shards.suffix_of(parallel.ranks_of(self.get_model()).place)
+            suffix += shards.suffix_of(parallel.ranks_of(self.get_model()).group_rank)
         return suffix
 
     return checkpoint_suffix
