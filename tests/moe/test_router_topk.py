@@ -157,6 +157,20 @@ def test_capacity_keeps_the_first_pairs_of_each_expert():
     assert routing.dropped == 2
 
 
+@pytest.mark.parametrize("name, k", [("switch", 1), ("topk", 2), ("topk", 3)])
+@pytest.mark.parametrize("count", [1, 7, 8, 30])
+@pytest.mark.parametrize("factor", [0.4, 1.0, 1.25, 2.0])
+def test_an_expert_has_room_as_in_fairseq(name, k, count, factor):
+    """For ``floor(c k ceil(T / E))`` pairs: the even share is rounded up first, and all of it down."""
+    router = make(name, 6, 4, capacity_factor=factor, **({"top_k": k} if name == "topk" else {})).eval()
+    with torch.no_grad():
+        router.weight.copy_(torch.arange(4.0, 0, -1).unsqueeze(1).expand(4, 6))
+    routing = router(torch.ones(count, 6, dtype=torch.float64), RoutingContext())  # all to the same k
+    room = min(math.floor(factor * k * math.ceil(count / 4)), count)
+    assert routing.load_E().tolist() == [room] * k + [0] * (4 - k)
+    assert routing.dropped == k * (count - room)
+
+
 def test_first_choices_come_before_second_ones():
     """Expert 0 is the first choice of tokens 2 and 3 and the second of 0 and 1; it has room for two."""
     router = make("topk", 2, 2, capacity_factor=0.5)
@@ -224,7 +238,7 @@ def test_any_shape(name, count, experts, factor, same, train):
     assert (routing.weight_N > 0).all() and (routing.weight_N <= 1).all()
     assert len(set(zip(routing.token_N.tolist(), routing.expert_N.tolist()))) == routing.token_N.numel()
     if factor:
-        assert (load <= math.ceil(factor * k * count / experts)).all()
+        assert (load <= math.floor(factor * k * math.ceil(count / experts))).all()
     else:
         assert routing.dropped == 0
     assert all(torch.isfinite(loss) for loss in routing.losses.values())
