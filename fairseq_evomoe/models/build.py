@@ -24,7 +24,6 @@ from torch.nn import functional as F
 from .. import compat
 from ..config.options import flag
 from ..moe import Experts, Hidden, MoELayer, RoutingContext
-from ..moe.multi_head import MultiHead
 from ..moe.plan import check_linear_gate
 from . import make
 from .feed_forward import MoEDecoderLayer, MoEEncoderLayer, StackInput
@@ -124,41 +123,53 @@ class _StackBuilder:
         layer.stack = self.input
         layer.make_schedule = partial(make.make_schedule, cfg)
         layer.schedule = layer.make_schedule()
-        layer.loss_weights = make.loss_weights(cfg)
         layer.checkpoint_activations = bool(getattr(cfg, "checkpoint_activations", False))
         layer.offload_activations = bool(getattr(cfg, "offload_activations", False))
-        dim = fc1.in_features // cfg.moe_heads
-        layer.moe = self._moe_layer(
-            fc1.in_features, number, layer.widths, Experts(dim, [layer.ffn_dim], hidden, gated)
-        )
-        self._try_out(layer)
-        if self._is_dense(layer.moe.experts):
-            layer.moe.experts.set_expert(0, fc1, fc2)  # the dense model's own initial weights
-        else:
-            self._fill(layer, layer.moe.experts, 0)
-        if layer.schedule.spawn_update == 0 and cfg.moe_experts > 1:
-            self._grow_at_start(layer, fc1, fc2)
 
-    def _moe_layer(self, dim: int, number: int, widths: List[int], experts: Experts) -> MoELayer:
+        def initialize(experts: Experts, expert: int) -> None:
+            """The dense model's own initial weights for the base, and for one expert out of many like it."""
+            base = len(experts.widths) == 1
+            dense = not experts.gated and cfg.moe_heads == 1 and expert == 0
+            if dense and experts.widths[0] == fc1.out_features and (base or not cfg.moe_shared_expert):
+                experts.set_expert(0, fc1, fc2)
+            else:
+                self._fill(layer, experts, expert)
+
+        layer.moe = self._moe_layer(layer, fc1.in_features, number, hidden, gated, initialize)
+        self._try_out(layer)
+
+    def _moe_layer(
+        self,
+        layer: nn.Module,
+        dim: int,
+        number: int,
+        hidden: Hidden,
+        gated: bool,
+        initialize: Callable[[Experts, int], None],
+    ) -> MoELayer:
         cfg = self.cfg
+        spawn = make.make_spawn(cfg, number, layer.widths)
         with _named_as_flags(cfg):
-            heads = MultiHead(dim, cfg.moe_heads) if cfg.moe_heads > 1 else None
-        spawn = make.make_spawn(cfg, number, widths)
-        make_hyper_adapter = None
-        if cfg.moe_hyper_adapter:
-            make_hyper_adapter = partial(make.make_hyper_adapter, cfg, experts.dim, spawn, self.shared)
-        losses = [name for name in make.LAYER_LOSSES if getattr(cfg, f"moe_{name}_weight") > 0]
-        moe = MoELayer(
-            experts,
-            cfg.moe_experts,
-            partial(make.make_router, cfg, experts.dim, spawn, self.vocabulary, self.shared),
-            spawn,
-            heads=heads,
-            shared_expert=cfg.moe_shared_expert,
-            make_hyper_adapter=make_hyper_adapter,
-            losses=losses,
-            scaling_factor=cfg.moe_scaling_factor,
-        )
+            moe = MoELayer(
+                dim,
+                layer.ffn_dim,
+                cfg.moe_experts,
+                make.router_class(cfg),
+                spawned=layer.schedule.spawn_update == 0,
+                widths=layer.widths,
+                between=hidden,
+                gated=gated,
+                heads=cfg.moe_heads,
+                shared_expert=cfg.moe_shared_expert,
+                hyper_adapter=cfg.moe_hyper_adapter,
+                loss_weights=make.loss_weights(cfg),
+                scaling_factor=cfg.moe_scaling_factor,
+                spawner=spawn,
+                initialize=initialize,
+                vocabulary=self.vocabulary,
+                shared=self.shared,
+                **make.router_arguments(cfg),
+            )
         moe.transport = make.make_transport(cfg, spawn)
         return moe
 
@@ -166,13 +177,14 @@ class _StackBuilder:
         """Find now what would else go wrong when the experts spawn, long into the run."""
         cfg, moe = self.cfg, layer.moe
         with _named_as_flags(cfg):
-            router = make.make_router(cfg, moe.experts.dim, moe.spawner, self.vocabulary, {}).eval()
+            router = moe.make_router({}).eval()
         if cfg.moe_experts == 1:
             return
         if layer.schedule.spawn_update > 0:
             moe.spawner.widths_from(layer.ffn_dim)
         if moe.spawner.makes_gate:
-            check_linear_gate(router)
+            with _named_as_flags(cfg):
+                check_linear_gate(router)
         if cfg.moe_penalty_weight > 0:
             zero_T = torch.zeros(1, dtype=torch.long)
             embedding_TC = torch.zeros(1, self.vocabulary.dim)
@@ -182,22 +194,6 @@ class _StackBuilder:
                     "--moe-penalty-weight penalises the gate's probabilities, and --moe-router "
                     f"{cfg.moe_router} has none: choose another router or leave it out."
                 )
-
-    def _grow_at_start(self, layer: nn.Module, fc1: nn.Linear, fc2: nn.Linear) -> None:
-        """Experts that are there from the start have initial weights of their own."""
-        moe = layer.moe
-        moe.allocate_spawned(layer.widths)
-        keep = not moe.shared_expert and moe.experts.widths[0] == fc1.out_features
-        if keep and self._is_dense(moe.experts):
-            moe.experts.set_expert(0, fc1, fc2)
-        else:
-            self._fill(layer, moe.experts, 0)
-        for expert in range(1, self.cfg.moe_experts):
-            self._fill(layer, moe.experts, expert)
-
-    def _is_dense(self, experts: Experts) -> bool:
-        """Whether an expert is what the dense model has."""
-        return not experts.gated and self.cfg.moe_heads == 1
 
     def _fill(self, layer: nn.Module, experts: Experts, expert: int) -> None:
         """Give an expert the initial weights that the model gives to a feed-forward network."""
@@ -217,8 +213,9 @@ def _named_as_flags(cfg: Any) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        pattern = r"\b({})\b".format("|".join(names))
-        message = re.sub(pattern, lambda name: flag("moe_" + name.group()), str(error))
+        # names of options are in backticks, or those of the parts' arguments
+        pattern = r"`(\w+)`|\b({})\b".format("|".join(names))
+        message = re.sub(pattern, lambda name: flag("moe_" + (name[1] or name[2])), str(error))
         raise ValueError(message.rstrip(".") + ".") from error
 
 

@@ -5,7 +5,6 @@ import math
 from typing import Any, Dict, List, Optional, Tuple, Type
 
 import torch
-from torch import nn
 from torch.nn import functional as F
 
 from ..evolution.plateau import Plateau
@@ -15,7 +14,6 @@ from ..evolution.spawn import Spawn, SpawnMethod
 from ..moe import ROUTERS, Router, Vocabulary
 from ..moe.dispatch.compression import LSH
 from ..moe.dispatch.exchange import Transport
-from ..moe.hyper_adapter import HyperAdapter
 from ..moe.plan import Inherit
 
 _GATED = {"swiglu": F.silu, "geglu": F.gelu, "reglu": F.relu}
@@ -139,32 +137,10 @@ def make_spawn(cfg: Any, layer: int, expert_widths: List[int]) -> Spawn:
     )
 
 
-def make_router(
-    cfg: Any,
-    dim: int,
-    spawn: Spawn,
-    vocabulary: Optional[Vocabulary] = None,
-    shared: Optional[Dict[str, nn.Module]] = None,
-) -> Router:
-    """The router of one layer, initialised.
-
-    Args:
-        cfg: the options.
-        dim: D, width of what is routed.
-        spawn: of the same layer, for its random numbers.
-        vocabulary: of the tokens that the layer reads.
-        shared: modules that the routers of a stack of layers share.
-    """
-    cls = router_class(cfg)
-    given = {"vocabulary": vocabulary, "shared": shared}
-    arguments = {name: given[name] for name in _arguments(cls) if name in given}
-    for name in router_options(cls):
-        value = router_option(cfg, name)
-        if value is not None:
-            arguments[name] = value
-    router = cls(dim, cfg.moe_experts, **arguments)
-    router.initialize(spawn.generator("router"))
-    return router
+def router_arguments(cfg: Any) -> Dict[str, Any]:
+    """The options that the router of a layer is made with."""
+    arguments = {name: router_option(cfg, name) for name in router_options(router_class(cfg))}
+    return {name: value for name, value in arguments.items() if value is not None}
 
 
 def router_option(cfg: Any, name: str) -> Any:
@@ -194,13 +170,6 @@ def make_transport(cfg: Any, spawn: Spawn) -> Transport:
     if str(cfg.moe_a2a_compress) == "lsh":
         lsh = LSH(cfg.moe_lsh_hashes, cfg.moe_lsh_dim, (spawn.seed, spawn.layer))
     return Transport(dtypes[str(cfg.moe_a2a_dtype)], lsh)
-
-
-def make_hyper_adapter(cfg: Any, dim: int, spawn: Spawn, shared: Dict[str, nn.Module]) -> HyperAdapter:
-    """HyperMoE's adapter of one layer, initialised."""
-    adapter = HyperAdapter(dim, cfg.moe_experts, shared)
-    adapter.initialize(spawn.generator("hyper_adapter"))
-    return adapter
 
 
 def loss_weights(cfg: Any) -> Dict[str, float]:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..losses import active_balance_loss, balance_loss
+from ..losses import active_balance_loss, balance_loss, top1_balance_loss
 from ..routing import Routing, RoutingContext
 from .router import LinearRouter, Renormalize, divisor
 
@@ -62,8 +62,9 @@ class DenseToSparseRouter(LinearRouter):
             goes in evaluation; ``always`` is as published.
         renormalize: divide the weights of a token's experts by their sum, see ``router.divisor``; ours.
         balance_form: ``published`` is ``losses.balance_loss`` of the weights, E for a dense uniform gate and
-            1 for an even and confident top-1; ``normalized``, ours, is ``losses.active_balance_loss`` of the
-            probabilities, that of Switch: 1 for an even load in all stages, and then without gradient.
+            1 for an even and confident top-1, and in evaluation ``losses.top1_balance_loss``;
+            ``normalized``, ours, is ``losses.active_balance_loss`` of the probabilities, that of Switch: 1
+            for an even load in all stages, and then without gradient.
         eval_routing: see above.
         hard_experts: k, from 1 to E: more than the published 1 are for narrow experts, of which a token
             gets as many for the same cost (arXiv 2401.06066); ours.
@@ -135,10 +136,16 @@ class DenseToSparseRouter(LinearRouter):
             probability_TE=probability_TE,
         )
         if context.wants("balance"):
-            published = self.balance_form == BalanceForm.published
-            loss = balance_loss if published else active_balance_loss
-            routing.losses["balance"] = loss(routing, context.ranks)
+            routing.losses["balance"] = self._balance(routing, probability_TE, context)
         return self.with_gate(routing, logits_TE, probability_TE, context)
+
+    def _balance(self, routing: Routing, probability_TE: Tensor, context: RoutingContext) -> Tensor:
+        """The load-balance loss; of Switch's form in evaluation, as in the authors' code."""
+        if self.balance_form == BalanceForm.normalized:
+            return active_balance_loss(routing, context.ranks)
+        if not self.training:
+            return top1_balance_loss(probability_TE, context.ranks)
+        return balance_loss(routing, context.ranks)
 
 
 def gumbel(like: Tensor, context: RoutingContext) -> Tensor:

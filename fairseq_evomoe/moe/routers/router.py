@@ -1,7 +1,7 @@
 """What routers have in common."""
 
 from enum import Enum
-from typing import ClassVar, Dict, Optional
+from typing import Any, ClassVar, Dict, Optional
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +47,18 @@ class Router(nn.Module):
         super().__init__()
         self.dim = dim
         self.experts = experts
+
+    @classmethod
+    def options_of_state(
+        cls, tensors: Dict[str, Tensor], vocabulary: Optional[Vocabulary] = None
+    ) -> Dict[str, Any]:
+        """What the tensors of a saved router tell of the options that it was made with.
+
+        Args:
+            tensors: by name, such as ``weight``.
+            vocabulary: that of the model which is to load them.
+        """
+        return {}
 
     def initialize(self, generator: torch.Generator) -> None:
         """Fill the parameters and buffers from ``generator``."""
@@ -150,6 +162,20 @@ class LinearRouter(Router):
                     )
                 )
             self.token_weight = nn.Parameter(torch.empty(experts, size))
+
+    @classmethod
+    def options_of_state(
+        cls, tensors: Dict[str, Tensor], vocabulary: Optional[Vocabulary] = None
+    ) -> Dict[str, Any]:
+        """See the parent: what the gate sees."""
+        if "token_weight" not in tensors:
+            return {"gate_input": GateInput.hidden} if "weight" in tensors else {}
+        if "weight" in tensors:
+            return {"gate_input": GateInput.both}
+        if vocabulary is None:  # an embedding and a table differ in their width alone
+            return {}
+        columns = tensors["token_weight"].shape[1]
+        return {"gate_input": GateInput.token if columns == vocabulary.dim else GateInput.table}
 
     @torch.no_grad()
     def initialize(self, generator: torch.Generator) -> None:
