@@ -154,7 +154,7 @@ def test_heads(spawned):
 
 
 def test_heads_must_divide_the_width():
-    with pytest.raises(ValueError, match="heads must divide the width 6"):
+    with pytest.raises(ValueError, match="`heads` must divide the width 6"):
         MultiHead(6, 4)
 
 

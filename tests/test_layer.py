@@ -156,9 +156,8 @@ def test_large_gradients_are_the_same_on_huge_pages(monkeypatch):
 
 
 def test_layer_gradcheck(path):
-    layer, _, _ = make_layer(dim=3, width=4, experts=3)
+    layer, _, _ = make_layer(dim=3, width=4, experts=3, eval_routing="adaptive")
     layer = layer.double().eval()
-    layer.router.eval_routing = type(layer.router.eval_routing).adaptive
     x = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
     parameters = list(layer.parameters())
     assert torch.autograd.gradcheck(lambda x, *_: layer(x, RoutingContext(temperature=0.5)), (x, *parameters))

@@ -5,7 +5,6 @@ over ``fc1`` and ``fc2`` as its base expert.  ``fc1`` becomes the MoE layer and 
 including ``fc2``, the identity, so that fairseq's own ``forward`` runs unchanged around it.
 """
 
-import re
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,7 +17,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .. import compat
-from ..config.options import flag
+from ..config.config import MoEConfig
+from ..config.errors import as_flags
 from ..evolution.plateau import Plateau
 from ..evolution.schedule import Schedule
 from ..moe import MoELayer, RoutingContext
@@ -269,11 +269,19 @@ class MoEModel:
     """Mixin for a fairseq model whose layers have MoE layers.
 
     Attributes:
+        moe_config: what the options were resolved to.
         plateau: decides when the experts spawn, and is part of the model's state; ``None`` if the options
             say when.
     """
 
+    moe_config: MoEConfig
     plateau: Optional[Plateau] = None
+
+    def with_config(self, config: MoEConfig) -> "MoEModel":
+        """The model, which knows what its options were resolved to."""
+        self.moe_config = config
+        self.plateau = config.make_plateau()
+        return self
 
     def count_from_spawn(self) -> None:
         """Let the layers' schedules count from the spawn that ``plateau`` tells."""
@@ -294,7 +302,8 @@ class MoEModel:
         try:
             return super().load_state_dict(*args, **kwargs)
         except StateMismatch as error:
-            raise CheckpointMismatch(_with_flags(str(error))) from error
+            text = str(error).replace("`widths`", "ffn-embed-dim, `expert_sizes` and `total_ffn_dim`")
+            raise CheckpointMismatch(as_flags(text)) from error
 
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -321,15 +330,6 @@ class MoEModel:
                 f"{sorted(expected)}: give the --moe-freq that it was trained with."
             )
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
-
-# the arguments of an MoE layer that are no flags under their own names
-_FLAGS = {"hidden": "ffn-embed-dim", "widths": "--moe-expert-sizes and --moe-total-ffn-dim"}
-
-
-def _with_flags(text: str) -> str:
-    """A sentence with the flags of the options that it names in backticks."""
-    return re.sub(r"`(\w+)`", lambda name: _FLAGS.get(name[1]) or flag("moe_" + name[1]), text)
 
 
 def moe_layers(model: nn.Module) -> Iterator[Tuple[str, MoEFeedForward]]:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from .options import OptionError
-from .routers import ROUTERS, Router
+from .routers import Router
 from .routers.dynmoe import DynMoERouter
+from .routers.registry import name_of
 
 if TYPE_CHECKING:
     from .spawning import SpawningLayer
@@ -121,7 +122,7 @@ def _check_units(expected: int, found: int, prefix: str) -> None:
         raise StateMismatch(
             "widths",
             f"The checkpoint's experts in {_name(prefix)} have {found} hidden units in all, but the model's "
-            f"{expected}: give the `hidden` and `widths` that it was trained with.",
+            f"{expected}: give the `widths` that it was trained with.",
         )
 
 
@@ -132,9 +133,8 @@ def _check_router(moe: "SpawningLayer", router: Router, found: Dict[str, Tensor]
     resizes = moe.resizes
     if same and (resizes or all(found[key].shape == tensor.shape for key, tensor in expected.items())):
         return
-    options = getattr(router, "options", router)
     for option, value in _told_options(moe, found).items():
-        ours = getattr(options, option, value)
+        ours = getattr(router.options, option, value)
         if value != ours:
             value, ours = (getattr(each, "value", each) for each in (value, ours))
             raise StateMismatch(
@@ -144,11 +144,11 @@ def _check_router(moe: "SpawningLayer", router: Router, found: Dict[str, Tensor]
             )
     if same:
         return  # PyTorch names the sizes
-    name = {cls: name for name, cls in ROUTERS.items()}.get(type(router), type(router).__name__)
     raise StateMismatch(
         "router",
         f"The checkpoint's router in {_name(prefix)} has the parameters {sorted(found)}, but that of "
-        f"`router` {name} has {sorted(expected)}: give the `router` that it was trained with.",
+        f"`router` {name_of(type(router))} has {sorted(expected)}: give the `router` that it was "
+        "trained with.",
     )
 
 

@@ -127,16 +127,18 @@ class Declaration:
 
     def _number(self, value: Any) -> Union[int, float]:
         number = _as_number(value, self.type)
-        if number is None or not math.isfinite(number) or not self.range.holds(number):
-            raise OptionError(self.name, f"`{self.name}` must be {self._expected()}, but is {value}.")
-        return number
-
-    def _expected(self) -> str:
-        kind = "a whole number" if self.type is int else "a finite number"
-        if self.duration:
-            kind += " of updates or a percentage of all updates, such as 10%"
-        text = f"{self.range}, {kind}" if str(self.range) else kind
-        return text + "".join(f", or {word}" for word in self.words)
+        limits = str(self.range)
+        if number is None or not math.isfinite(number):
+            kind = "a whole number" if self.type is int else "a finite number"
+            if self.duration:
+                kind += " of updates or a percentage of all updates, such as 10%,"
+            expected = f"{kind} {limits}".rstrip(" ,")
+        elif not self.range.holds(number):
+            expected = limits
+        else:
+            return number
+        words = "".join(f", or {word}" for word in self.words)
+        raise OptionError(self.name, f"`{self.name}` must be {expected}{words}, but is {value}.")
 
 
 def _as_number(value: Any, kind: type) -> Optional[Union[int, float]]:

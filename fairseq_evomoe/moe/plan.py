@@ -9,7 +9,8 @@ from torch import Tensor
 
 from .experts import ROWS_BY_EXPERT
 from .options import OptionError
-from .routers import ROUTERS, Router
+from .routers import Router
+from .routers.registry import name_of
 
 
 @dataclass(frozen=True)
@@ -147,13 +148,13 @@ def check_linear_gate(router: Router) -> None:
     if router.linear_gate:
         return
     if type(router).linear_gate:
-        seen = getattr(router, "options", router).gate_input.value
+        seen = router.options.gate_input.value
         raise OptionError(
             "spawn_method",
             "`spawn_method` split makes the rows of a gate that sees the layer's input, which `gate_input` "
             f"{seen} does not: use hidden or both, or another method.",
         )
-    name = {cls: name for name, cls in ROUTERS.items()}.get(type(router), type(router).__name__)
+    name = name_of(type(router))
     raise OptionError(
         "spawn_method",
         f"`spawn_method` split makes the rows of a linear gate, which `router` {name} has not: use another "

@@ -211,7 +211,7 @@ def _gather_states(states: Dict[Tensor, optimizer_state.ParameterState], moe: Mo
     if moe.sharded:
         for name, parameter in moe.experts.named_parameters(recurse=False):
             if parameter in states:
-                whole = functools.partial(moe.whole, name)
+                whole = functools.partial(moe.gather_rows, name)
                 states[parameter] = states[parameter].apply(whole, whole)
 
 

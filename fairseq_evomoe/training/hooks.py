@@ -35,7 +35,7 @@ from ..models.feed_forward import CheckpointMismatch, MoEFeedForward, MoEModel, 
 from ..moe import MoELayer, Router, record
 from . import growth
 from . import ranks as parallel
-from .checks import check_before_trainer, check_optimizer, check_run
+from .checks import check_before_trainer, check_optimizer, check_run, settle_options
 
 logger = logging.getLogger(__name__)
 
@@ -100,6 +100,8 @@ def _checked_init(original):
         layers = [layer for _, layer in moe_layers(model)]
         if layers:
             check_before_trainer(cfg)
+            if isinstance(model, MoEModel):
+                settle_options(cfg, model.moe_config)
             parallel.attach_ranks(cfg, model)
         original(self, cfg, task, model, criterion, *args, **kwargs)
         if layers:
@@ -261,7 +263,7 @@ def _suffix_of_shard(original):
     def checkpoint_suffix(self) -> str:
         suffix = original(self)
         if _saves_shards(self):
-            suffix += shards.suffix_of(parallel.ranks_of(self.get_model()).place)
+            suffix += shards.suffix_of(parallel.ranks_of(self.get_model()).group_rank)
         return suffix
 
     return checkpoint_suffix
