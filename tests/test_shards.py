@@ -12,6 +12,7 @@ from rank_jobs import largest_difference, state_of, train_on_all_batches, train_
 from test_parallel import RANKS, SENTENCES
 
 from fairseq_evomoe.checkpoints import commands as cli
+from fairseq_evomoe.checkpoints.saved_optimizer import LAYOUT
 from fairseq_evomoe.checkpoints.shards import DamagedCheckpoint, newest_whole
 
 SETTINGS = {**SENTENCES, "moe_balance_weight": 0.1, "save_interval_updates": 5}
@@ -73,7 +74,7 @@ def load(path, ema=True):
         tensors.update({name: state["extra_state"][name] for name in ("ema", "ema_fp32_params")})
     for name, of_model in tensors.items():
         tensors[name] = {k: x for k, x in of_model.items() if not k.endswith("_float_tensor")}
-    return {**tensors, "optimizer": state["last_optimizer_state"]}
+    return {**tensors, "optimizer": state["last_optimizer_state"], "layout": state[LAYOUT]}
 
 
 def test_several_files_hold_what_one_does(saved):
