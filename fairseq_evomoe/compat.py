@@ -1,13 +1,13 @@
 """Every difference between versions of fairseq, torch and numpy that concerns this plugin.
 
 Each function mends one fault, names the line that it mends and the versions that have it, and does
-nothing where the fault is absent.  ``apply`` runs them all; running it twice is harmless.
+nothing where the fault is absent.  Those that stand in for a function of somebody else's are given the
+original first; see ``patching.py``.  ``apply`` carries out all; doing so twice is harmless.
 """
 
 import argparse
 import contextlib
 import dataclasses
-import functools
 import inspect
 import os
 import re
@@ -17,27 +17,32 @@ from typing import Any, Dict, Iterator
 
 import numpy as np
 import torch
+from fairseq.data import data_utils, language_pair_dataset, token_block_dataset
+from fairseq.dataclass import utils as dataclass_utils
+from fairseq.distributed import LegacyDistributedDataParallel
+from fairseq.distributed import utils as distributed_utils
+from fairseq.models import ARCH_CONFIG_REGISTRY, distributed_fairseq_model
 from fairseq.modules.transformer_layer import TransformerEncoderLayerBase
+from fairseq.tasks import FairseqTask
 from omegaconf import OmegaConf, open_dict
 from torch import nn
 from torch.distributed.rendezvous import register_rendezvous_handler, rendezvous
+
+from . import patching
+from .patching import Patches
+
+patches = Patches()
 
 
 def apply() -> None:
     """Mend the known faults of the fairseq, torch and numpy that are installed."""
     recognise_folder_by_any_path()
     allow_fairseq_checkpoints()
-    allow_fairseq_broadcasts()
-    allow_torchrun_without_gpu()
-    keep_attempts_apart()
-    allow_slurm_without_gpu()
-    refuse_spawn_without_gpu()
-    allow_ddp_without_gpu()
-    keep_experts_out_of_buffer()
     restore_numpy_aliases()
-    keep_batches_when_resumed()
-    apply_architectures_in_yaml()
     silence_harmless_overflow()
+    with contextlib.suppress(RuntimeError):  # it is registered already
+        register_rendezvous_handler("attempt", _rendezvous_of_attempt)
+    patches.apply()
 
 
 class _Folders(list):
@@ -74,76 +79,48 @@ def allow_fairseq_checkpoints() -> None:
     add_safe_globals([argparse.Namespace, np.dtype, scalar, *dtypes])
 
 
-def allow_fairseq_broadcasts() -> None:
+@patches.replaces(
+    distributed_utils,
+    "_broadcast_object_slow",
+    when=lambda original: hasattr(torch.serialization, "add_safe_globals"),
+)
+def allow_fairseq_broadcasts(original, obj, src_rank, group, dist_device):
     """torch >= 2.6 refuses the configuration in a checkpoint that rank 0 sends to the other ranks.
 
     ``distributed/utils.py:805`` (ve-fairseq 0.12.3) receives with ``torch.load``, so that no run in more
     than one process could resume.  torch's own broadcast unpickles what the same job has sent.
     """
-    from fairseq.distributed import utils
-
-    original = utils._broadcast_object_slow
-    if not hasattr(torch.serialization, "add_safe_globals") or getattr(original, "_evomoe", False):
-        return
-
-    @functools.wraps(original)
-    def broadcast(obj, src_rank, group, dist_device):
-        if utils.use_xla():
-            return original(obj, src_rank, group, dist_device)
-        objects = [obj]
-        torch.distributed.broadcast_object_list(objects, src=src_rank, group=group, device=dist_device)
-        return objects[0]
-
-    broadcast._evomoe = True
-    utils._broadcast_object_slow = broadcast
+    if distributed_utils.use_xla():
+        return original(obj, src_rank, group, dist_device)
+    objects = [obj]
+    torch.distributed.broadcast_object_list(objects, src=src_rank, group=group, device=dist_device)
+    return objects[0]
 
 
-def allow_torchrun_without_gpu() -> None:
+@patches.replaces(distributed_utils, "_infer_torch_distributed_launch_init")
+def allow_torchrun_without_gpu(original, cfg):
     """``distributed/utils.py:91`` (0.12.3) divides by the number of GPUs, which may be 0."""
-    from fairseq.distributed import utils
-
-    original = utils._infer_torch_distributed_launch_init
-    if getattr(original, "_evomoe", False):
-        return
-
-    @functools.wraps(original)
-    def infer(cfg):
-        if torch.cuda.device_count() > 0:
-            return original(cfg)
-        cfg.distributed_init_method = "env://"
-        cfg.distributed_world_size = int(os.environ["WORLD_SIZE"])
-        cfg.distributed_rank = int(os.environ["RANK"])
-        cfg.device_id = 0
-        cfg.distributed_no_spawn = True  # torchrun has made the processes
-
-    infer._evomoe = True
-    utils._infer_torch_distributed_launch_init = infer
+    if torch.cuda.device_count() > 0:
+        return original(cfg)
+    cfg.distributed_init_method = "env://"
+    cfg.distributed_world_size = int(os.environ["WORLD_SIZE"])
+    cfg.distributed_rank = int(os.environ["RANK"])
+    cfg.device_id = 0
+    cfg.distributed_no_spawn = True  # torchrun has made the processes
 
 
-def keep_attempts_apart() -> None:
+@patches.replaces(distributed_utils, "_infer_torch_distributed_launch_init")
+def keep_attempts_apart(original, cfg):
     """A run that torchrun restarts meets the addresses of the ranks before (torch >= 2.4, pytorch#135712).
 
     The launcher keeps one store for all attempts, in which new process groups have the names of old ones.
     Here the attempt's number is a part of their names.  Only within one node, since launchers of several do
     not count alike; those need ``TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1``.
     """
-    from fairseq.distributed import utils
-
-    original = utils._infer_torch_distributed_launch_init
-    if getattr(original, "_evomoe_attempts", False):
-        return
-    with contextlib.suppress(RuntimeError):  # another copy of this package has registered it
-        register_rendezvous_handler("attempt", _rendezvous_of_attempt)
-
-    @functools.wraps(original)
-    def infer(cfg):
-        original(cfg)
-        attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
-        if attempt > 0 and os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
-            cfg.distributed_init_method = "attempt://"
-
-    infer._evomoe = infer._evomoe_attempts = True
-    utils._infer_torch_distributed_launch_init = infer
+    original(cfg)
+    attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    if attempt > 0 and os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
+        cfg.distributed_init_method = "attempt://"
 
 
 def _rendezvous_of_attempt(url: str, **kwargs: Any) -> Iterator[Any]:
@@ -152,97 +129,59 @@ def _rendezvous_of_attempt(url: str, **kwargs: Any) -> Iterator[Any]:
         yield torch.distributed.PrefixStore(prefix, store), rank, size
 
 
-def keep_experts_out_of_buffer() -> None:
-    """``distributed/legacy_distributed_data_parallel.py:46`` makes a buffer as large as a rank's parameters.
+@patches.replaces(LegacyDistributedDataParallel, "__init__")
+def keep_experts_out_of_buffer(original, self, module, process_group, buffer_size=2**28):
+    """``distributed/legacy_distributed_data_parallel.py:46`` has a buffer as large as a rank's parameters.
 
     All of it is added up, so that it must have one size on all ranks, which may have other numbers of
     parameters in their experts; these do not go through it (0.12.2 and 0.12.3).
     """
-    from fairseq.distributed import LegacyDistributedDataParallel
-
-    original = LegacyDistributedDataParallel.__init__
-    if getattr(original, "_evomoe", False):
-        return
-
-    @functools.wraps(original)
-    def __init__(self, module, process_group, buffer_size=2**28):
-        shared = sum(p.numel() for p in module.parameters() if not hasattr(p, "expert"))
-        original(self, module, process_group, min(buffer_size, shared))
-
-    __init__._evomoe = True
-    LegacyDistributedDataParallel.__init__ = __init__
+    shared = sum(p.numel() for p in module.parameters() if not hasattr(p, "expert"))
+    original(self, module, process_group, min(buffer_size, shared))
 
 
-def allow_slurm_without_gpu() -> None:
+@patches.replaces(distributed_utils, "_infer_slurm_init")
+def allow_slurm_without_gpu(original, cfg, *args, **kwargs):
     """``distributed/utils.py:84`` chooses the GPU of a SLURM task's local number (0.12.2 and 0.12.3)."""
-    from fairseq.distributed import utils
-
-    original = utils._infer_slurm_init
-    if getattr(original, "_evomoe", False):
-        return
-
-    @functools.wraps(original)
-    def infer(cfg, *args, **kwargs):
-        result = original(cfg, *args, **kwargs)
-        if torch.cuda.device_count() == 0:
-            cfg.device_id = 0
-        return result
-
-    infer._evomoe = True
-    utils._infer_slurm_init = infer
+    result = original(cfg, *args, **kwargs)
+    if torch.cuda.device_count() == 0:
+        cfg.device_id = 0
+    return result
 
 
-def refuse_spawn_without_gpu() -> None:
+@patches.replaces(distributed_utils, "call_main")
+def refuse_spawn_without_gpu(original, cfg, main, **kwargs):
     """``distributed/utils.py:385`` starts a process for each GPU: none at all, silently, without one.
 
     ``call_main`` of 0.12.2 and 0.12.3 then returns as if training had been done, or, without
     ``--distributed-init-method``, fails on an assertion that does not tell what to do.
     """
-    from fairseq.distributed import utils
-
-    original = utils.call_main
-    if getattr(original, "_evomoe", False):
-        return
-
-    @functools.wraps(original)
-    def call_main(cfg, main, **kwargs):
-        parallel = cfg.distributed_training
-        launched = parallel.distributed_no_spawn or parallel.tpu
-        if parallel.distributed_init_method is None:
-            launched = launched or any(key in os.environ for key in ("RANK", "SLURM_STEP_NODELIST"))
-        if parallel.distributed_world_size > 1 and not launched and torch.cuda.device_count() == 0:
-            raise ValueError(
-                f"--distributed-world-size {parallel.distributed_world_size} starts one process for each "
-                "GPU, and there is none: start the processes with torchrun --nproc_per_node "
-                f"{parallel.distributed_world_size}, and add --cpu --distributed-backend gloo."
-            )
-        return original(cfg, main, **kwargs)
-
-    call_main._evomoe = True
-    utils.call_main = call_main
+    parallel = cfg.distributed_training
+    launched = parallel.distributed_no_spawn or parallel.tpu
+    if parallel.distributed_init_method is None:
+        launched = launched or any(key in os.environ for key in ("RANK", "SLURM_STEP_NODELIST"))
+    if parallel.distributed_world_size > 1 and not launched and torch.cuda.device_count() == 0:
+        raise ValueError(
+            f"--distributed-world-size {parallel.distributed_world_size} starts one process for each "
+            "GPU, and there is none: start the processes with torchrun --nproc_per_node "
+            f"{parallel.distributed_world_size}, and add --cpu --distributed-backend gloo."
+        )
+    return original(cfg, main, **kwargs)
 
 
-def allow_ddp_without_gpu() -> None:
+@patches.replaces(distributed_fairseq_model, "DistributedDataParallel")
+def allow_ddp_without_gpu(original, module: nn.Module, device_ids=None, output_device=None, **kwargs):
     """``models/distributed_fairseq_model.py:62`` passes ``device_ids`` for modules on the CPU.
 
     torch's DistributedDataParallel refuses that combination (0.12.2 and 0.12.3).
     """
-    from fairseq.models import distributed_fairseq_model as module
-
-    original = module.DistributedDataParallel
-    if not isinstance(original, type):  # already replaced by the function below
-        return
-
-    def distributed_data_parallel(module: nn.Module, device_ids=None, output_device=None, **kwargs):
-        if all(p.device.type == "cpu" for p in module.parameters()):
-            device_ids = output_device = None
-        return original(module, device_ids=device_ids, output_device=output_device, **kwargs)
-
-    module.DistributedDataParallel = distributed_data_parallel
+    if all(p.device.type == "cpu" for p in module.parameters()):
+        device_ids = output_device = None
+    return original(module, device_ids=device_ids, output_device=output_device, **kwargs)
 
 
 class _NumpyWithAliases:
-    """numpy, and what numpy 1.24, 2.0 and 2.4 have removed."""
+    """numpy, and what numpy 1.24, 2.0 and 2.4 have removed; see ``restore_numpy_aliases``."""
 
     class compat:
         long = int
@@ -264,76 +203,56 @@ def restore_numpy_aliases() -> None:
     ``data/language_pair_dataset.py:292``, ``data/data_utils.py:524,879,1107``.  Only the name ``np`` of
     these modules changes, not numpy.
     """
-    from fairseq.data import data_utils, language_pair_dataset, token_block_dataset
-
-    for module in (data_utils, language_pair_dataset, token_block_dataset):
-        if isinstance(module.np, _NumpyWithAliases):
-            continue
-        if not hasattr(np, "compat") or "int" not in vars(np):
-            module.np = _NumpyWithAliases()
+    if not hasattr(np, "compat") or "int" not in vars(np):
+        for module in (data_utils, language_pair_dataset, token_block_dataset):
+            patching.put(module, "np", _NumpyWithAliases)
 
 
-def keep_batches_when_resumed() -> None:
+def _batches_by_epoch(original) -> bool:
+    return "numpy_seed(seed + epoch)" in inspect.getsource(original)
+
+
+@patches.replaces(FairseqTask, "get_batch_iterator", when=_batches_by_epoch)
+def keep_batches_when_resumed(original, self, *args, **kwargs):
     """``tasks/fairseq_task.py:286`` (0.12.3) batches sentences by seed and the epoch a run starts in.
 
     The batches are kept for all later epochs, so a run that is resumed after its first epoch has
     others than the run that is not.  Here they are those of a run that starts in epoch 1, as in 0.12.2.
     """
-    from fairseq.tasks import FairseqTask
-
-    original = FairseqTask.get_batch_iterator
-    signature = inspect.signature(original)
-    if hasattr(original, "__wrapped__") or "numpy_seed(seed + epoch)" not in inspect.getsource(original):
-        return
-
-    @functools.wraps(original)
-    def get_batch_iterator(self, *args, **kwargs):
-        bound = signature.bind(self, *args, **kwargs)
-        bound.apply_defaults()
-        given = bound.arguments
-        rebuilt = given["disable_iterator_cache"] or given["update_epoch_batch_itr"]
-        rebuilt = rebuilt or getattr(self.cfg, "rebuild_batches", False)
-        if rebuilt or not self.can_reuse_epoch_itr(given["dataset"]):
-            return original(self, *args, **kwargs)
-        seed = given["seed"]
-        given["seed"] = seed + 1 - given["epoch"]
-        iterator = original(*bound.args, **bound.kwargs)
-        iterator.seed = seed  # of the order of the batches, which is another in each epoch
-        return iterator
-
-    FairseqTask.get_batch_iterator = get_batch_iterator
+    bound = inspect.signature(original).bind(self, *args, **kwargs)
+    bound.apply_defaults()
+    given = bound.arguments
+    rebuilt = given["disable_iterator_cache"] or given["update_epoch_batch_itr"]
+    rebuilt = rebuilt or getattr(self.cfg, "rebuild_batches", False)
+    if rebuilt or not self.can_reuse_epoch_itr(given["dataset"]):
+        return original(self, *args, **kwargs)
+    seed = given["seed"]
+    given["seed"] = seed + 1 - given["epoch"]
+    iterator = original(*bound.args, **bound.kwargs)
+    iterator.seed = seed  # of the order of the batches, which is another in each epoch
+    return iterator
 
 
-def apply_architectures_in_yaml() -> None:
+@patches.replaces(dataclass_utils, "merge_with_parent")
+def apply_architectures_in_yaml(original, dc, cfg, *args, **kwargs):
     """``dataclass/initialize.py:52`` makes nothing of an architecture that YAML names as a model.
 
     Under Hydra ``model: {_name: evomoe_lm_tiny}`` gets the defaults of ``evomoe_lm`` before the
     architecture's function can set its own (0.12.2 and 0.12.3; ``add_defaults`` looks up
     ``merge_with_parent`` when it is called).  Here the function goes first, for the models of this plugin.
     """
-    from fairseq.dataclass import utils
-    from fairseq.models import ARCH_CONFIG_REGISTRY
-
-    original = utils.merge_with_parent
-    if hasattr(original, "__wrapped__"):
-        return
-
-    @functools.wraps(original)
-    def merge_with_parent(dc, cfg, *args, **kwargs):
-        config = dc if isinstance(dc, type) else type(dc)
-        architecture = ARCH_CONFIG_REGISTRY.get(cfg.get("_name"))
-        if architecture is not None and config.__module__.startswith(__package__ + "."):
-            given = argparse.Namespace(**OmegaConf.to_container(cfg))
-            architecture(given)
-            with open_dict(cfg):
-                for field in dataclasses.fields(config):
-                    value = getattr(given, field.name, None)
-                    if cfg.get(field.name) is None and value is not None:
-                        # base_lm_architecture gives False for the integer base_shuffle
-                        cfg[field.name] = int(value) if type(field.default) is int else value
-        return original(dc, cfg, *args, **kwargs)
-
-    utils.merge_with_parent = merge_with_parent
+    config = dc if isinstance(dc, type) else type(dc)
+    architecture = ARCH_CONFIG_REGISTRY.get(cfg.get("_name"))
+    if architecture is not None and config.__module__.startswith(__package__ + "."):
+        given = argparse.Namespace(**OmegaConf.to_container(cfg))
+        architecture(given)
+        with open_dict(cfg):
+            for field in dataclasses.fields(config):
+                value = getattr(given, field.name, None)
+                if cfg.get(field.name) is None and value is not None:
+                    # base_lm_architecture gives False for the integer base_shuffle
+                    cfg[field.name] = int(value) if type(field.default) is int else value
+    return original(dc, cfg, *args, **kwargs)
 
 
 def silence_harmless_overflow() -> None:

@@ -7,8 +7,31 @@ from typing import Dict, Optional
 import torch
 from torch import Tensor
 
+from ..moe.options import Options, option
+
 _COUNTS = ("update", "count", "windows")
 _LOSSES = ("loss_sum", "weight_sum", "mean", "fall", "steepest", "lr")
+
+
+@dataclass(frozen=True)
+class PlateauOptions(Options):
+    """What counts as a plateau; the names are flat."""
+
+    spawn_window: Optional[int] = option(
+        None,
+        "Updates whose losses are averaged to find a plateau, with moe-spawn-update auto; a fortieth of "
+        "max-update, but at least 10, if not given, and 500 without max-update.",
+        at_least=1,
+        duration=True,
+    )
+    spawn_plateau: float = option(
+        0.2,
+        "With moe-spawn-update auto, the experts spawn after the first window whose mean loss is lower "
+        "than that of the window before by less than this share of the greatest such fall so far, unless "
+        "the learning rate has risen.",
+        at_least=0,
+        below=1,
+    )
 
 
 @dataclass

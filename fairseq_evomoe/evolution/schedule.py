@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass
 from enum import Enum, IntEnum
-from typing import Optional
+from typing import Iterator, Optional, Union
+
+from ..moe.options import OptionError, Options, option
 
 
 class Phase(IntEnum):
@@ -19,6 +21,50 @@ class TemperatureSchedule(str, Enum):
     linear = "linear"
     exponential = "exponential"
     constant = "constant"
+
+
+@dataclass(frozen=True)
+class ScheduleOptions(Options):
+    """When the experts spawn, and how the gate goes from dense to sparse; the names are flat."""
+
+    spawn_update: Optional[Union[int, str]] = option(
+        None,
+        "Update before which the single expert becomes moe-experts experts; with 0 the experts are there "
+        "from the start, each with initial weights of its own; with auto they spawn when the training loss "
+        "reaches a plateau, or else after half of max-update. If not given, 10% of max-update with the "
+        "router dts, or auto without max-update, and 0 with the others.",
+        at_least=0,
+        duration=True,
+        words=("auto",),
+    )
+    temperature_start: float = option(
+        2.0, "Temperature of the Gumbel-softmax gate when the experts have spawned.", above=0
+    )
+    temperature_end: float = option(
+        0.5, "Temperature of the Gumbel-softmax gate at the end of the anneal.", above=0
+    )
+    temperature_schedule: TemperatureSchedule = option(
+        "linear", "How the temperature falls from start to end; constant keeps it at the start."
+    )
+    anneal_updates: int = option(
+        5000, "Length of the anneal in updates, counted from the spawn.", at_least=0, duration=True
+    )
+    hard_update: Optional[int] = option(
+        None,
+        "Updates after the spawn from which each token goes to moe-hard-experts experts only; 1.2 times "
+        "moe-anneal-updates if not given, and -1 for never.",
+        at_least=-1,
+        duration=True,
+    )
+
+    def contradictions(self, experts: int) -> Iterator[OptionError]:
+        """See the parent."""
+        if self.temperature_end > self.temperature_start:
+            yield OptionError(
+                "temperature_end",
+                f"`temperature_end` ({self.temperature_end}) must not be greater than `temperature_start` "
+                f"({self.temperature_start}), since the gate goes from dense to sparse.",
+            )
 
 
 @dataclass(frozen=True)

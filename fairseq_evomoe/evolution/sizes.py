@@ -1,11 +1,66 @@
 """Widths of experts of different sizes (HMoE, arXiv 2408.10681)."""
 
-from typing import List, Sequence
+from dataclasses import dataclass
+from typing import Iterator, List, Optional, Sequence
+
+from ..moe.options import OptionError, Options, option
 
 MULTIPLE = 8
 """Widths are multiples of this, which products on accelerators ask for."""
 
 NAMES = ("uniform", "arithmetic", "geometric", "hybrid")
+
+
+@dataclass(frozen=True)
+class SizeOptions(Options):
+    """How wide the experts are; the names are flat."""
+
+    expert_sizes: str = option(
+        "uniform",
+        "Relative hidden widths of the experts (HMoE): uniform, arithmetic, geometric, hybrid, or one "
+        "number for each expert with commas between.",
+    )
+    total_ffn_dim: Optional[str] = option(
+        None,
+        "Hidden units of all experts together, or 8x for eight times the ffn-embed-dim; if not given, "
+        "moe-experts times the ffn-embed-dim, and the ffn-embed-dim itself with moe-spawn-method split.",
+    )
+
+    def contradictions(self, experts: int) -> Iterator[OptionError]:
+        """See the parent."""
+        for find in (lambda: size_ratios(self.expert_sizes, experts), lambda: self.total(1)):
+            try:
+                find()
+            except OptionError as error:
+                yield error
+
+    def total(self, ffn_dim: int) -> Optional[int]:
+        """Hidden units of all experts together, if given; ``8x`` is in units of ``ffn_dim``."""
+        if self.total_ffn_dim is None:
+            return None
+        text = self.total_ffn_dim
+        number = text[:-1] if text.endswith("x") else text
+        if not number.isdecimal() or int(number) < 1:
+            raise OptionError(
+                "total_ffn_dim",
+                "`total_ffn_dim` must be a whole number greater than 0, or one followed by x, but is "
+                f"{text}.",
+            )
+        return int(number) * (ffn_dim if text.endswith("x") else 1)
+
+    def widths(self, experts: int, ffn_dim: int, split: bool = False) -> List[int]:
+        """Hidden units of each expert.
+
+        Args:
+            experts: E.
+            ffn_dim: hidden units of the base expert.
+            split: whether they are divided among the experts unless a total is given.
+
+        Raises:
+            OptionError: sizes or totals that make no such experts.
+        """
+        total = self.total(ffn_dim) or (ffn_dim if split else experts * ffn_dim)
+        return expert_widths(size_ratios(self.expert_sizes, experts), total)
 
 
 def size_ratios(sizes: str, experts: int) -> List[float]:
@@ -35,9 +90,10 @@ def size_ratios(sizes: str, experts: int) -> List[float]:
     except ValueError:
         ratios = []
     if len(ratios) != experts or not all(0 < r < float("inf") for r in ratios):
-        raise ValueError(
-            "expert_sizes must be one of {} or {} numbers greater than 0 with commas between, but are "
-            "{!r}".format(", ".join(NAMES), experts, sizes)
+        raise OptionError(
+            "expert_sizes",
+            f"`expert_sizes` must be one of {', '.join(NAMES)} or {experts} numbers greater than 0 with "
+            f"commas between, but are {sizes!r}.",
         )
     return ratios
 
@@ -56,8 +112,9 @@ def expert_widths(ratios: Sequence[float], total: int) -> List[int]:
         return [total // experts] * experts
     units = round(total / MULTIPLE)
     if units < experts:
-        raise ValueError(
-            f"total_ffn_dim must be at least {experts * MULTIPLE} for {experts} experts, but is {total}"
+        raise OptionError(
+            "total_ffn_dim",
+            f"`total_ffn_dim` must be at least {experts * MULTIPLE} for {experts} experts, but is {total}.",
         )
     # one block for each expert first, and the largest remainders last, so that the sum is exact
     exact = [r / sum(ratios) * units for r in ratios]

@@ -7,13 +7,14 @@ is ours; the default strengths are ours but for ``reinit``.
 
 from dataclasses import dataclass, replace
 from enum import Enum
-from typing import Dict, List, Optional, Sequence
+from typing import Dict, Iterator, List, Optional, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from ..moe.noise import seed_of
+from ..moe.options import OptionError, Options, option
 from ..moe.plan import Inherit, Origin, Plan
 from .clustering import balanced_kmeans
 
@@ -37,6 +38,49 @@ DEFAULT_STRENGTH = {
     SpawnMethod.slice: 0.1,
     SpawnMethod.split: 0.0,
 }
+
+
+@dataclass(frozen=True)
+class SpawnOptions(Options):
+    """What happens to the copies of the base expert; the names are flat."""
+
+    spawn_method: Optional[SpawnMethod] = option(
+        None,
+        "What is done to each copy of the base expert when the experts spawn: mask sets random weights to "
+        "zero, noise adds Gaussian noise, reinit draws random hidden units anew, copy does nothing, slice "
+        "keeps the most useful hidden units (for experts of different widths), split divides them among "
+        "the experts (EMoE). If not given, mask for experts as wide as the base, and slice for others.",
+    )
+    spawn_strength: Optional[float] = option(
+        None,
+        "Probability of a weight to be masked (0.1 if not given), standard deviation of the noise in units "
+        "of the weights' own (0.1), share of the hidden units that are drawn anew (0.5), or share of those "
+        "that a slice takes at random (0.1).",
+        at_least=0,
+    )
+    spawn_statistics: Inherit = option(
+        "all",
+        "Weights for which the optimizer's statistics of the base expert carry over to each of its copies: "
+        "all, those that the spawn leaves unchanged (not a masked one, say), or none.",
+    )
+
+    def contradictions(self, experts: int) -> Iterator[OptionError]:
+        """See the parent."""
+        method, strength = self.spawn_method, self.spawn_strength
+        if strength is None or method is None:
+            return
+        if method in (SpawnMethod.copy, SpawnMethod.split):
+            yield OptionError(
+                "spawn_strength",
+                f"`spawn_strength` has no effect with `spawn_method` {method.value}: leave it out or choose "
+                "mask, noise, reinit or slice.",
+            )
+        elif strength > 1 and method != SpawnMethod.noise:
+            yield OptionError(
+                "spawn_strength",
+                f"`spawn_strength` is a share between 0 and 1 for `spawn_method` {method.value}, but is "
+                f"{strength}.",
+            )
 
 
 @dataclass(frozen=True)
@@ -88,9 +132,10 @@ class Spawn:
 
     def __post_init__(self) -> None:
         if self.widths is not None and (len(self.widths) != self.experts or min(self.widths) < 1):
-            raise ValueError(
-                f"--moe-expert-sizes must give each of the {self.experts} experts at least one hidden unit, "
-                f"but gives {list(self.widths)}."
+            raise OptionError(
+                "expert_sizes",
+                f"`expert_sizes` must give each of the {self.experts} experts at least one hidden unit, but "
+                f"gives {list(self.widths)}.",
             )
 
     @property
@@ -121,19 +166,21 @@ class Spawn:
         """
         split = self.method == SpawnMethod.split
         if split and base % self.experts != 0:
-            raise ValueError(
-                "--moe-spawn-method split divides the base's hidden units among the experts, but there are "
-                f"{base} units and --moe-experts {self.experts}: let the one be a multiple of the other."
+            raise OptionError(
+                "spawn_method",
+                "`spawn_method` split divides the base's hidden units among the experts, but there are "
+                f"{base} units and `experts` is {self.experts}: let the one be a multiple of the other.",
             )
         expected = [base // self.experts if split else base] * self.experts
         if self.widths is None:
             return expected
         narrower = self.method == SpawnMethod.reinit and max(self.widths) <= base
         if not narrower and self.method != SpawnMethod.slice and list(self.widths) != expected:
-            raise ValueError(
-                f"--moe-spawn-method {self.method_name} makes experts of {expected[0]} hidden units out of a "
-                f"base of {base}, but they are to have {list(self.widths)}: use --moe-spawn-method slice, or "
-                "reinit if none is wider, or leave out --moe-expert-sizes and --moe-total-ffn-dim."
+            raise OptionError(
+                "spawn_method",
+                f"`spawn_method` {self.method_name} makes experts of {expected[0]} hidden units out of a "
+                f"base of {base}, but they are to have {list(self.widths)}: use `spawn_method` slice, or "
+                "reinit if none is wider, or leave out `expert_sizes` and `total_ffn_dim`.",
             )
         return list(self.widths)
 

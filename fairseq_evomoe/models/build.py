@@ -5,10 +5,9 @@ over ``fc1`` and ``fc2`` as its base expert.
 """
 
 import logging
-import re
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Callable, Dict, Iterator, List, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 from fairseq.modules import gelu
@@ -22,11 +21,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import compat
-from ..config.options import flag
-from ..moe import Experts, Hidden, MoELayer, RoutingContext
+from ..config.config import MoEConfig
+from ..config.errors import ConfigError
+from ..evolution.spawn import Spawn
+from ..moe import Experts, Hidden, MoELayer, Router, RoutingContext, Vocabulary
+from ..moe.hyper_adapter import HyperAdapter
 from ..moe.multi_head import MultiHead
+from ..moe.options import OptionError
 from ..moe.plan import check_linear_gate
-from . import make
 from .feed_forward import MoEDecoderLayer, MoEEncoderLayer, StackInput
 from .layer_drop import MoELayerDrop
 
@@ -35,46 +37,60 @@ logger = logging.getLogger(__name__)
 
 def add_experts(
     cfg: Any,
+    config: MoEConfig,
     stacks: Dict[str, nn.Module],
     init: Callable[[nn.Module], Any] = lambda linear: None,
 ) -> None:
     """Give every ``moe_freq``-th layer of each stack an MoE layer, as the options say.
 
     Args:
-        cfg: the model's configuration with ``MoEOptions``.
+        cfg: fairseq's configuration of the model.
+        config: of its MoE layers.
         stacks: the ``encoder``, the ``decoder``, or both, each with its ``layers``, ``embed_tokens`` and
             ``dictionary``.
         init: what the model does to the linear layers that fairseq's layers build.
 
     Raises:
-        ValueError: options that contradict each other, or no layer to give an MoE layer to.
+        ConfigError: options that contradict each other, or no layer to give an MoE layer to.
     """
     # not list(layers): LayerDrop leaves out some layers, at random, when its list is iterated over
     layers = {side: list(stack.layers.children()) for side, stack in stacks.items()}
+    freq = config.layer.freq
     chosen = {
-        side: [
-            layer for i, layer in zip(_layer_numbers(cfg, side, stack), stack) if (i + 1) % cfg.moe_freq == 0
-        ]
+        side: [layer for i, layer in zip(_layer_numbers(cfg, side, stack), stack) if (i + 1) % freq == 0]
         for side, stack in layers.items()
     }
-    if not any(chosen.values()):
-        raise ValueError(
-            f"--moe-freq {cfg.moe_freq} is greater than the number of layers "
-            f"({max(map(len, layers.values()))}), so that no layer would be an MoE layer: lower it."
-        )
-    number = 0
-    for side, stack in stacks.items():
-        _check_side(cfg, side)
-        builder = _StackBuilder(cfg, stack, init)
-        for layer in chosen[side]:
-            builder.add_experts(layer, number)
-            number += 1
+    with _config_errors():
+        if not any(chosen.values()):
+            most = max(map(len, layers.values()))
+            raise OptionError(
+                "freq",
+                f"`freq` {freq} is greater than the number of layers ({most}), so that no layer would be an "
+                "MoE layer: lower it.",
+            )
+        number = 0
+        for side, stack in stacks.items():
+            _check_side(config, side)
+            builder = _StackBuilder(cfg, config, stack, init)
+            for layer in chosen[side]:
+                builder.add_experts(layer, number)
+                number += 1
+            compat.remove_encoder_fast_path(layers[side])
+    for side in stacks:
         if chosen[side]:
             logger.info(
-                f"{side}: {len(chosen[side])} of {len(layers[side])} layers with {cfg.moe_experts} experts "
-                f"of {_listed(chosen[side][0].widths)} hidden units"
+                f"{side}: {len(chosen[side])} of {len(layers[side])} layers with {config.experts} experts of "
+                f"{_listed(chosen[side][0].widths)} hidden units"
             )
-        compat.remove_encoder_fast_path(layers[side])
+
+
+@contextmanager
+def _config_errors() -> Iterator[None]:
+    """Let an error of a part of the layer name the flags that the part's options come from."""
+    try:
+        yield
+    except OptionError as error:
+        raise ConfigError([error]) from error
 
 
 def _listed(widths: List[int]) -> str:
@@ -87,23 +103,27 @@ def _layer_numbers(cfg: Any, side: str, stack: Sequence[nn.Module]) -> Sequence[
     return sorted(map(int, keep.split(","))) if keep else range(len(stack))
 
 
-def _check_side(cfg: Any, side: str) -> None:
-    if side == "decoder" and make.router_class(cfg).needs_whole_sequence:
-        raise ValueError(
-            f"--moe-router {cfg.moe_router} mixes each token with later ones, which a decoder must not see: "
-            f"choose another router, or use {cfg.moe_router} in evomoe_roberta."
+def _check_side(config: MoEConfig, side: str) -> None:
+    if side == "decoder" and config.router_class.needs_whole_sequence:
+        raise OptionError(
+            "router",
+            f"`router` {config.router} mixes each token with later ones, which a decoder must not see: "
+            f"choose another router, or use {config.router} in evomoe_roberta.",
         )
 
 
 class _StackBuilder:
     """Gives layers of one stack their MoE layers."""
 
-    def __init__(self, cfg: Any, stack: nn.Module, init: Callable[[nn.Module], Any]) -> None:
+    def __init__(
+        self, cfg: Any, config: MoEConfig, stack: nn.Module, init: Callable[[nn.Module], Any]
+    ) -> None:
         self.cfg = cfg
+        self.config = config
         self.init = init
         self.input = StackInput()
         self.shared: Dict[str, nn.Module] = {}
-        self.vocabulary = make.make_vocabulary(stack.dictionary, stack.embed_tokens)
+        self.vocabulary = make_vocabulary(stack.dictionary, stack.embed_tokens)
         stack.embed_tokens.register_forward_hook(self.input)
         if type(stack.layers) is LayerDropModuleList:
             stack.layers.__class__ = MoELayerDrop
@@ -115,19 +135,17 @@ class _StackBuilder:
             layer: fairseq's layer.
             number: of the MoE layer in the model.
         """
-        cfg, fc1, fc2 = self.cfg, layer.fc1, layer.fc2
-        with _named_as_flags(cfg):
-            make.widths(cfg, fc1.out_features)
-        hidden, gated = _take_apart(cfg, layer)
+        cfg, config, fc1, fc2 = self.cfg, self.config, layer.fc1, layer.fc2
         layer.ffn_dim = fc1.out_features
-        layer.widths = make.widths(cfg, layer.ffn_dim)
+        layer.widths = config.widths(layer.ffn_dim)
+        hidden, gated = _take_apart(config, layer)
         layer.stack = self.input
-        layer.make_schedule = partial(make.make_schedule, cfg)
+        layer.make_schedule = config.make_schedule
         layer.schedule = layer.make_schedule()
-        layer.loss_weights = make.loss_weights(cfg)
+        layer.loss_weights = config.loss_weights()
         layer.checkpoint_activations = bool(getattr(cfg, "checkpoint_activations", False))
         layer.offload_activations = bool(getattr(cfg, "offload_activations", False))
-        dim = fc1.in_features // cfg.moe_heads
+        dim = fc1.in_features // config.layer.heads
         layer.moe = self._moe_layer(
             fc1.in_features, number, layer.widths, Experts(dim, [layer.ffn_dim], hidden, gated)
         )
@@ -136,54 +154,65 @@ class _StackBuilder:
             layer.moe.experts.set_expert(0, fc1, fc2)  # the dense model's own initial weights
         else:
             self._fill(layer, layer.moe.experts, 0)
-        if layer.schedule.spawn_update == 0 and cfg.moe_experts > 1:
-            self._grow_at_start(layer, fc1, fc2)
+        if layer.schedule.spawn_update == 0 and config.experts > 1:
+            self._spawn_at_start(layer, fc1, fc2)
 
     def _moe_layer(self, dim: int, number: int, widths: List[int], experts: Experts) -> MoELayer:
-        cfg = self.cfg
-        with _named_as_flags(cfg):
-            heads = MultiHead(dim, cfg.moe_heads) if cfg.moe_heads > 1 else None
-        spawn = make.make_spawn(cfg, number, widths)
+        config = self.config
+        heads = MultiHead(dim, config.layer.heads) if config.layer.heads > 1 else None
+        spawn = config.make_spawn(number, widths)
         make_hyper_adapter = None
-        if cfg.moe_hyper_adapter:
-            make_hyper_adapter = partial(make.make_hyper_adapter, cfg, experts.dim, spawn, self.shared)
-        losses = [name for name in make.LAYER_LOSSES if getattr(cfg, f"moe_{name}_weight") > 0]
+        if config.layer.hyper_adapter:
+            make_hyper_adapter = partial(self._hyper_adapter, experts.dim, spawn)
         moe = MoELayer(
             experts,
-            cfg.moe_experts,
-            partial(make.make_router, cfg, experts.dim, spawn, self.vocabulary, self.shared),
+            config.experts,
+            partial(self._router, experts.dim, spawn, self.shared),
             spawn,
             heads=heads,
-            shared_expert=cfg.moe_shared_expert,
+            shared_expert=config.layer.shared_expert,
             make_hyper_adapter=make_hyper_adapter,
-            losses=losses,
-            scaling_factor=cfg.moe_scaling_factor,
+            losses=[name for name, weight in config.layer.loss_weights().items() if weight > 0],
+            scaling_factor=config.layer.scaling_factor,
         )
-        moe.transport = make.make_transport(cfg, spawn)
+        moe.transport = config.make_transport(number)
         return moe
+
+    def _router(self, dim: int, spawn: Spawn, shared: Optional[Dict[str, nn.Module]]) -> Router:
+        config = self.config
+        router = config.router_class(
+            dim, config.experts, vocabulary=self.vocabulary, shared=shared, **config.router_arguments()
+        )
+        router.initialize(spawn.generator("router"))
+        return router
+
+    def _hyper_adapter(self, dim: int, spawn: Spawn) -> HyperAdapter:
+        adapter = HyperAdapter(dim, self.config.experts, self.shared)
+        adapter.initialize(spawn.generator("hyper_adapter"))
+        return adapter
 
     def _try_out(self, layer: nn.Module) -> None:
         """Find now what would else go wrong when the experts spawn, long into the run."""
-        cfg, moe = self.cfg, layer.moe
-        with _named_as_flags(cfg):
-            router = make.make_router(cfg, moe.experts.dim, moe.spawner, self.vocabulary, {}).eval()
-        if cfg.moe_experts == 1:
+        config, moe = self.config, layer.moe
+        router = self._router(moe.experts.dim, moe.spawner, None).eval()
+        if config.experts == 1:
             return
         if layer.schedule.spawn_update > 0:
             moe.spawner.widths_from(layer.ffn_dim)
         if moe.spawner.makes_gate:
             check_linear_gate(router)
-        if cfg.moe_penalty_weight > 0:
+        if config.layer.penalty_weight > 0:
             zero_T = torch.zeros(1, dtype=torch.long)
             embedding_TC = torch.zeros(1, self.vocabulary.dim)
             context = RoutingContext(token_T=zero_T, embedding_TC=embedding_TC, sequence_T=zero_T)
             if router(torch.zeros(1, moe.experts.dim), context).probability_TE is None:
-                raise ValueError(
-                    "--moe-penalty-weight penalises the gate's probabilities, and --moe-router "
-                    f"{cfg.moe_router} has none: choose another router or leave it out."
+                raise OptionError(
+                    "penalty_weight",
+                    f"`penalty_weight` penalises the gate's probabilities, and `router` {config.router} has "
+                    "none: choose another router or leave it out.",
                 )
 
-    def _grow_at_start(self, layer: nn.Module, fc1: nn.Linear, fc2: nn.Linear) -> None:
+    def _spawn_at_start(self, layer: nn.Module, fc1: nn.Linear, fc2: nn.Linear) -> None:
         """Experts that are there from the start have initial weights of their own."""
         moe = layer.moe
         moe.allocate_spawned(layer.widths)
@@ -192,12 +221,12 @@ class _StackBuilder:
             moe.experts.set_expert(0, fc1, fc2)
         else:
             self._fill(layer, moe.experts, 0)
-        for expert in range(1, self.cfg.moe_experts):
+        for expert in range(1, self.config.experts):
             self._fill(layer, moe.experts, expert)
 
     def _is_dense(self, experts: Experts) -> bool:
         """Whether an expert is what the dense model has."""
-        return not experts.gated and self.cfg.moe_heads == 1
+        return not experts.gated and self.config.layer.heads == 1
 
     def _fill(self, layer: nn.Module, experts: Experts, expert: int) -> None:
         """Give an expert the initial weights that the model gives to a feed-forward network."""
@@ -210,19 +239,7 @@ class _StackBuilder:
         experts.set_expert(expert, fc1, fc2, fc3)
 
 
-@contextmanager
-def _named_as_flags(cfg: Any) -> Iterator[None]:
-    """Let an error of a part of the layer name the flags that the part's arguments come from."""
-    names = make.router_options(make.router_class(cfg)) + ["expert_sizes", "total_ffn_dim", "heads"]
-    try:
-        yield
-    except ValueError as error:
-        pattern = r"\b({})\b".format("|".join(names))
-        message = re.sub(pattern, lambda name: flag("moe_" + name.group()), str(error))
-        raise ValueError(message.rstrip(".") + ".") from error
-
-
-def _take_apart(cfg: Any, layer: nn.Module) -> Tuple[Hidden, bool]:
+def _take_apart(config: MoEConfig, layer: nn.Module) -> Tuple[Hidden, bool]:
     """Make room in fairseq's layer for an MoE layer.
 
     Returns:
@@ -238,15 +255,16 @@ def _take_apart(cfg: Any, layer: nn.Module) -> Tuple[Hidden, bool]:
 
     norm = layer._modules.pop("ffn_layernorm", None)
     layer.ffn_layernorm = None
-    if norm is not None and set(make.widths(cfg, norm.normalized_shape[0])) != set(norm.normalized_shape):
-        raise ValueError(
+    if norm is not None and set(layer.widths) != set(norm.normalized_shape):
+        raise OptionError(
+            "expert_sizes",
             "--scale-fc normalises hidden units, so that experts must be as wide as the model's other "
-            "feed-forward networks: leave it out, or --moe-expert-sizes, --moe-total-ffn-dim and "
-            "--moe-spawn-method split."
+            "feed-forward networks: leave it out, or `expert_sizes`, `total_ffn_dim` and `spawn_method` "
+            "split.",
         )
     # fairseq's gelu computes in float32 and rounds, which is what torch's does
     of_model = F.gelu if layer.activation_fn is gelu else layer.activation_fn
-    activation, gated = make.activation(cfg, of_model)
+    activation, gated = config.activation(of_model)
     hidden = Hidden(activation, layer.activation_dropout_module, norm)
     layer.activation_fn = _identity
     layer.activation_dropout_module = layer.fc2 = nn.Identity()
@@ -255,3 +273,25 @@ def _take_apart(cfg: Any, layer: nn.Module) -> Tuple[Hidden, bool]:
 
 def _identity(x: Tensor) -> Tensor:
     return x
+
+
+def make_vocabulary(dictionary: Any, embeddings: Any) -> Vocabulary:
+    """How often fairseq's dictionary says that each token occurs.
+
+    Args:
+        dictionary: fairseq's dictionary.
+        embeddings: the embeddings that are looked up, which may have more rows.
+    """
+    counts = list(dictionary.count)
+    size = max(len(counts), getattr(embeddings, "num_embeddings", 0))
+    count_V = torch.tensor(counts + [0] * (size - len(counts)), dtype=torch.float32)
+    return Vocabulary(size, count_V, _width(embeddings))
+
+
+@torch.no_grad()
+def _width(embeddings: Any) -> int:
+    """Width of what is looked up."""
+    width = getattr(embeddings, "embedding_dim", None)
+    if width is None:  # adaptive input, or characters
+        width = embeddings(torch.full((1, 1), embeddings.padding_idx, dtype=torch.long)).shape[-1]
+    return width

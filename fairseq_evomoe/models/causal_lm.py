@@ -11,11 +11,11 @@ from fairseq.models.transformer_lm import (
     transformer_lm_gpt2_medium,
 )
 
+from ..config.models import resolve_model
 from ..config.options import MoEOptions, complete, set_defaults
-from ..config.rules import check_options
 from .build import add_experts
 from .feed_forward import MoEModel
-from .make import make_plateau
+from .registration import options_of
 
 
 @dataclass
@@ -30,12 +30,11 @@ class EvoMoELanguageModel(MoEModel, TransformerLanguageModel):
     @classmethod
     def build_model(cls, cfg, task):
         """Build the model that the configuration describes."""
-        cfg = complete(cfg, EvoMoELanguageModelConfig)
-        check_options(cfg)
+        cfg = complete(cfg, options_of(cls))
+        config = resolve_model(cfg, ffn_dims=[cfg.decoder_ffn_embed_dim])
         model = super().build_model(cfg, task)
-        add_experts(cfg, {"decoder": model.decoder})
-        model.plateau = make_plateau(cfg)
-        return model
+        add_experts(cfg, config, {"decoder": model.decoder})
+        return model.with_config(config)
 
 
 @register_model_architecture("evomoe_lm", "evomoe_lm_gpt")

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .. import compat
+from ..config.config import MoEConfig
 from ..evolution.plateau import Plateau
 from ..evolution.schedule import Schedule
 from ..moe import MoELayer, RoutingContext
@@ -270,11 +271,19 @@ class MoEModel:
     """Mixin for a fairseq model whose layers have MoE layers.
 
     Attributes:
+        moe_config: what the options were resolved to.
         plateau: decides when the experts spawn, and is part of the model's state; ``None`` if the options
             say when.
     """
 
+    moe_config: MoEConfig
     plateau: Optional[Plateau] = None
+
+    def with_config(self, config: MoEConfig) -> "MoEModel":
+        """The model, which knows what its options were resolved to."""
+        self.moe_config = config
+        self.plateau = config.make_plateau()
+        return self
 
     def count_from_spawn(self) -> None:
         """Let the layers' schedules count from the spawn that ``plateau`` tells."""

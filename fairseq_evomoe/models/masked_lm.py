@@ -8,12 +8,12 @@ from fairseq.models import register_model, register_model_architecture
 from fairseq.models.roberta import RobertaModel, base_architecture, roberta_large_architecture
 from fairseq.modules.transformer_sentence_encoder import init_bert_params
 
+from ..config.models import resolve_model
 from ..config.options import MoEOptions, complete, option, set_defaults
-from ..config.rules import check_options
 from .build import add_experts
 from .feed_forward import MoEModel
 from .flat_config import config_from_parser, to_namespace
-from .make import make_plateau, prefer_confident_gate
+from .registration import options_of
 
 
 def _defaults() -> dict:
@@ -51,16 +51,15 @@ class EvoMoERoberta(MoEModel, RobertaModel):
     @classmethod
     def build_model(cls, cfg, task):
         """Build the model that the configuration describes."""
-        args = to_namespace(complete(cfg, EvoMoERobertaConfig))
-        prefer_confident_gate(args)
-        check_options(args)
+        cfg = complete(cfg, options_of(cls))
+        config = resolve_model(cfg, ffn_dims=[cfg.encoder_ffn_embed_dim], masked=True)
+        args = to_namespace(cfg)
         if args.max_positions is None:  # fairseq 0.12.2's masked_lm does not tell max_positions()
             args.max_positions = task.max_positions() or task.cfg.tokens_per_sample
         args.checkpoint_activations = args.checkpoint_activations or args.offload_activations
         model = super().build_model(args, task)
-        add_experts(args, {"encoder": model.encoder.sentence_encoder}, init=init_bert_params)
-        model.plateau = make_plateau(args)
-        return model
+        add_experts(args, config, {"encoder": model.encoder.sentence_encoder}, init=init_bert_params)
+        return model.with_config(config)
 
 
 @register_model_architecture("evomoe_roberta", "evomoe_roberta_large")

@@ -2,6 +2,7 @@
 
 from argparse import Namespace
 from dataclasses import dataclass
+from typing import Optional
 
 from fairseq.models import register_model, register_model_architecture
 from fairseq.models.transformer import (
@@ -14,12 +15,12 @@ from fairseq.models.transformer import (
 )
 from omegaconf import II
 
+from ..config.models import resolve_model
 from ..config.options import MoEOptions, complete, option, set_defaults
-from ..config.rules import check_options
 from .build import add_experts
 from .feed_forward import MoEModel
 from .flat_config import config_from_parser, to_namespace
-from .make import make_plateau
+from .registration import options_of
 
 
 def _defaults() -> dict:
@@ -38,7 +39,9 @@ class EvoMoETransformerConfig(
 ):
     """Options of ``transformer``, under their flat names, and of the MoE layers."""
 
-    moe_experts: int = option(4, "Number of experts in each MoE layer once the experts have spawned.")
+    moe_experts: Optional[int] = option(
+        None, "Number of experts in each MoE layer once the experts have spawned. Default: 4."
+    )
 
 
 @register_model("evomoe_transformer", dataclass=EvoMoETransformerConfig)
@@ -53,12 +56,13 @@ class EvoMoETransformer(MoEModel, TransformerModel):
     @classmethod
     def build_model(cls, cfg, task):
         """Build the model that the configuration describes."""
-        args = to_namespace(complete(cfg, EvoMoETransformerConfig))
-        check_options(args)
+        cfg = complete(cfg, options_of(cls))
+        ffn_dims = [cfg.encoder_ffn_embed_dim, cfg.decoder_ffn_embed_dim]
+        config = resolve_model(cfg, ffn_dims=ffn_dims, experts=4)
+        args = to_namespace(cfg)
         model = super().build_model(args, task)
-        add_experts(args, {"encoder": model.encoder, "decoder": model.decoder})
-        model.plateau = make_plateau(args)
-        return model
+        add_experts(args, config, {"encoder": model.encoder, "decoder": model.decoder})
+        return model.with_config(config)
 
 
 @register_model_architecture("evomoe_transformer", "evomoe_transformer_iwslt_de_en")

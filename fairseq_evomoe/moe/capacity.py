@@ -17,8 +17,9 @@ def keep_pairs(routing: Routing, keep_N: Tensor) -> None:
 def limit_load(routing: Routing, factor: float, top_k: int = 1, ranks: Ranks = ALONE) -> None:
     """Leave out, in place, the pairs for which their expert has no room (Switch, arXiv 2101.03961).
 
-    An expert takes at most ``ceil(factor * k * T / E)`` pairs of all ranks: those with the best expert of
-    their token first, then those with the second one, ..., each in the order of the ranks and their tokens.
+    An expert takes at most ``floor(factor * k * ceil(T / E))`` pairs of all ranks, as in fairseq's GShard and
+    Switch: those with the best expert of their token first, then those with the second one,
+    ..., each in the order of the ranks and their tokens.
     ``routing.dropped`` tells how many were left out.
 
     Args:
@@ -41,7 +42,8 @@ def limit_load(routing: Routing, factor: float, top_k: int = 1, ranks: Ranks = A
     count_KE = count_WKE.sum(0)
     before_KE = count_KE.cumsum(0) - count_KE + count_WKE[: ranks.rank].sum(0)
 
-    capacity = torch.ceil(factor * top_k * count_WK[:, -1].sum().double() / experts)
+    even = torch.ceil(count_WK[:, -1].sum().double() / experts)
+    capacity = torch.floor(factor * top_k * even)
     keep_N = position_N + before_KE[choice_N, routing.expert_N] < capacity
     routing.dropped = (~keep_N).sum()
     keep_pairs(routing, keep_N)

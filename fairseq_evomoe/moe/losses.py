@@ -26,7 +26,7 @@ def balance_loss(routing: Routing, ranks: Ranks = ALONE) -> Tensor:
         float32 scalar; the gradient flows through the weights.
     """
     gate_E = routing.weight_N.new_zeros(routing.experts).index_add(0, routing.expert_N, routing.weight_N)
-    return _product_of_means(routing.load_E(), gate_E, routing.tokens, ranks)
+    return product_of_means(routing.load_E(), gate_E, routing.tokens, ranks)
 
 
 def top1_balance_loss(probability_TE: Tensor, ranks: Ranks = ALONE) -> Tensor:
@@ -43,7 +43,25 @@ def top1_balance_loss(probability_TE: Tensor, ranks: Ranks = ALONE) -> Tensor:
     """
     tokens, experts = probability_TE.shape
     best_E = torch.bincount(probability_TE.argmax(-1), minlength=experts)
-    return _product_of_means(best_E, probability_TE.sum(0), tokens, ranks)
+    return product_of_means(best_E, probability_TE.sum(0), tokens, ranks)
+
+
+def choices_balance_loss(expert_TK: Tensor, probability_TE: Tensor, ranks: Ranks = ALONE) -> Tensor:
+    """Load-balance loss of Mixtral (arXiv 2401.04088, as in its public code): ``E * sum_e f_e P_e``.
+
+    f is how many of a token's k choices are expert e on average, P the mean of its probability; k if even.
+
+    Args:
+        expert_TK: int64, the choices of each token.
+        probability_TE: probabilities of the gate, shape (T, E).
+        ranks: those over whose tokens the means are taken.
+
+    Returns:
+        float32 scalar; the gradient flows through P.
+    """
+    tokens, experts = probability_TE.shape
+    load_E = torch.bincount(expert_TK.flatten(), minlength=experts)
+    return product_of_means(load_E, probability_TE.sum(0), tokens, ranks)
 
 
 def active_balance_loss(routing: Routing, ranks: Ranks = ALONE) -> Tensor:
@@ -80,11 +98,18 @@ def penalty_loss(routing: Routing, width_E: Tensor, ranks: Ranks = ALONE) -> Ten
     assert probability_TE is not None
     width_E = width_E.to(probability_TE)
     size_E = routing.load_E().to(probability_TE.dtype) * width_E / width_E.mean()
-    return _product_of_means(size_E, probability_TE.sum(0), routing.tokens, ranks)
+    return product_of_means(size_E, probability_TE.sum(0), routing.tokens, ranks)
 
 
-def _product_of_means(load_E: Tensor, gate_E: Tensor, tokens: int, ranks: Ranks) -> Tensor:
-    """``E * sum_e (load_e / T) (gate_e / T)``, of sums over all ranks."""
+def product_of_means(load_E: Tensor, gate_E: Tensor, tokens: int, ranks: Ranks) -> Tensor:
+    """``E * sum_e (load_e / T) (gate_e / T)``, of sums over all ranks.
+
+    Args:
+        load_E: how many of this rank's tokens have each expert.
+        gate_E: sum over them of what the gate gives each expert.
+        tokens: T of this rank.
+        ranks: those whose tokens count as one batch.
+    """
     load_E, gate_E, total = ranks.total(load_E.to(gate_E.dtype), gate_E, tokens)
     return load_E.shape[0] * (load_E * gate_E).sum() / total.clamp(min=1).square()
 

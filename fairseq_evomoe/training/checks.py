@@ -8,7 +8,10 @@ from typing import Any, List
 from fairseq.criterions import CRITERION_REGISTRY, FairseqCriterion
 from fairseq.optim import FairseqOptimizer
 
-from ..config.rules import check_rank_options, warn_of_idle_options
+from ..config.config import MoEConfig
+from ..config.errors import ConfigError
+from ..config.resolve import former_defaults, warn_of_idle_options, write_back
+from ..config.rules import rank_contradictions
 from ..criterions.moe import MoECriterion
 from ..models.feed_forward import MoEFeedForward
 
@@ -55,11 +58,31 @@ def check_before_trainer(cfg: Any) -> None:
         )
 
 
+def settle_options(cfg: Any, config: MoEConfig) -> None:
+    """Refuse options that do not fit many ranks, tell what was decided, and let the configuration say it.
+
+    Args:
+        cfg: fairseq's configuration of the run; that of the model is changed in place, so that checkpoints
+            say what was meant.
+        config: what the model's options were resolved to.
+
+    Raises:
+        ConfigError: contradictions.
+    """
+    errors = list(rank_contradictions(config))
+    if errors:
+        raise ConfigError(errors)
+    warn_of_idle_options(config)
+    line = former_defaults(config)
+    if line is not None:
+        logger.info(line)
+    write_back(cfg.model, config)
+
+
 def _check_sharing(cfg: Any) -> None:
     """Refuse what does not work with experts that are shared out among ranks."""
-    check_rank_options(cfg.model)
     parallel, ranks = (
-        getattr(cfg.model, "moe_expert_parallel", 1),
+        getattr(cfg.model, "moe_expert_parallel", None) or 1,
         cfg.distributed_training.distributed_world_size,
     )
     if ranks % parallel:
@@ -118,7 +141,6 @@ def check_run(cfg: Any, layers: List[MoEFeedForward], criterion: FairseqCriterio
     Raises:
         ValueError: one sentence that names the settings and the way out.
     """
-    warn_of_idle_options(cfg.model)
     spawn_update, max_update = layers[0].schedule.spawn_update, cfg.optimization.max_update
     if layers[0].moe.num_experts > 1 and 0 < max_update <= spawn_update:
         raise ValueError(

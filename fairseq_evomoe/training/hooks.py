@@ -35,7 +35,7 @@ from ..models.feed_forward import CheckpointMismatch, MoEFeedForward, MoEModel, 
 from ..moe import MoELayer, Router
 from . import growth
 from . import ranks as parallel
-from .checks import check_before_trainer, check_optimizer, check_run
+from .checks import check_before_trainer, check_optimizer, check_run, settle_options
 
 logger = logging.getLogger(__name__)
 
@@ -100,6 +100,8 @@ def _checked_init(original):
         layers = [layer for _, layer in moe_layers(model)]
         if layers:
             check_before_trainer(cfg)
+            if isinstance(model, MoEModel):
+                settle_options(cfg, model.moe_config)
             parallel.attach_ranks(cfg, model)
         original(self, cfg, task, model, criterion, *args, **kwargs)
         if layers:

@@ -1,7 +1,6 @@
 """Routers by name: one file for each published router; see ``router.Router`` for what one must have."""
 
-from typing import Dict, Type
-
+# the order is that of the options in --help
 from .base import BaseRouter
 from .comet import CometRouter
 from .dts import DenseToSparseRouter
@@ -9,6 +8,7 @@ from .dynmoe import DynMoERouter
 from .hash import HashRouter
 from .laplace import LaplaceRouter
 from .recurrent import RecurrentRouter
+from .registry import ROUTERS, register_router
 from .router import Router
 from .soft import SoftRouter
 from .stable import StableRouter
@@ -16,19 +16,20 @@ from .switch import SwitchRouter
 from .top_p import TopPRouter
 from .topk import TopKRouter
 
-ROUTERS: Dict[str, Type[Router]] = {
-    "dts": DenseToSparseRouter,
-    "switch": SwitchRouter,
-    "topk": TopKRouter,
-    "base": BaseRouter,
-    "hash": HashRouter,
-    "stable": StableRouter,
-    "comet": CometRouter,
-    "dynmoe": DynMoERouter,
-    "laplace": LaplaceRouter,
-    "recurrent": RecurrentRouter,
-    "soft": SoftRouter,
-    "top-p": TopPRouter,
-}
-
-__all__ = ["ROUTERS", "DenseToSparseRouter", "Router"]
+__all__ = [
+    "ROUTERS",
+    "BaseRouter",
+    "CometRouter",
+    "DenseToSparseRouter",
+    "DynMoERouter",
+    "HashRouter",
+    "LaplaceRouter",
+    "RecurrentRouter",
+    "Router",
+    "SoftRouter",
+    "StableRouter",
+    "SwitchRouter",
+    "TopKRouter",
+    "TopPRouter",
+    "register_router",
+]

@@ -1,11 +1,14 @@
 """BASE layers (arXiv 2103.16716)."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from ..assignment import balanced_assignment
 from ..ranks import Ranks
 from ..routing import Routing, RoutingContext
+from .registry import register_router
 from .router import Router, entropy_sum, linear32, top1_routing
 
 
@@ -22,8 +25,8 @@ class CentroidRouter(Router):
 
     one_expert = True
 
-    def __init__(self, dim: int, experts: int) -> None:
-        super().__init__(dim, experts)
+    def __init__(self, dim: int, experts: int, **options: Any) -> None:
+        super().__init__(dim, experts, **options)
         self.centroid_ED = nn.Parameter(torch.empty(experts, dim))
 
     @torch.no_grad()
@@ -46,6 +49,7 @@ class CentroidRouter(Router):
         return routing
 
 
+@register_router("base")
 class BaseRouter(CentroidRouter):
     """In training an exactly balanced assignment of the highest total score, in evaluation the best expert.
 

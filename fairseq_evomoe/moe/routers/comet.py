@@ -1,15 +1,19 @@
 """The tree gate of COMET (arXiv 2306.02824)."""
 
-from typing import List
+from dataclasses import dataclass
+from typing import Any, Iterator, List
 
 import torch
 from torch import Tensor, nn
 
 from ..losses import active_balance_loss, entropy, mean
+from ..options import OptionError, loss_weight, option
 from ..routing import Routing, RoutingContext
-from .router import Router, check_top_k, entropy_sum, fill_uniform, linear32
+from .registry import register_router
+from .router import BALANCE, TOP_K, Router, at_most_all, entropy_sum, fill_uniform, linear32
 
 
+@register_router("comet")
 class CometRouter(Router):
     """k soft decision trees, the leaves of which are the experts.
 
@@ -36,33 +40,47 @@ class CometRouter(Router):
     Args:
         dim: D, width of a token.
         experts: E, number of experts.
-        top_k: k, number of trees, from 1 to E.
-        gamma: width of the smooth step, > 0.
+        options: see ``Options``; k is ``top_k``.
     """
 
-    loss_weights = {"entropy": 0.05, "balance": 0.0}
+    @dataclass(frozen=True)
+    class Options(Router.Options):
+        """How many trees, and how soft their nodes are."""
 
-    def __init__(self, dim: int, experts: int, top_k: int = 2, gamma: float = 1.0) -> None:
-        super().__init__(dim, experts)
-        check_top_k(top_k, experts)
-        if gamma <= 0:
-            raise ValueError(f"gamma must be greater than 0, but is {gamma}")
-        self.top_k = top_k
-        self.gamma = gamma
-        self.node = nn.Parameter(torch.empty(top_k, experts - 1, dim))
-        self.leaf = nn.Parameter(torch.empty(top_k, experts, dim))
+        top_k: int = option(2, TOP_K, at_least=1)
+        gamma: float = option(
+            1.0,
+            "Width of the interval in which the smooth steps of COMET's trees are between 0 and 1.",
+            above=0,
+        )
+        entropy_weight: float = loss_weight(
+            0.05, "Weight of the entropy of the leaves' shares, which makes the trees decide."
+        )
+        balance_weight: float = loss_weight(0.0, BALANCE)
+
+        def contradictions(self, experts: int) -> Iterator[OptionError]:
+            """See the parent."""
+            yield from at_most_all(self, "top_k", experts)
+
+    options: "CometRouter.Options"
+
+    def __init__(self, dim: int, experts: int, **options: Any) -> None:
+        super().__init__(dim, experts, **options)
+        self.top_k = self.options.top_k
+        self.node = nn.Parameter(torch.empty(self.top_k, experts - 1, dim))
+        self.leaf = nn.Parameter(torch.empty(self.top_k, experts, dim))
 
     @torch.no_grad()
     def initialize(self, generator: torch.Generator) -> None:
         """As published: nodes from U(-gamma/100, gamma/100), leaves from U(-0.05, 0.05)."""
-        fill_uniform(self.node, self.gamma / 100, generator)
+        fill_uniform(self.node, self.options.gamma / 100, generator)
         fill_uniform(self.leaf, 0.05, generator)
 
     def forward(self, x_TD: Tensor, context: RoutingContext) -> Routing:
         """Route tokens; see the class."""
         tokens = x_TD.shape[0]
         node_TKN = linear32(x_TD, self.node.flatten(0, 1)).view(tokens, self.top_k, self.experts - 1)
-        share_TKE = leaf_shares(node_TKN, self.gamma)
+        share_TKE = leaf_shares(node_TKN, self.options.gamma)
         logits_TKE = linear32(x_TD, self.leaf.flatten(0, 1)).view_as(share_TKE)
         weight_TE = _softmax(logits_TKE, share_TKE).sum(1)
 

@@ -1,14 +1,17 @@
 """The Dense-To-Sparse gate of EvoMoE (arXiv 2112.14397)."""
 
+from dataclasses import dataclass
 from enum import Enum
-from typing import Any
+from typing import Iterator
 
 import torch
 from torch import Tensor
 
 from ..losses import active_balance_loss, balance_loss
+from ..options import OptionError, loss_weight, option
 from ..routing import Routing, RoutingContext
-from .router import LinearRouter, Renormalize, divisor
+from .registry import register_router
+from .router import BALANCE, RENORMALIZE, LinearRouter, Renormalize, at_most_all, divisor
 
 
 class GateWeight(str, Enum):
@@ -39,6 +42,7 @@ class EvalRouting(str, Enum):
     adaptive = "adaptive"
 
 
+@register_router("dts")
 class DenseToSparseRouter(LinearRouter):
     """Gumbel-softmax gate whose temperature falls, so that fewer and fewer experts pass a threshold.
 
@@ -56,76 +60,84 @@ class DenseToSparseRouter(LinearRouter):
     Args:
         dim: D, width of a token.
         experts: E, number of experts.
-        threshold: c, in [0, 1).
-        gate_weight: see above.
-        gate_noise: ``soft``, ours, leaves the noise out in the hard stage, so that a token goes where it
-            goes in evaluation; ``always`` is as published.
-        renormalize: divide the weights of a token's experts by their sum, see ``router.divisor``; ours.
-        balance_form: ``published`` is ``losses.balance_loss`` of the weights, E for a dense uniform gate and
-            1 for an even and confident top-1; ``normalized``, ours, is ``losses.active_balance_loss`` of the
-            probabilities, that of Switch: 1 for an even load in all stages, and then without gradient.
-        eval_routing: see above.
-        hard_experts: k, from 1 to E: more than the published 1 are for narrow experts, of which a token
-            gets as many for the same cost (arXiv 2401.06066); ours.
-        options: those of ``LinearRouter``.
+        options: see ``Options``.
     """
 
-    loss_weights = {"balance": 0.0, "entropy": 0.0, "z": 0.0}
+    @dataclass(frozen=True)
+    class Options(LinearRouter.Options):
+        """The Dense-To-Sparse gate's threshold, noise, weights and losses, as published unless given."""
+
+        threshold: float = option(
+            0.001,
+            "An expert is active for a token when its gate probability is over this threshold; the best "
+            "expert is always active.",
+            at_least=0,
+            below=1,
+        )
+        gate_weight: GateWeight = option(
+            "softmax",
+            "Probability that weighs an expert's output while training: softmax is that of the plain "
+            "logits, gumbel that of the logits with noise and temperature.",
+        )
+        gate_noise: GateNoise = option(
+            "always",
+            "Stages of training in which the Dense-To-Sparse gate has noise: always, as published, or in "
+            "the soft stage only, so that a token then goes where it goes in evaluation.",
+        )
+        renormalize: Renormalize = option("never", RENORMALIZE)
+        balance_form: BalanceForm = option(
+            "published",
+            "Load-balance loss of the Dense-To-Sparse gate: published, of the experts' weights, which is E "
+            "for a dense uniform gate; normalized, of the gate's probabilities, which is Switch's and 1 "
+            "for an even load in all stages.",
+        )
+        eval_routing: EvalRouting = option(
+            "top1",
+            "Routing in evaluation, which has no noise: top1 sends a token to its best expert (to its "
+            "moe-hard-experts best), adaptive to every expert over the threshold at the temperature reached.",
+        )
+        hard_experts: int = option(
+            1,
+            "Experts of each token from the hard update on, and in evaluation: for narrow experts, of "
+            "which a token gets several for the cost of one.",
+            at_least=1,
+        )
+        balance_weight: float = loss_weight(0.0, BALANCE)
+
+        def contradictions(self, experts: int) -> Iterator[OptionError]:
+            """See the parent."""
+            yield from at_most_all(self, "hard_experts", experts)
+
+    options: "DenseToSparseRouter.Options"
     stages = True
     anneals = True
-
-    def __init__(
-        self,
-        dim: int,
-        experts: int,
-        threshold: float = 0.001,
-        gate_weight: GateWeight = GateWeight.softmax,
-        gate_noise: GateNoise = GateNoise.soft,
-        renormalize: Renormalize = Renormalize.never,
-        balance_form: BalanceForm = BalanceForm.published,
-        eval_routing: EvalRouting = EvalRouting.top1,
-        hard_experts: int = 1,
-        **options: Any,
-    ) -> None:
-        super().__init__(dim, experts, **options)
-        if not 0 <= threshold < 1:
-            raise ValueError(f"threshold must be in [0, 1), but is {threshold}")
-        self.threshold = threshold
-        self.gate_weight = GateWeight(gate_weight)
-        self.gate_noise = GateNoise(gate_noise)
-        self.renormalize = Renormalize(renormalize)
-        self.balance_form = BalanceForm(balance_form)
-        self.eval_routing = EvalRouting(eval_routing)
-        if not 1 <= hard_experts <= experts:
-            raise ValueError(f"hard_experts must be from 1 to the {experts} experts, but is {hard_experts}")
-        self.hard_experts = hard_experts
 
     def forward(self, x_TD: Tensor, context: RoutingContext) -> Routing:
         """Route tokens; see the class.  Losses: ``balance``, ``entropy``, ``z``."""
         logits_TE = self.logits(x_TD, context)
         probability_TE = logits_TE.softmax(-1)
-        hard = context.hard if self.training else self.eval_routing == EvalRouting.top1
-        if self.training and (not hard or self.gate_noise == GateNoise.always):
+        hard = context.hard if self.training else self.options.eval_routing == EvalRouting.top1
+        if self.training and (not hard or self.options.gate_noise == GateNoise.always):
             y_TE = ((logits_TE + gumbel(logits_TE, context)) / context.temperature).softmax(-1)
-        elif hard and (self.gate_weight == GateWeight.softmax or not self.training):
+        elif hard and (self.options.gate_weight == GateWeight.softmax or not self.training):
             y_TE = probability_TE  # the k best are the same at any temperature
         else:
             y_TE = (logits_TE / context.temperature).softmax(-1)
-        weight_TE = y_TE if self.gate_weight == GateWeight.gumbel else probability_TE
+        weight_TE = y_TE if self.options.gate_weight == GateWeight.gumbel else probability_TE
 
-        k = self.hard_experts
+        k = self.options.hard_experts
         best_TK = y_TE.topk(k).indices if k > 1 else y_TE.argmax(-1, True)
         if hard:
             token_N = torch.arange(x_TD.shape[0], device=x_TD.device).repeat_interleave(k)
             expert_N = best_TK.flatten()
             weight_N = weight_TE.gather(1, best_TK).flatten()
         else:
-            mask_TE = (y_TE > self.threshold).scatter(1, best_TK, True)
+            mask_TE = (y_TE > self.options.threshold).scatter(1, best_TK, True)
             token_N, expert_N = mask_TE.nonzero(as_tuple=True)
             weight_N = weight_TE[token_N, expert_N]
-        if self.renormalize != Renormalize.never:
+        if self.options.renormalize != Renormalize.never:
             total_T = weight_N.new_zeros(x_TD.shape[0]).index_add(0, token_N, weight_N)
-            weight_N = weight_N / divisor(total_T, self.renormalize)[token_N]
+            weight_N = weight_N / divisor(total_T, self.options.renormalize)[token_N]
         routing = Routing(
             token_N=token_N,
             expert_N=expert_N,
@@ -135,7 +147,7 @@ class DenseToSparseRouter(LinearRouter):
             probability_TE=probability_TE,
         )
         if context.wants("balance"):
-            published = self.balance_form == BalanceForm.published
+            published = self.options.balance_form == BalanceForm.published
             loss = balance_loss if published else active_balance_loss
             routing.losses["balance"] = loss(routing, context.ranks)
         return self.with_gate(routing, logits_TE, probability_TE, context)

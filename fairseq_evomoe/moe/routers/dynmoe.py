@@ -1,15 +1,18 @@
 """DynMoE: any number of experts for a token, and experts that come and go (arXiv 2405.14297)."""
 
 from dataclasses import dataclass
-from typing import List, Optional
+from typing import Any, Iterator, List, Optional
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..losses import mean, product_of_means
+from ..options import OptionError, loss_weight, option
 from ..routing import Routing, RoutingContext
 from ..statistics import Collector
-from .router import Router, float32, linear32
+from .registry import register_router
+from .router import BALANCE, Router, float32, linear32
 
 
 @dataclass
@@ -27,6 +30,7 @@ class Resize:
     direction_D: Optional[Tensor] = None
 
 
+@register_router("dynmoe")
 class DynMoERouter(Collector, Router):
     """Each token to every expert that it is similar enough to, with equal weights.
 
@@ -37,7 +41,9 @@ class DynMoERouter(Collector, Router):
     evaluation.
 
     Losses: ``diversity``, ``||V V^T - I||_F`` with V the rows of w at length 1; ``simplicity``, the mean
-    length of the rows.  (The authors add the two up under one weight.)
+    length of the rows; and two that only the authors' code has: ``balance``, ``E^2 * mean_e(P_e f_e)`` with f
+    the share of the tokens that activate expert e and P the mean of s, divided by its sum over the experts;
+    ``activity``, the mean of s over tokens and experts.  (The authors add all of them up under one weight.)
 
     While training, each window of updates counts the tokens of each expert and adds up those that none was
     active for.  At its end ``decide`` drops the experts that no token activated and, if a token activated
@@ -58,25 +64,49 @@ class DynMoERouter(Collector, Router):
     Args:
         dim: D, width of a token.
         experts: E, number of experts at first.
-        dynmoe_window: length of a window in updates; 0: the experts stay.  (Ours: the paper gives no length.)
-        max_experts: the largest number of experts; 0: E.
+        options: see ``Options``.  (The length of a window is ours: the paper gives none.)
     """
 
-    loss_weights = {"diversity": 0.01, "simplicity": 0.01}
+    @dataclass(frozen=True)
+    class Options(Router.Options):
+        """How often and how far the number of experts changes, and the losses."""
+
+        dynmoe_window: int = option(
+            100,
+            "DynMoE removes and adds experts after each window of this many updates; 0: never.",
+            at_least=0,
+            duration=True,
+        )
+        max_experts: int = option(
+            0, "Most experts that DynMoE may have in a layer; 0: moe-experts, as at the start.", at_least=0
+        )
+        diversity_weight: float = loss_weight(
+            0.01, "Weight of DynMoE's loss against experts with similar gates."
+        )
+        simplicity_weight: float = loss_weight(0.01, "Weight of DynMoE's loss against large gate weights.")
+        balance_weight: float = loss_weight(0.0, BALANCE)
+        activity_weight: float = loss_weight(
+            0.0,
+            "Weight of the mean of DynMoE's gates, a loss of the authors' code that the paper does not have.",
+        )
+
+        def contradictions(self, experts: int) -> Iterator[OptionError]:
+            """See the parent."""
+            if 0 < self.max_experts < experts:
+                yield OptionError(
+                    "max_experts",
+                    f"`max_experts` must be at least the {experts} experts that there are at first, or 0 "
+                    f"for as many, but is {self.max_experts}.",
+                )
+
+    options: "DynMoERouter.Options"
     resizes = True
     linear_gate = True
 
-    def __init__(self, dim: int, experts: int, dynmoe_window: int = 100, max_experts: int = 0) -> None:
-        super().__init__(dim, experts)
-        if dynmoe_window < 0:
-            raise ValueError(f"dynmoe_window must be at least 0 (0: never), but is {dynmoe_window}")
-        if max_experts != 0 and max_experts < experts:
-            raise ValueError(
-                f"max_experts must be at least the {experts} experts that there are at first, or 0 for as "
-                f"many, but is {max_experts}"
-            )
-        self.window = dynmoe_window
-        self.max_experts = max_experts or experts
+    def __init__(self, dim: int, experts: int, **options: Any) -> None:
+        super().__init__(dim, experts, **options)
+        self.window = self.options.dynmoe_window
+        self.max_experts = self.options.max_experts or experts
         self.weight = nn.Parameter(torch.empty(experts, dim))
         self.threshold_E = nn.Parameter(torch.empty(experts))
         self.register_buffer("origin_E", torch.arange(experts, dtype=torch.float32))
@@ -120,6 +150,13 @@ class DynMoERouter(Collector, Router):
             one_EE = torch.eye(self.experts, dtype=gram_EE.dtype, device=gram_EE.device)
             routing.losses["diversity"] = (gram_EE - one_EE).norm()
             routing.losses["simplicity"] = self.weight.to(x_TD.dtype).norm(dim=1).mean()
+        if context.wants("balance") and self.options.balance_weight > 0:
+            share_TE = score_TE / score_TE.sum(1, keepdim=True)
+            routing.losses["balance"] = product_of_means(
+                routing.load_E(), share_TE.sum(0), routing.tokens, context.ranks
+            )
+        if context.wants("activity"):
+            routing.losses["activity"] = mean(score_TE.mean(1), context.ranks)
         return routing
 
     @torch.no_grad()

@@ -1,13 +1,16 @@
 """Hash layers (arXiv 2106.04426)."""
 
 import heapq
+from dataclasses import dataclass
 from enum import Enum
-from typing import Optional
+from typing import Any, Iterator, Optional
 
 import torch
 from torch import Tensor
 
+from ..options import OptionError, option
 from ..routing import Routing, RoutingContext, Vocabulary
+from .registry import register_router
 from .router import Router, float32, need_tokens, need_vocabulary, topk_routing
 
 
@@ -18,6 +21,7 @@ class HashKind(str, Enum):
     balanced = "balanced"
 
 
+@register_router("hash")
 class HashRouter(Router):
     """Each token to the expert that a fixed table has for its vocabulary index, with weight 1.
 
@@ -34,37 +38,58 @@ class HashRouter(Router):
         dim: D, width of a token.
         experts: E, number of experts.
         vocabulary: the dictionary that the layer's tokens are from.
-        hash: see above.
-        hashes: h, a divisor of E; ``balanced`` has one, since others would be the same.
+        options: see ``Options``; h is ``hashes``, a divisor of E.
     """
+
+    @dataclass(frozen=True)
+    class Options(Router.Options):
+        """How the vocabulary is shared out."""
+
+        hash: HashKind = option(
+            "random",
+            "How a hash layer assigns the vocabulary: at random, or balanced by the counts of the "
+            "dictionary.",
+        )
+        hashes: int = option(
+            1,
+            "Number of hashes of a hash layer, each with its own part of the experts: MultiHash, for narrow "
+            "experts.",
+            at_least=1,
+        )
+
+        def contradictions(self, experts: int) -> Iterator[OptionError]:
+            """See the parent."""
+            if experts % self.hashes:
+                yield OptionError(
+                    "hashes",
+                    f"`hashes` must be a divisor of the {experts} experts, but is {self.hashes}.",
+                )
+            if self.hashes > 1 and self.hash == HashKind.balanced:
+                yield OptionError(
+                    "hashes",
+                    "`hashes` must be 1 with `hash` balanced, since others would be the same, but is "
+                    f"{self.hashes}.",
+                )
+
+    options: "HashRouter.Options"
 
     needs_tokens = True
     one_expert = True  # with one hash
     table_V: Tensor
 
     def __init__(
-        self,
-        dim: int,
-        experts: int,
-        vocabulary: Optional[Vocabulary] = None,
-        hash: HashKind = HashKind.random,
-        hashes: int = 1,
+        self, dim: int, experts: int, vocabulary: Optional[Vocabulary] = None, **options: Any
     ) -> None:
-        super().__init__(dim, experts)
+        super().__init__(dim, experts, vocabulary, **options)
         self.vocabulary = need_vocabulary(vocabulary, "hash")
-        self.hash = HashKind(hash)
-        if hashes < 1 or experts % hashes:
-            raise ValueError(f"hashes must be a divisor of the {experts} experts, but is {hashes}")
-        if hashes > 1 and self.hash == HashKind.balanced:
-            raise ValueError(f"hashes must be 1 with hash balanced, but is {hashes}")
-        self.hashes = hashes
-        shape = (self.vocabulary.size,) + ((hashes,) if hashes > 1 else ())
+        self.hashes = self.options.hashes
+        shape = (self.vocabulary.size,) + ((self.hashes,) if self.hashes > 1 else ())
         self.register_buffer("table_V", torch.zeros(shape, dtype=torch.long))
 
     @torch.no_grad()
     def initialize(self, generator: torch.Generator) -> None:
         """Fill the table; ``balanced`` has nothing random."""
-        if self.hash == HashKind.random:
+        if self.options.hash == HashKind.random:
             part = self.experts // self.hashes
             table_V = torch.randint(part, self.table_V.shape, generator=generator)
             if self.hashes > 1:

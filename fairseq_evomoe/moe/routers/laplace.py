@@ -1,13 +1,19 @@
 """The Laplace gate of FuseMoE (arXiv 2402.03226)."""
 
+from dataclasses import dataclass
+from typing import ClassVar, Iterator
+
 import torch
 from torch import Tensor
 
+from ..options import OptionError, like
 from ..routing import RoutingContext
-from .router import float32
-from .topk import TopKRouter
+from .registry import register_router
+from .router import GateInput, Renormalize, Router, at_most_all, float32
+from .topk import BalanceChoices, TopKRouter
 
 
+@register_router("laplace")
 class LaplaceRouter(TopKRouter):
     """Each token to the k experts whose vectors are nearest to it.
 
@@ -18,11 +24,30 @@ class LaplaceRouter(TopKRouter):
     Args:
         dim: D, width of a token.
         experts: E, number of experts.
-        top_k: k, from 1 to E.
+        options: see ``Options``; k is ``top_k``.
     """
 
-    def __init__(self, dim: int, experts: int, top_k: int = 2) -> None:
-        super().__init__(dim, experts, top_k)
+    @dataclass(frozen=True)
+    class Options(Router.Options):
+        """How many experts a token has, and the losses; the rest of ``topk``'s options are fixed."""
+
+        top_k: int = like(TopKRouter.Options, "top_k", 2)
+        balance_weight: float = like(TopKRouter.Options, "balance_weight", 0.01)
+        entropy_weight: float = like(TopKRouter.Options, "entropy_weight", 0.0)
+        z_weight: float = like(TopKRouter.Options, "z_weight", 0.0)
+
+        gate_input: ClassVar[GateInput] = GateInput.hidden
+        gate_lr_scale: ClassVar[float] = 1.0
+        renormalize: ClassVar[Renormalize] = Renormalize.always
+        random_second: ClassVar[bool] = False
+        capacity_factor: ClassVar[float] = 0.0
+        balance_choices: ClassVar[BalanceChoices] = BalanceChoices.all
+
+        def contradictions(self, experts: int) -> Iterator[OptionError]:
+            """See the parent."""
+            yield from at_most_all(self, "top_k", experts)
+
+    options: "LaplaceRouter.Options"  # type: ignore[assignment]
 
     def logits(self, x_TD: Tensor, context: RoutingContext) -> Tensor:
         """The negative distances, float32, shape (T, E)."""

@@ -1,16 +1,21 @@
 """The layerwise recurrent router of RMoE (arXiv 2408.06793)."""
 
-from typing import Any, Dict, Optional
+from dataclasses import dataclass
+from typing import Any, ClassVar, Dict, Iterator, Optional
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
-from ..routing import Routing, RoutingContext
-from .router import Renormalize, fill_uniform, linear32
-from .topk import TopKRouter
+from ..losses import product_of_means
+from ..options import OptionError, like, option
+from ..routing import Routing, RoutingContext, Vocabulary
+from .registry import register_router
+from .router import GateInput, Renormalize, Router, at_most_all, fill_uniform, linear32
+from .topk import BalanceChoices, TopKRouter
 
 
+@register_router("recurrent")
 class RecurrentRouter(TopKRouter):
     """Top-k routing by the state of a GRU that passes through the layers of a stack.
 
@@ -23,36 +28,59 @@ class RecurrentRouter(TopKRouter):
 
     Every layer's part of a checkpoint has the GRU.
 
+    The ``balance`` loss pools the layers of a stack, as published: each layer adds what the loss of all
+    layers so far exceeds that of those before, so that the layers' losses sum to that of all.
+
     Args:
         dim: D, width of a token.
         experts: E, number of experts.
-        top_k: k, from 1 to E.
-        renormalize: whether the weights of a token sum to 1; see ``router.divisor``.
-        recurrent_dim: width of x' and h.
         shared: where the routers of a stack of layers keep the GRU, as ``gru``; ``None``: a GRU of its own.
+        options: see ``Options``; k is ``top_k``.
     """
 
+    @dataclass(frozen=True)
+    class Options(Router.Options):
+        """How many experts a token has, and how wide the state is."""
+
+        top_k: int = like(TopKRouter.Options, "top_k", 2)
+        renormalize: Renormalize = like(TopKRouter.Options, "renormalize", "always")
+        recurrent_dim: int = option(
+            128, "Width of the state that the recurrent router hands from layer to layer.", at_least=1
+        )
+        balance_weight: float = like(TopKRouter.Options, "balance_weight", 0.01)
+        entropy_weight: float = like(TopKRouter.Options, "entropy_weight", 0.0)
+        z_weight: float = like(TopKRouter.Options, "z_weight", 0.0)
+
+        gate_input: ClassVar[GateInput] = GateInput.hidden
+        gate_lr_scale: ClassVar[float] = 1.0
+        random_second: ClassVar[bool] = False
+        capacity_factor: ClassVar[float] = 0.0
+        balance_choices: ClassVar[BalanceChoices] = BalanceChoices.all
+
+        def contradictions(self, experts: int) -> Iterator[OptionError]:
+            """See the parent."""
+            yield from at_most_all(self, "top_k", experts)
+
+    options: "RecurrentRouter.Options"  # type: ignore[assignment]
     linear_gate = False  # its logits are those of a state
 
     def __init__(
         self,
         dim: int,
         experts: int,
-        top_k: int = 2,
-        renormalize: Renormalize = Renormalize.always,
-        recurrent_dim: int = 128,
+        vocabulary: Optional[Vocabulary] = None,
         shared: Optional[Dict[str, Any]] = None,
+        **options: Any,
     ) -> None:
-        if recurrent_dim < 1:
-            raise ValueError(f"recurrent_dim must be at least 1, but is {recurrent_dim}")
-        super().__init__(recurrent_dim, experts, top_k, renormalize)  # whose tokens are the states
+        recurrent_dim = self.Options.given(options).recurrent_dim
+        super().__init__(recurrent_dim, experts, **options)  # whose tokens are the states
         self.dim = dim
         self.recurrent_dim = recurrent_dim
-        self.projection = nn.Parameter(torch.empty(recurrent_dim, dim))
+        self.projection = nn.Parameter(torch.empty(self.recurrent_dim, dim))
         shared = {} if shared is None else shared
         self._made_gru = "gru" not in shared
         if self._made_gru:  # without random numbers of the default generator
-            shared["gru"] = skip_init(nn.GRUCell, recurrent_dim, recurrent_dim)
+            shared["gru"] = skip_init(nn.GRUCell, self.recurrent_dim, self.recurrent_dim)
         self.gru: nn.GRUCell = shared["gru"]
 
     @torch.no_grad()
@@ -78,6 +106,16 @@ class RecurrentRouter(TopKRouter):
             state_TP = torch.gru_cell(x_TP, state_TP, *(p.to(x_TP.dtype) for p in parameters))
         context.memory["recurrent"] = state_TP
         return super().forward(state_TP, context)
+
+    def balance(self, expert_TK: Tensor, probability_TE: Tensor, context: RoutingContext) -> Tensor:
+        """What this layer adds to the load-balance loss of all layers so far."""
+        load_E = torch.bincount(expert_TK.flatten(), minlength=self.experts).to(probability_TE.dtype)
+        sums = (load_E, probability_TE.sum(0), probability_TE.shape[0])
+        before = context.memory.get("recurrent_balance")
+        after = sums if before is None else tuple(a + b for a, b in zip(before, sums))
+        context.memory["recurrent_balance"] = after
+        loss = product_of_means(*after, context.ranks)
+        return loss if before is None else loss - product_of_means(*before, context.ranks)
 
     def _state(self, x_TP: Tensor, memory: Dict[str, Tensor]) -> Tensor:
         """The state that the layer before has left; zeros if there was none."""

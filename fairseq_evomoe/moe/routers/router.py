@@ -1,26 +1,28 @@
 """What routers have in common."""
 
+from dataclasses import dataclass
 from enum import Enum
-from typing import ClassVar, Dict, Optional
+from typing import Any, ClassVar, Dict, Iterator, Optional
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..losses import mean_entropy, z_loss
+from ..options import OptionError, loss_weight, option
+from ..options import Options as BaseOptions
 from ..routing import Routing, RoutingContext, Vocabulary
 
 
 class Router(nn.Module):
     """Base of all routers: a module that assigns tokens to experts.
 
-    A router is built as ``Router(dim, experts, **options)``.  The name of each further argument of its
-    constructor is that of an option of the models without the prefix ``moe_``, or one of ``vocabulary``
-    (a ``Vocabulary``) and ``shared`` (a dictionary in which the routers of one stack of layers keep the
-    modules that they share), so options that a router does not have can be refused.
+    A router is one file: a class with its ``Options`` and its losses, registered by ``register_router``.  It
+    is built as ``Router(dim, experts, **options)`` with uninitialised parameters, which ``initialize`` fills.
 
     Class attributes:
-        loss_weights: the auxiliary losses in ``Routing.losses`` and the published weight of each.
+        Options: a frozen dataclass of what can be chosen, each with default, range and help; the option
+            ``x_weight`` made by ``loss_weight`` weighs the loss ``x`` in ``Routing.losses``.
         needs_tokens: whether ``RoutingContext.token_T`` is needed.
         needs_whole_sequence: whether a token's output depends on later tokens.
         one_expert: whether a token never has more than one expert.
@@ -29,12 +31,26 @@ class Router(nn.Module):
         anneals: whether ``RoutingContext.temperature`` does.
         linear_gate: whether the logits are products (or cosines) of a token and the rows of ``weight``.
 
+    Attributes:
+        dim: D, width of a token.
+        experts: E, number of experts.
+        options: the options' values.
+
     Args:
         dim: D, width of a token.
         experts: E, number of experts.
+        vocabulary: the dictionary that the layer's tokens are from, for the routers that need it.
+        shared: where the routers of one stack of layers keep the modules that they share.
+        options: see ``Options``.
+
+    Raises:
+        OptionError: an option that the router does not have, or a value that it cannot have.
     """
 
-    loss_weights: ClassVar[Dict[str, float]] = {}
+    @dataclass(frozen=True)
+    class Options(BaseOptions):
+        """What can be chosen; this router has nothing."""
+
     needs_tokens: ClassVar[bool] = False
     needs_whole_sequence: ClassVar[bool] = False
     one_expert: ClassVar[bool] = False
@@ -43,10 +59,39 @@ class Router(nn.Module):
     anneals: ClassVar[bool] = False
     linear_gate: ClassVar[bool] = False
 
-    def __init__(self, dim: int, experts: int) -> None:
+    options: Any
+
+    def __init__(
+        self,
+        dim: int,
+        experts: int,
+        vocabulary: Optional[Vocabulary] = None,
+        shared: Optional[Dict[str, Any]] = None,
+        **options: Any,
+    ) -> None:
         super().__init__()
         self.dim = dim
         self.experts = experts
+        self.options = self.Options.given(options)
+        for error in self.options.contradictions(experts):
+            raise error
+
+    @property
+    def loss_weights(self) -> Dict[str, float]:
+        """Weight of each of the router's auxiliary losses."""
+        return self.options.loss_weights()
+
+    @classmethod
+    def options_of_state(
+        cls, tensors: Dict[str, Tensor], vocabulary: Optional[Vocabulary] = None
+    ) -> Dict[str, Any]:
+        """What the tensors of a saved router tell of the options that it was made with.
+
+        Args:
+            tensors: by name, such as ``weight``.
+            vocabulary: that of the model which is to load them.
+        """
+        return {}
 
     def initialize(self, generator: torch.Generator) -> None:
         """Fill the parameters and buffers from ``generator``."""
@@ -84,6 +129,18 @@ class Renormalize(str, Enum):
     straight_through = "straight-through"
 
 
+RENORMALIZE = (
+    "Whether the weights of a token's experts are divided by their sum: always, never, or straight-through "
+    "(divided, but with the gradient of undivided ones)."
+)
+BALANCE = "Weight of the load-balance loss of each MoE layer, for each unit of the sample size."
+CAPACITY = (
+    "An expert takes at most this many times its even share of a batch's tokens, and the overflow goes on "
+    "by the residual connection alone; 0 drops nothing."
+)
+TOP_K = "Number of experts of each token; for comet, number of trees."
+
+
 class LinearRouter(Router):
     """Base of the routers with a linear gate (no bias), computed in float32.
 
@@ -100,72 +157,106 @@ class LinearRouter(Router):
     hash layer (arXiv 2106.04426) whose assignment is learned further; the smaller s, the sooner it changes,
     and the more alike are the weights of a token's experts.
 
+    With ``gate_lr_scale`` r the parameters are W / r and U / r, so that an optimizer whose steps have the
+    same size for any gradients, such as Adam, moves W and U by r times what it would move them.  Decoupled
+    weight decay pulls at them as much as with r = 1, and to a clipped norm of all gradients theirs add r
+    times as much.
+
     Args:
         dim: D, width of a token.
         experts: E, number of experts.
-        gate_input: see above.
         vocabulary: the dictionary that the layer's tokens are from; needed unless ``hidden``.
-        table_std: s, at least 0.
-        gate_lr_scale: r, over 0.  The parameters are W / r and U / r, so that an optimizer whose steps have
-            the same size for any gradients, such as Adam, moves W and U by r times what it would move them.
-            Decoupled weight decay pulls at them as much as with r = 1, and to a clipped norm of all gradients
-            theirs add r times as much.
+        options: see ``Options``.
     """
 
+    @dataclass(frozen=True)
+    class Options(Router.Options):
+        """What a linear gate sees, and the losses of its distribution."""
+
+        gate_input: GateInput = option(
+            "hidden",
+            "What a linear gate sees: the layer's input (hidden), the embedding of the token (token), both, "
+            "or the token's index alone (table: a logit for each entry of the vocabulary).",
+        )
+        table_std: float = option(
+            3.0,
+            "Standard deviation of the logits that a gate with moe-gate-input table starts with.",
+            at_least=0,
+        )
+        gate_lr_scale: float = option(
+            1.0,
+            "Learning rate of a linear gate, in units of that of the model; for adam, adamax and adagrad. "
+            "It is part of the gate: go on from a checkpoint with the value that it was trained with.",
+            above=0,
+        )
+        entropy_weight: float = loss_weight(
+            0.0, "Weight of the entropy of the gate's distribution, which makes the gate confident."
+        )
+        z_weight: float = loss_weight(
+            0.0, "Weight of the z-loss, the mean squared logsumexp of the gate's logits."
+        )
+
     linear_gate = True
+    options: "LinearRouter.Options"
     weight: Optional[nn.Parameter]
     token_weight: Optional[nn.Parameter]
 
     def __init__(
-        self,
-        dim: int,
-        experts: int,
-        gate_input: GateInput = GateInput.hidden,
-        vocabulary: Optional[Vocabulary] = None,
-        table_std: float = 3.0,
-        gate_lr_scale: float = 1.0,
+        self, dim: int, experts: int, vocabulary: Optional[Vocabulary] = None, **options: Any
     ) -> None:
-        super().__init__(dim, experts)
-        if table_std < 0:
-            raise ValueError(f"table_std must be at least 0, but is {table_std}")
-        if gate_lr_scale <= 0:
-            raise ValueError(f"gate_lr_scale must be over 0, but is {gate_lr_scale}")
-        self.gate_input = GateInput(gate_input)
-        self.table_std = table_std
-        self.gate_lr_scale = gate_lr_scale
+        super().__init__(dim, experts, vocabulary, **options)
         self.register_parameter("weight", None)
         self.register_parameter("token_weight", None)
-        if self.gate_input in (GateInput.hidden, GateInput.both):
+        seen = self.options.gate_input
+        if seen in (GateInput.hidden, GateInput.both):
             self.weight = nn.Parameter(torch.empty(experts, dim))
         else:
             self.linear_gate = False  # of the input there is none
-        if self.gate_input != GateInput.hidden:
-            table = self.gate_input == GateInput.table
-            size = 0 if vocabulary is None else vocabulary.size if table else vocabulary.dim
-            if size < 1:
-                raise ValueError(
-                    "gate_input {} needs the {}: give a vocabulary that has it, or choose hidden".format(
-                        self.gate_input.value,
-                        "size of the vocabulary" if table else "width of the embeddings",
-                    )
-                )
-            self.token_weight = nn.Parameter(torch.empty(experts, size))
+        if seen != GateInput.hidden:
+            self.token_weight = nn.Parameter(torch.empty(experts, self._columns(vocabulary)))
+
+    def _columns(self, vocabulary: Optional[Vocabulary]) -> int:
+        """Columns of ``U``."""
+        table = self.options.gate_input == GateInput.table
+        size = 0 if vocabulary is None else vocabulary.size if table else vocabulary.dim
+        if size < 1:
+            missing = "size of the vocabulary" if table else "width of the embeddings"
+            raise OptionError(
+                "gate_input",
+                f"`gate_input` {self.options.gate_input.value} needs the {missing}: give a vocabulary that "
+                "has it, or choose hidden.",
+            )
+        return size
+
+    @classmethod
+    def options_of_state(
+        cls, tensors: Dict[str, Tensor], vocabulary: Optional[Vocabulary] = None
+    ) -> Dict[str, Any]:
+        """See the parent: what the gate sees."""
+        if "token_weight" not in tensors:
+            return {"gate_input": GateInput.hidden} if "weight" in tensors else {}
+        if "weight" in tensors:
+            return {"gate_input": GateInput.both}
+        if vocabulary is None:  # an embedding and a table differ in their width alone
+            return {}
+        columns = tensors["token_weight"].shape[1]
+        return {"gate_input": GateInput.token if columns == vocabulary.dim else GateInput.table}
 
     @torch.no_grad()
     def initialize(self, generator: torch.Generator) -> None:
         """Fill the gate as ``nn.Linear`` would, U(-1/sqrt(D), 1/sqrt(D)), from ``generator``."""
-        if self.gate_input == GateInput.table:
+        if self.options.gate_input == GateInput.table:
             noise = torch.randn(self.token_weight.shape, generator=generator)
-            self.token_weight.copy_(self.table_std / self.gate_lr_scale * noise)
+            self.token_weight.copy_(self.options.table_std / self.options.gate_lr_scale * noise)
             return
         for weight in (self.weight, self.token_weight):
             if weight is not None:
-                fill_uniform(weight, weight.shape[1] ** -0.5 / self.gate_lr_scale, generator)
+                fill_uniform(weight, weight.shape[1] ** -0.5 / self.options.gate_lr_scale, generator)
 
     @torch.no_grad()
     def set_gate(self, weight_ED: Tensor) -> None:
         """As in the parent: ``W`` is given, and ``U`` zero."""
-        super().set_gate(weight_ED / self.gate_lr_scale)
+        super().set_gate(weight_ED / self.options.gate_lr_scale)
         if self.token_weight is not None:
             self.token_weight.zero_()
 
@@ -176,18 +267,18 @@ class LinearRouter(Router):
             ValueError: the gate sees the token, and the context does not have it.
         """
         logits_TE = self._products(x_TD, context)
-        return logits_TE if self.gate_lr_scale == 1 else logits_TE * self.gate_lr_scale
+        return logits_TE if self.options.gate_lr_scale == 1 else logits_TE * self.options.gate_lr_scale
 
     def _products(self, x_TD: Tensor, context: RoutingContext) -> Tensor:
         if self.token_weight is None:
             return linear32(x_TD, self.weight)
-        table = self.gate_input == GateInput.table
+        table = self.options.gate_input == GateInput.table
         if (context.token_T if table else context.embedding_TC) is None:
-            raise ValueError(
-                "gate_input {} needs the {} of each token: call the model with tokens instead of embeddings "
-                "or choose gate_input hidden (--moe-gate-input hidden).".format(
-                    self.gate_input.value, "vocabulary index" if table else "embedding"
-                )
+            missing = "vocabulary index" if table else "embedding"
+            raise OptionError(
+                "gate_input",
+                f"`gate_input` {self.options.gate_input.value} needs the {missing} of each token: call the "
+                "model with tokens instead of embeddings, or choose `gate_input` hidden.",
             )
         if table:
             return float32(self.token_weight.index_select(1, context.token_T).t())
@@ -213,7 +304,7 @@ class LinearRouter(Router):
         return routing
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
-        if self.gate_input == GateInput.both and prefix + "weight" in state_dict:
+        if self.options.gate_input == GateInput.both and prefix + "weight" in state_dict:
             state_dict.setdefault(prefix + "token_weight", torch.zeros_like(self.token_weight))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
@@ -278,10 +369,11 @@ def divisor(total: Tensor, how: Renormalize) -> Tensor:
     return total.detach() if how == Renormalize.straight_through else total
 
 
-def check_top_k(top_k: int, experts: int) -> None:
-    """Raise ``ValueError`` unless k experts can be chosen."""
-    if not 1 <= top_k <= experts:
-        raise ValueError(f"top_k must be from 1 to the {experts} experts, but is {top_k}")
+def at_most_all(options: BaseOptions, name: str, experts: int) -> Iterator[OptionError]:
+    """What an option that counts the experts of a token has against the number that there are."""
+    value = getattr(options, name)
+    if value > experts:
+        yield OptionError(name, f"`{name}` must be from 1 to the {experts} experts, but is {value}.")
 
 
 def entropy_sum(probability_TE: Tensor) -> Tensor:

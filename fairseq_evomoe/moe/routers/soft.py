@@ -1,15 +1,19 @@
 """Soft MoE (arXiv 2308.00951), the mixing of which Omni-SMoLA (arXiv 2312.00968) uses too."""
 
-from typing import ClassVar, Dict
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..options import option
 from ..routing import Routing, RoutingContext
 from ..slots import Slots
+from .registry import register_router
 from .router import Router, entropy_sum, float32, linear32
 
 
+@register_router("soft")
 class SoftRouter(Router):
     """Experts work on slots, mixtures of the tokens of a sequence, and tokens get mixtures of their outputs.
 
@@ -30,18 +34,27 @@ class SoftRouter(Router):
     Args:
         dim: D, width of a token.
         experts: E, number of experts.
-        slots: slots of an expert for each sequence.
+        options: see ``Options``.
     """
 
-    loss_weights: ClassVar[Dict[str, float]] = {}
+    @dataclass(frozen=True)
+    class Options(Router.Options):
+        """How many mixtures an expert works on."""
+
+        slots: int = option(
+            1,
+            "Slots of each expert for each sequence, with --moe-router soft; about the mean length divided "
+            "by moe-experts for the cost of one expert a token.",
+            at_least=1,
+        )
+
+    options: "SoftRouter.Options"
     needs_whole_sequence = True
 
-    def __init__(self, dim: int, experts: int, slots: int = 1) -> None:
-        super().__init__(dim, experts)
-        if slots < 1:
-            raise ValueError(f"slots must be at least 1, but is {slots}")
-        self.slots = slots
-        self.weight = nn.Parameter(torch.empty(experts * slots, dim))
+    def __init__(self, dim: int, experts: int, **options: Any) -> None:
+        super().__init__(dim, experts, **options)
+        self.slots = self.options.slots
+        self.weight = nn.Parameter(torch.empty(experts * self.slots, dim))
         self.scale = nn.Parameter(torch.empty(1))
 
     @torch.no_grad()

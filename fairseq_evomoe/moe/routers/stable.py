@@ -1,18 +1,23 @@
 """StableMoE (arXiv 2204.08396)."""
 
-from typing import Optional
+from dataclasses import dataclass
+from typing import Any, Optional
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..capacity import limit_load
 from ..losses import mean
+from ..options import loss_weight, option
 from ..ranks import ALONE, Ranks
 from ..routing import Routing, RoutingContext, Vocabulary
 from .base import CentroidRouter, fill_orthogonal
-from .router import linear32, need_tokens, need_vocabulary
+from .registry import register_router
+from .router import BALANCE, CAPACITY, linear32, need_tokens, need_vocabulary
 
 
+@register_router("stable")
 class StableRouter(CentroidRouter):
     """Learn a routing, distill it into a light router that knows a token's index alone, and freeze that one.
 
@@ -37,21 +42,38 @@ class StableRouter(CentroidRouter):
         dim: D, width of a token.
         experts: E, number of experts.
         vocabulary: the dictionary that the layer's tokens are from.
-        light_dim: L, width of the light router's word embedding.
+        options: see ``Options``; L is ``light_dim``.
     """
 
-    loss_weights = {"balance": 0.3, "distillation": 0.3}
+    @dataclass(frozen=True)
+    class Options(CentroidRouter.Options):
+        """The light router, when it is frozen, and the losses."""
+
+        stable_update: Optional[int] = option(
+            None,
+            "Update from which StableMoE's assignment of tokens is frozen; if not given, a tenth of the "
+            "updates from the spawn to max-update.",
+            at_least=0,
+            duration=True,
+        )
+        light_dim: int = option(50, "Width of the word embeddings of StableMoE's light router.", at_least=1)
+        capacity_factor: float = option(0.0, CAPACITY, at_least=0)
+        balance_weight: float = loss_weight(0.3, BALANCE)
+        distillation_weight: float = loss_weight(
+            0.3, "Weight of the distillation of StableMoE's light router."
+        )
+
+    options: "StableRouter.Options"
     needs_tokens = True
     stages = True
     table_V: Tensor
 
     def __init__(
-        self, dim: int, experts: int, vocabulary: Optional[Vocabulary] = None, light_dim: int = 50
+        self, dim: int, experts: int, vocabulary: Optional[Vocabulary] = None, **options: Any
     ) -> None:
-        super().__init__(dim, experts)
+        super().__init__(dim, experts, vocabulary=vocabulary, **options)
         size = need_vocabulary(vocabulary, "stable").size
-        if light_dim < 1:
-            raise ValueError(f"light_dim must be at least 1, but is {light_dim}")
+        light_dim = self.options.light_dim
         self.embedding_VL = nn.Parameter(torch.empty(size, light_dim))
         self.light_centroid_EL = nn.Parameter(torch.empty(experts, light_dim))
         self.register_buffer("table_V", torch.full((size,), -1))
@@ -76,6 +98,7 @@ class StableRouter(CentroidRouter):
             routing = self.route(score_TE, self._frozen(token_T))
             routing.losses["balance"] = score_TE.new_zeros(())
             routing.losses["distillation"] = self._no_loss().to(score_TE.dtype)
+            limit_load(routing, self.options.capacity_factor, ranks=context.ranks)
             return routing
 
         if self.training:
@@ -86,6 +109,7 @@ class StableRouter(CentroidRouter):
         light_TE = linear32(F.embedding(token_T, self.embedding_VL), self.light_centroid_EL)
         cross_entropy_T = F.cross_entropy(light_TE, expert_T, reduction="none")
         routing.losses["distillation"] = mean(cross_entropy_T, context.ranks)
+        limit_load(routing, self.options.capacity_factor, ranks=context.ranks)
         return routing
 
     @torch.no_grad()

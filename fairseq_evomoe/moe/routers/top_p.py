@@ -1,15 +1,18 @@
 """Top-p routing (arXiv 2403.07652)."""
 
-from typing import Any
+from dataclasses import dataclass
 
 from torch import Tensor
 from torch.nn import functional as F
 
 from ..losses import active_balance_loss
+from ..options import like, loss_weight, option
 from ..routing import Routing, RoutingContext
-from .router import LinearRouter, Renormalize, divisor
+from .registry import register_router
+from .router import BALANCE, RENORMALIZE, LinearRouter, Renormalize, divisor
 
 
+@register_router("top-p")
 class TopPRouter(LinearRouter):
     """Each token to the fewest experts that together have the gate probability ``top_p``.
 
@@ -23,26 +26,24 @@ class TopPRouter(LinearRouter):
     Args:
         dim: D, width of a token.
         experts: E, number of experts.
-        top_p: the probability to reach, greater than 0, at most 1.
-        renormalize: whether the weights of a token sum to 1; see ``router.divisor``.
-        options: those of ``LinearRouter``.
+        options: see ``Options``.
     """
 
-    loss_weights = {"balance": 0.01, "entropy": 1e-4, "z": 0.0}
+    @dataclass(frozen=True)
+    class Options(LinearRouter.Options):
+        """How much of the gate's probability a token's experts have, and the losses."""
 
-    def __init__(
-        self,
-        dim: int,
-        experts: int,
-        top_p: float = 0.4,
-        renormalize: Renormalize = Renormalize.never,
-        **options: Any,
-    ) -> None:
-        super().__init__(dim, experts, **options)
-        if not 0 < top_p <= 1:
-            raise ValueError(f"top_p must be greater than 0 and at most 1, but is {top_p}")
-        self.top_p = top_p
-        self.renormalize = Renormalize(renormalize)
+        top_p: float = option(
+            0.4,
+            "Each token goes to the fewest experts whose probabilities sum to at least this.",
+            above=0,
+            at_most=1,
+        )
+        renormalize: Renormalize = option("never", RENORMALIZE)
+        balance_weight: float = loss_weight(0.01, BALANCE)
+        entropy_weight: float = like(LinearRouter.Options, "entropy_weight", 1e-4)
+
+    options: "TopPRouter.Options"
 
     def forward(self, x_TD: Tensor, context: RoutingContext) -> Routing:
         """Route tokens; see the class."""
@@ -51,11 +52,11 @@ class TopPRouter(LinearRouter):
         # column r: the expert of rank r; it is needed as long as those before it do not reach top_p
         sorted_TE, expert_TE = probability_TE.sort(dim=-1, descending=True)
         before_TE = F.pad(sorted_TE.detach().cumsum(-1)[:, :-1], (1, 0))
-        chosen_TE = before_TE < self.top_p
+        chosen_TE = before_TE < self.options.top_p
         weight_TE = sorted_TE
-        if self.renormalize != Renormalize.never:
+        if self.options.renormalize != Renormalize.never:
             total_T1 = (weight_TE * chosen_TE).sum(-1, keepdim=True)
-            weight_TE = weight_TE / divisor(total_T1, self.renormalize)
+            weight_TE = weight_TE / divisor(total_T1, self.options.renormalize)
 
         token_N, rank_N = chosen_TE.nonzero(as_tuple=True)
         routing = Routing(

@@ -1,71 +1,107 @@
 """Top-k routing as in GShard (arXiv 2006.16668) and Mixtral (arXiv 2401.04088)."""
 
-from typing import Any
+from dataclasses import dataclass
+from enum import Enum
+from typing import Iterator
 
 import torch
 from torch import Tensor
 
 from ..capacity import keep_pairs, limit_load
-from ..losses import top1_balance_loss
+from ..losses import choices_balance_loss, top1_balance_loss
+from ..options import OptionError, loss_weight, option
 from ..routing import Routing, RoutingContext
-from .router import LinearRouter, Renormalize, check_top_k, divisor, topk_routing
+from .registry import register_router
+from .router import (
+    BALANCE,
+    CAPACITY,
+    RENORMALIZE,
+    TOP_K,
+    LinearRouter,
+    Renormalize,
+    at_most_all,
+    divisor,
+    topk_routing,
+)
 
 
+class BalanceChoices(str, Enum):
+    """Which of a token's experts the load-balance loss counts."""
+
+    all = "all"
+    first = "first"
+
+
+@register_router("topk")
 class TopKRouter(LinearRouter):
     """Each token to the k experts of the highest gate probability.
 
     With ``p = softmax(x W^T)``, the weight of a chosen expert is its p, divided by the sum over the chosen
-    ones unless ``renormalize`` is ``never``.  Losses: ``balance``, the one of Switch and GShard; ``entropy``,
-    the mean entropy of p; ``z``, ST-MoE's z-loss.
+    ones unless ``renormalize`` is ``never``.  While training, ``random_second`` keeps a second expert with
+    probability ``min(1, 2 w)``, where w is its weight, as GShard does.
+
+    Losses: ``balance``, ``E * sum_e f_e P_e`` with P the mean of p and f how many of a token's choices are e
+    on average: all k of them, as in Mixtral, or with ``balance_choices`` first, as in GShard, the first one
+    alone; k or 1 for an even load.  ``entropy``, the mean entropy of p; ``z``, ST-MoE's z-loss.
 
     Args:
         dim: D, width of a token.
         experts: E, number of experts.
-        top_k: k, from 1 to E.
-        renormalize: whether the weights of a token sum to 1, as in GShard and Mixtral; see
-            ``router.divisor``.
-        random_second: while training, keep a second expert with probability ``min(1, 2 w)``, where w is its
-            weight, as GShard does; needs k = 2 and ``renormalize``.
-        capacity_factor: c: an expert takes at most ``ceil(c k T / E)`` tokens, best experts first, then
-            second ones, in the order of the tokens.  0: no limit.
-        options: those of ``LinearRouter``.
+        options: see ``Options``; k is ``top_k``.
     """
 
-    loss_weights = {"balance": 0.01, "entropy": 0.0, "z": 0.0}
+    @dataclass(frozen=True)
+    class Options(LinearRouter.Options):
+        """How many experts a token has, and their weights."""
 
-    def __init__(
-        self,
-        dim: int,
-        experts: int,
-        top_k: int = 2,
-        renormalize: Renormalize = Renormalize.always,
-        random_second: bool = False,
-        capacity_factor: float = 0.0,
-        **options: Any,
-    ) -> None:
-        super().__init__(dim, experts, **options)
-        check_top_k(top_k, experts)
-        self.renormalize = Renormalize(renormalize)
-        if random_second and not (top_k == 2 and self.renormalize != Renormalize.never):
-            raise ValueError("random_second needs top_k 2 and renormalize")
-        self.top_k = top_k
-        self.random_second = random_second
-        self.capacity_factor = capacity_factor
+        top_k: int = option(2, TOP_K, at_least=1)
+        renormalize: Renormalize = option("always", RENORMALIZE)
+        random_second: bool = option(
+            False,
+            "While training, use the second expert with a probability of twice its weight, as GShard does; "
+            "needs moe-top-k 2.",
+        )
+        capacity_factor: float = option(0.0, CAPACITY, at_least=0)
+        balance_weight: float = loss_weight(0.01, BALANCE)
+        balance_choices: BalanceChoices = option(
+            "all",
+            "The experts of a token that the load-balance loss of a top-k gate counts: all, as in Mixtral, "
+            "or the first, as in GShard.",
+        )
+
+        def contradictions(self, experts: int) -> Iterator[OptionError]:
+            """See the parent."""
+            yield from at_most_all(self, "top_k", experts)
+            if self.random_second and (self.top_k != 2 or self.renormalize == Renormalize.never):
+                yield OptionError(
+                    "random_second",
+                    "`random_second` draws one of two experts by its share of their weights: it needs "
+                    "`top_k` 2 and `renormalize` always.",
+                )
+
+    options: "TopKRouter.Options"
 
     def forward(self, x_TD: Tensor, context: RoutingContext) -> Routing:
         """Route tokens; see the class."""
         logits_TE = self.logits(x_TD, context)
         probability_TE = logits_TE.softmax(-1)
-        weight_TK, expert_TK = probability_TE.topk(self.top_k, dim=-1)
-        if self.renormalize != Renormalize.never:
-            weight_TK = weight_TK / divisor(weight_TK.sum(-1, keepdim=True), self.renormalize)
+        weight_TK, expert_TK = probability_TE.topk(self.options.top_k, dim=-1)
+        renormalize = self.options.renormalize
+        if renormalize != Renormalize.never:
+            weight_TK = weight_TK / divisor(weight_TK.sum(-1, keepdim=True), renormalize)
         routing = topk_routing(expert_TK, weight_TK, self.experts)
-        if self.random_second and self.training:
+        if self.options.random_second and self.training:
             self._draw_second(routing, context)
-        limit_load(routing, self.capacity_factor, self.top_k, context.ranks)
+        limit_load(routing, self.options.capacity_factor, self.options.top_k, context.ranks)
         if context.wants("balance"):
-            routing.losses["balance"] = top1_balance_loss(probability_TE, context.ranks)
+            routing.losses["balance"] = self.balance(expert_TK, probability_TE, context)
         return self.with_gate(routing, logits_TE, probability_TE, context)
+
+    def balance(self, expert_TK: Tensor, probability_TE: Tensor, context: RoutingContext) -> Tensor:
+        """The load-balance loss, of the choices before any are dropped."""
+        if self.options.balance_choices == BalanceChoices.first:
+            return top1_balance_loss(probability_TE, context.ranks)
+        return choices_balance_loss(expert_TK, probability_TE, context.ranks)
 
     def _draw_second(self, routing: Routing, context: RoutingContext) -> None:
         # of two weights the second is at most a half, so that the first expert is always kept

@@ -1,0 +1,40 @@
+"""Routers by name, in this package and in anybody else's."""
+
+from typing import TYPE_CHECKING, Callable, Dict, List, Type, TypeVar
+
+if TYPE_CHECKING:
+    from .router import Router
+
+ROUTERS: Dict[str, Type["Router"]] = {}
+
+_listeners: List[Callable[[], None]] = []
+
+_R = TypeVar("_R", bound=Type["Router"])
+
+
+def register_router(name: str) -> Callable[[_R], _R]:
+    """Give a class of routers the name by which ``--moe-router`` and ``MoELayer`` know it.
+
+    Registering a name again replaces its class, so that a module may be imported twice.
+
+    Args:
+        name: lower case.
+    """
+
+    def register(cls: _R) -> _R:
+        ROUTERS[name] = cls
+        for listener in _listeners:
+            listener()
+        return cls
+
+    return register
+
+
+def on_register(listener: Callable[[], None]) -> None:
+    """Have something called after each router that is registered from now on."""
+    _listeners.append(listener)
+
+
+def name_of(cls: Type["Router"]) -> str:
+    """The name of a class of routers; the class's own if it is not registered."""
+    return next((name for name, known in ROUTERS.items() if known is cls), cls.__name__)
