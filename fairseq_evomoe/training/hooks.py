@@ -32,7 +32,7 @@ from fairseq.trainer import Trainer
 from ..checkpoints import shards
 from ..checkpoints import whole as checkpoints
 from ..models.feed_forward import CheckpointMismatch, MoEFeedForward, MoEModel, moe_layers
-from ..moe import MoELayer, Router
+from ..moe import MoELayer, Router, record
 from . import growth
 from . import ranks as parallel
 from .checks import check_before_trainer, check_optimizer, check_run, settle_options
@@ -156,7 +156,8 @@ def _growing_train_step(original):
         self._evomoe_in_step = True
         try:
             # a rank that gives up a batch for want of memory would leave the others waiting
-            result = original(self, samples, raise_oom or layers[0].moe.ranks.size > 1)
+            with record() as self._evomoe_routings:
+                result = original(self, samples, raise_oom or layers[0].moe.ranks.size > 1)
         except FloatingPointError as error:
             names = self._evomoe_broken
             if not names:
@@ -164,6 +165,7 @@ def _growing_train_step(original):
             raise FloatingPointError("{}: NaN or Inf in {}".format(error, ", ".join(names))) from error
         finally:
             self._evomoe_in_step = False
+            self._evomoe_routings = None
         updated = self.get_num_updates() > before
         growth.collect(self, updated)
         if updated:
@@ -238,6 +240,7 @@ def _whole_state_dict(original):
         elif _is_sharded(self):
             whole = self.__dict__.pop("_evomoe_whole", None) or checkpoints.gather_whole(self)
             whole.fill(state, checkpoints.layout_of(self))
+        checkpoints.note_layout(self, state)
         return state
 
     return state_dict

@@ -90,7 +90,8 @@ def broken_parts(trainer: Trainer) -> List[str]:
     causes, gradients = [], []
     for layer_name, layer in moe_layers(model):
         moe = layer.moe
-        entropy = None if moe.routing is None else moe.routing.gate_entropy
+        routing = trainer._evomoe_routings.get(moe)
+        entropy = None if routing is None else routing.gate_entropy
         if entropy is not None and not torch.isfinite(entropy):
             causes.append(f"the gate of {layer_name}")
         if moe.router is None:

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fairseq_evomoe.moe import Experts, MoELayer, RoutingContext
+from fairseq_evomoe.moe import MoELayer, RoutingContext
 from fairseq_evomoe.moe.routers.dynmoe import DynMoERouter, Resize
 from support.router_checks import close, dense, dot, is_deterministic, make
 
@@ -262,11 +262,7 @@ def fill(experts):
 
 
 def layer_with(widths):
-    class NoSpawn:
-        needs_activity = False
-
-    layer = MoELayer(Experts(4, [8]), len(widths), make("dynmoe", 4, len(widths)).float, NoSpawn())
-    layer.allocate_spawned(widths)
+    layer = MoELayer(4, 8, len(widths), "dynmoe", widths=widths, spawned=True)
     fill(layer.experts)
     return layer.eval()
 
