@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent.parent / "systems"))
+EXAMPLES = HERE.parent.parent
+sys.path.insert(0, str(EXAMPLES / "systems"))
 
 from recorded import as_then, read  # noqa: E402
 from systems import Settings, System, share  # noqa: E402
