@@ -7,7 +7,7 @@ import torch
 from cli import LM, TRANSLATION, build, call, run
 
 from fairseq_evomoe.moe.routers import ROUTERS, DenseToSparseRouter
-from fairseq_evomoe.training.hooks import CheckpointMismatch
+from fairseq_evomoe.models.feed_forward import CheckpointMismatch
 
 LM_ONE_LAYER = {**LM, "decoder_layers": 1, "moe_freq": 1}
 
