@@ -7,7 +7,7 @@ from fairseq import checkpoint_utils, utils
 from torch import Tensor
 
 from ..evolution.merge import output_products
-from ..models.feed_forward import moe_layers
+from ..models.layers import moe_layers
 from ..moe import MoELayer, Routing
 from .merge import Observed
 

@@ -17,11 +17,10 @@ from fairseq.file_io import PathManager
 from fairseq.trainer import Trainer
 from torch import Tensor, nn
 
-from ..models.feed_forward import moe_layers
+from ..models.layers import moe_layers, ranks_of, sharded_parameters
 from ..moe import MoELayer
 from ..moe.ranks import ALONE
 from ..moe.sharding import deal_experts, rows_per_expert
-from ..training.ranks import ranks_of, sharded_parameters
 from . import optimizer_state, shards
 
 logger = logging.getLogger(__name__)

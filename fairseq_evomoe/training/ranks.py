@@ -6,7 +6,7 @@ same ones, and the norm is that of all experts on all ranks.
 """
 
 import functools
-from typing import Any, Dict, Iterator, List, Set, Tuple
+from typing import Any, Dict, List, Set
 
 import torch
 import torch.distributed as dist
@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from ..checkpoints import optimizer_state
 from ..models.feed_forward import MoEFeedForward, moe_layers
-from ..moe import MoELayer
-from ..moe.ranks import ALONE, Ranks
+from ..models.layers import keep_from_ddp, ranks_of, sharded_parameters
+from ..moe.ranks import Ranks
 from ..moe.sharding import rows_per_expert
 
 
@@ -38,28 +38,9 @@ def attach_ranks(cfg: FairseqConfig, model: nn.Module) -> None:
     keep_from_ddp(model)
 
 
-def ranks_of(model: nn.Module) -> Ranks:
-    """The ranks that train a model."""
-    return next((layer.moe.ranks for _, layer in moe_layers(model)), ALONE)
-
-
-def sharded_parameters(model: nn.Module) -> Iterator[Tuple[str, MoELayer, str, nn.Parameter]]:
-    """The parameters of which other ranks have other rows: key in the model, layer, name in it, parameter."""
-    for layer_name, layer in moe_layers(model):
-        if layer.moe.sharded:
-            for name, parameter in layer.moe.experts.named_parameters(recurse=False):
-                yield f"{layer_name}.moe.experts.{name}", layer.moe, name, parameter
-
-
 def is_sharded(trainer: Trainer) -> bool:
     """Whether other ranks have other experts than this one."""
     return next(sharded_parameters(trainer.get_model()), None) is not None
-
-
-def keep_from_ddp(model: nn.Module) -> None:
-    """Let torch's DistributedDataParallel leave split parameters alone, once it is built around the model."""
-    ignored = [key for key, _, _, _ in sharded_parameters(model)]
-    setattr(model, "_ddp_params_and_buffers_to_ignore", ignored)  # noqa: B010  (a module's are typed)
 
 
 def clip_grad_norm(trainer: Trainer, clip_norm: float) -> Tensor:

@@ -1,10 +1,10 @@
 """This package keeps one object on a Trainer, whatever class of somebody else's the Trainer is of."""
 
 import pytest
-from cli import LM, build
 from fairseq.trainer import Trainer
 
 from fairseq_evomoe.training.state import RunState
+from support.cli import LM, build
 
 
 class FromScratch(Trainer):
