@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cli import LM, MASKED_LM, TRANSLATION, USER_DIR, call
 from fairseq.data import LanguagePairDataset, TokenBlockDataset, data_utils, token_block_dataset
 from fairseq.dataclass.configs import DistributedTrainingConfig
 from fairseq.distributed import LegacyDistributedDataParallel
@@ -24,6 +23,7 @@ from torch import nn
 import fairseq_evomoe
 from fairseq_evomoe import compat
 from fairseq_evomoe.config.options import MoEOptions
+from support.cli import LM, MASKED_LM, TRANSLATION, USER_DIR, call
 
 ROOT = Path(fairseq_evomoe.__file__).parent.parent
 

@@ -19,8 +19,8 @@ import torch
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-import golden  # noqa: E402
-from conftest import sentences, translated  # noqa: E402
+import golden
+from conftest import sentences, translated
 
 
 def write_text():
