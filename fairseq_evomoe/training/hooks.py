@@ -240,6 +240,7 @@ def _whole_state_dict(original):
         elif _is_sharded(self):
             whole = self.__dict__.pop("_evomoe_whole", None) or checkpoints.gather_whole(self)
             whole.fill(state, checkpoints.layout_of(self))
+        checkpoints.note_layout(self, state)
         return state
 
     return state_dict

@@ -104,7 +104,7 @@ def main():
 
 
 def state_keys():
-    """Keys of the states of all combinations that can be built; the part that all of a model have only once."""
+    """Keys of the states of all combinations that can be built; what all of a model have, only once."""
     result = {}
     for model, settings in golden.MODELS.items():
         builder, common, found = golden.Builder(settings), None, {}
