@@ -2,44 +2,14 @@
 
 import os
 import random
-import sys
-from pathlib import Path
+from unittest import mock
 
 import pytest
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-sys.path.insert(0, str(Path(__file__).parent.parent))
+pytest.register_assert_rewrite("support")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
 
-SUBJECTS = "the king|my lord|the fool|a servant|the queen|his daughter".split("|")
-VERBS = "loves|fears|follows|forgets|answers|remembers|betrays".split("|")
-OBJECTS = "the crown|her brother|a storm|the castle|an old song|the night|his sword".split("|")
-ENDS = "at dawn|in silence|with great joy|for ever|without reason".split("|")
-GOOD, BAD = "loves remembers answers".split(), "fears forgets betrays".split()
-
-
-def sentences(number, seed):
-    """Lines of one to three clauses from a small grammar, of very different lengths."""
-    draw = random.Random(seed)
-    clauses = lambda: " ".join(map(draw.choice, (SUBJECTS, VERBS, OBJECTS, ENDS)))  # noqa: E731
-    return [" and ".join(clauses() for _ in range(draw.choice((1, 1, 2, 3)))) for _ in range(number)]
-
-
-def translated(sentence):
-    """Another language: each word backwards."""
-    return " ".join(word[::-1] for word in sentence.split())
-
-
-def write(path, lines):
-    """Write lines to a text file."""
-    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-    return path
-
-
-def preprocess(**options):
-    """Run fairseq-preprocess."""
-    from cli import call
-
-    call("fairseq-preprocess", workers=1, **options)
+from support.data import BAD, GOOD, OBJECTS, preprocess, sentences, translated, write  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -121,3 +91,10 @@ def classification_data(tmp_path_factory, lm_data):
             destdir=folder / "bin" / part,
         )
     return folder / "bin"
+
+
+@pytest.fixture
+def flat_fp16_on_cpu():
+    """fp16_optimizer.py:43 files its one flat tensor under the current GPU; CPU tensors look for None."""
+    with mock.patch("torch.cuda.current_device", return_value=None):
+        yield

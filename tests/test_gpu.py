@@ -8,15 +8,15 @@ import copy
 
 import pytest
 import torch
-from cli import LM, TRANSLATION, build, call, parameters, run
-from test_generation import EVALUATION, PLAIN, hypotheses
-from test_layer import make_experts, random_routing, slow_dispatch
-from test_systems import with_router
-from test_training import DATA, TASKS, check_phases
 from torch.nn import functional as F
 
 from fairseq_evomoe.moe import ROUTERS, Hidden
 from fairseq_evomoe.moe.dispatch.local import dispatch
+from support.cli import LM, TRANSLATION, build, call, parameters, run
+from support.evaluation import EVALUATION, hypotheses
+from support.experts import make_experts, random_routing, slow_dispatch
+from support.models import with_router
+from support.tasks import DATA, PLAIN, TASKS, check_phases
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 

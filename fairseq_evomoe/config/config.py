@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple, Type
+from typing import Any, Callable, Dict, FrozenSet, Iterator, List, Optional, Tuple, Type
 
 import torch
 from torch.nn import functional as F
@@ -161,6 +161,8 @@ class MoEConfig:
         preset: where options come from that were not given; a name or a path.
         seed: of the spawn.
         max_update: length of the run in updates; 0: no limit.
+        given: names of the options that somebody gave, and neither a preset nor a default decided; no part of
+            what the configuration means.
     """
 
     router: str = "dts"
@@ -174,6 +176,7 @@ class MoEConfig:
     preset: Optional[str] = None
     seed: int = 1
     max_update: int = 0
+    given: FrozenSet[str] = field(default=frozenset(), compare=False)
 
     @property
     def router_class(self) -> Type[Router]:

@@ -45,24 +45,27 @@ def resolve(
         ConfigError: all contradictions that were found.
     """
     options = {name: _plain(value) for name, value in given.items() if value is not None}
+    named = frozenset(options)
     errors: List[OptionError] = list(rules.unsupported(model)) if model is not None else []
     options = legacy.understood(options, masked)
     preset = options.pop("preset", None)
     try:
-        from_preset = {} if preset is None else legacy.without_prefix(presets.load(preset).options)
+        from_preset = {} if preset is None or _resolved(options) else _options_of(preset)
     except OptionError as error:
         raise ConfigError([*errors, error]) from error
     router = str(options.get("router", from_preset.get("router", "dts")))
     if router not in ROUTERS:
         raise ConfigError([*errors, unknown_router(router)])
-    if router != from_preset.get("router", router):  # another one was given over the preset's
+    if router != from_preset.get("router", "dts"):  # another one was given over the preset's
         from_preset = {
-            name: x for name, x in from_preset.items() if owner(name) or router in routers_with(name)
+            name: value
+            for name, value in from_preset.items()
+            if owner(name) or router in routers_with(name) or not routers_with(name)
         }
     values = {**from_preset, **options}
     values.pop("router", None)
     values.setdefault("experts", experts)
-    errors += _without_effect(values, router)
+    errors += _without_effect(values, router, from_preset)
     values, counted = _count_durations(values, max_update)
     errors += counted
 
@@ -70,7 +73,7 @@ def resolve(
     for name, cls in [*GROUPS.items(), ("router_options", ROUTERS[router].Options)]:
         parts[name], found = _make(cls, values)
         errors += found
-    config = MoEConfig(router=router, preset=preset, seed=seed, max_update=max_update, **parts)
+    config = MoEConfig(router=router, preset=preset, seed=seed, max_update=max_update, given=named, **parts)
     config = _decide(config, values, ffn_dims)
     if not errors:  # ranges first: what follows computes with the values
         errors += rules.contradictions(config)
@@ -78,6 +81,32 @@ def resolve(
     if errors:
         raise ConfigError(errors)
     return config
+
+
+# options that ``write_back`` always writes, so many that nobody gives all of them
+_WRITTEN = ("experts", "freq", "heads", "spawn_update", "spawn_method", "hard_update", "a2a_dtype", "lsh_dim")
+
+
+def _resolved(options: Mapping[str, Any]) -> bool:
+    """Whether the options are those of a resolved configuration, such as a checkpoint's.
+
+    They say what a preset said then, whether it has changed since or its file is somewhere else.
+    """
+    return all(name in options for name in _WRITTEN)
+
+
+def _options_of(preset: str) -> Dict[str, Any]:
+    """What a preset gives; names may be written with ``moe_`` or without.
+
+    Raises:
+        OptionError: there is no such preset.
+    """
+    options = presets.load(preset).options
+    return {
+        (name[len(PREFIX) :] if name.startswith(PREFIX) else name): value
+        for name, value in options.items()
+        if value is not None
+    }
 
 
 def _plain(value: Any) -> Any:
@@ -97,12 +126,16 @@ def _make(cls: type, values: Mapping[str, Any]) -> Tuple[Any, List[OptionError]]
     return cls(**kept), errors
 
 
-def _without_effect(values: Mapping[str, Any], router: str) -> Iterable[OptionError]:
-    """Options of other routers, given or in a preset, whatever their value is."""
+def _without_effect(
+    values: Mapping[str, Any], router: str, from_preset: Mapping[str, Any]
+) -> Iterable[OptionError]:
+    """Options that there are not, or that other routers have, whatever their value is."""
     known = declarations()
     for name, value in values.items():
-        if name not in known:
+        if name not in known and name in from_preset:
             yield OptionError("preset", f"`preset` has {name}, which is no option: leave it out.")
+        elif name not in known:
+            yield OptionError(name, f"`{name}` is no option: leave it out.")
         elif owner(name) is None and router not in routers_with(name):
             if known[name][0].loss and str(value) in ("0", "0.0"):
                 continue  # that there is no such loss is true
@@ -171,18 +204,19 @@ def _decide(config: MoEConfig, values: Mapping[str, Any], ffn_dims: Sequence[int
 
 def _spawn_update(config: MoEConfig) -> Any:
     """EvoMoE's expert learns alone for a tenth of the run; its rivals have theirs from the start."""
-    if not config.router_class.anneals or config.experts == 1:
+    if not config.router_class.anneals or config.experts == 1 or config.max_update == 1:
         return 0
     return max(round(0.1 * config.max_update), 1) if config.max_update > 0 else "auto"
 
 
 def _spawn_method(config: MoEConfig, ffn_dims: Sequence[int]) -> SpawnMethod:
-    try:
-        equal = all(config.widths(dim) == [dim] * config.experts for dim in ffn_dims or (1,))
-        if not ffn_dims:
-            equal = config.sizes.expert_sizes == "uniform" and config.sizes.total_ffn_dim is None
-    except OptionError:  # is reported with the others
-        equal = True
+    """Experts as wide as the base are masked copies of it, and others are slices."""
+    equal = config.sizes.expert_sizes == "uniform" and config.sizes.total_ffn_dim is None
+    if ffn_dims:
+        try:
+            equal = all(config.widths(dim) == [dim] * config.experts for dim in ffn_dims)
+        except OptionError:  # is reported with the others
+            equal = True
     return SpawnMethod.mask if equal else SpawnMethod.slice
 
 
@@ -205,19 +239,18 @@ def write_back(cfg: Any, config: MoEConfig) -> None:
         setattr(cfg, PREFIX + name, value)
 
 
-def warn_of_idle_options(config: MoEConfig, given: Mapping[str, Any]) -> None:
+def warn_of_idle_options(config: MoEConfig) -> None:
     """Warn of options that were given for stages that do not come."""
-    names = [name for name, value in given.items() if value is not None]
-    for where, found in rules.idle(config, names):
+    for where, found in rules.idle(config):
         logger.warning(f"no effect {as_flags(where)}: {', '.join(flag(PREFIX + name) for name in found)}")
 
 
 FORMER = ("gate_input", "renormalize", "gate_noise", "spawn_update")
 
 
-def former_defaults(config: MoEConfig, given: Mapping[str, Any]) -> Optional[str]:
+def former_defaults(config: MoEConfig) -> Optional[str]:
     """A line for command lines that relied on defaults of versions before 0.2; ``None`` if none did."""
-    relied = [name for name in FORMER if given.get(name) is None]
+    relied = [name for name in FORMER if name not in config.given]
     if config.router != "dts" or config.preset is not None or not relied:
         return None
     flags = ", ".join(flag(PREFIX + name) for name in relied)

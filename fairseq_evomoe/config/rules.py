@@ -150,7 +150,7 @@ def rank_contradictions(config: MoEConfig) -> Iterator[OptionError]:
         )
 
 
-def idle(config: MoEConfig, given: List[str]) -> Iterator[Tuple[str, List[str]]]:
+def idle(config: MoEConfig) -> Iterator[Tuple[str, List[str]]]:
     """Options of stages that do not come: where, and which of those that were given.
 
     That is no error, so that rivals stay one flag away: ``--moe-router``, ``--moe-spawn-update``.
@@ -160,7 +160,7 @@ def idle(config: MoEConfig, given: List[str]) -> Iterator[Tuple[str, List[str]]]
         (config.spawns_by_itself, PLATEAU, "without `spawn_update` auto"),
         (config.schedule.spawn_update != 0, SPAWNING, "with `spawn_update` 0"),
     ):
-        found = [name for name in names if name in given]
+        found = [name for name in names if name in config.given]
         if found and not applies:
             yield where, found
 

@@ -10,7 +10,7 @@ from fairseq.optim import FairseqOptimizer
 
 from ..config.config import MoEConfig
 from ..config.errors import ConfigError
-from ..config.resolve import former_defaults, given_options, warn_of_idle_options, write_back
+from ..config.resolve import former_defaults, warn_of_idle_options, write_back
 from ..config.rules import rank_contradictions
 from ..criterions.moe import MoECriterion
 from ..models.feed_forward import MoEFeedForward
@@ -72,9 +72,8 @@ def settle_options(cfg: Any, config: MoEConfig) -> None:
     errors = list(rank_contradictions(config))
     if errors:
         raise ConfigError(errors)
-    given = given_options(cfg.model)
-    warn_of_idle_options(config, given)
-    line = former_defaults(config, given)
+    warn_of_idle_options(config)
+    line = former_defaults(config)
     if line is not None:
         logger.info(line)
     write_back(cfg.model, config)

@@ -1,0 +1,69 @@
+"""A run that is interrupted and resumed is, bit for bit, the run that is not."""
+
+import pytest
+import torch
+
+from support.cli import CLASSIFICATION, LM, call
+from support.optimizers import OPTIMIZERS
+from support.resume import check_resume
+from support.tasks import DATA, TASKS
+
+BEFORE, AT, SOFT, HARD = 3, 6, 9, 12
+
+
+@pytest.mark.parametrize("settings", [*TASKS, pytest.param(CLASSIFICATION, id=CLASSIFICATION["task"])])
+def test_every_phase(settings, tmp_path, request):
+    data = request.getfixturevalue(DATA[settings["task"]])
+    stops = (BEFORE, AT, SOFT, HARD) if settings is LM else (AT, SOFT)
+    check_resume(data, tmp_path, settings, stops)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"update_freq": 2, "store_ema": True, "ema_decay": 0.9},
+        {"batch_size": None, "max_tokens": 64, "store_ema": True, "ema_decay": 0.9, "ema_fp32": True},
+        {"decoder_layerdrop": 0.3, "moe_freq": 1, "decoder_layers": 4},
+        {"checkpoint_activations": True, "moe_balance_weight": 0.1},
+        {"moe_gate_weight": "gumbel", "moe_spawn_method": "reinit", "clip_norm": 0.5},
+        {"memory_efficient_fp16": True, "fp16_init_scale": 1},  # for --fp16 see test_growth.py
+    ],
+    ids=lambda options: "-".join(options),
+)
+def test_with_options(options, lm_data, tmp_path):
+    check_resume(lm_data, tmp_path, {**LM, **options}, (AT, SOFT))
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_with_optimizers(optimizer, lm_data, tmp_path):
+    settings = {**LM, **OPTIMIZERS[optimizer], "optimizer": optimizer}
+    check_resume(lm_data, tmp_path, settings, (SOFT,))
+
+
+SCHEDULES = {
+    "fixed": {"warmup_updates": 4, "lr_shrink": 0.5, "force_anneal": 2},
+    "inverse_sqrt": {"warmup_updates": 4, "warmup_init_lr": 1e-7},
+    "polynomial_decay": {"warmup_updates": 2, "total_num_update": 14},
+    "cosine": {"warmup_updates": 2, "lr_period_updates": 6},
+    "reduce_lr_on_plateau": {"lr_shrink": 0.5, "lr_threshold": 0.5, "lr_patience": 0},
+}
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_with_schedules(schedule, lm_data, tmp_path):
+    settings = {**LM, **SCHEDULES[schedule], "lr_scheduler": schedule}
+    saved = check_resume(lm_data, tmp_path, settings, (SOFT,))
+
+    # the spawn leaves no trace in the schedule
+    plain = {**settings, "moe_experts": 1, "save_dir": tmp_path / "plain", "save_interval_updates": 3}
+    call("fairseq-train", lm_data, **plain)
+    for path in saved.values():
+        spawned, other = (torch.load(tmp_path / folder / path.name) for folder in ("whole", "plain"))
+        if schedule != "reduce_lr_on_plateau":  # that one depends on the validation losses
+            ours, theirs = (each["optimizer_history"][-1]["lr_scheduler_state"] for each in (spawned, other))
+            ours.pop("best", None), theirs.pop("best", None)
+            assert ours == theirs
+            ours, theirs = (
+                each["last_optimizer_state"]["param_groups"][0]["lr"] for each in (spawned, other)
+            )
+            assert ours == theirs

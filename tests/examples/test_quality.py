@@ -1,0 +1,288 @@
+"""``examples/benchmark/quality``: the protocol, the statistics, the report, and all of it in small."""
+
+import itertools
+import json
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy
+import pytest
+import sacrebleu
+
+from fairseq_evomoe.config.resolve import resolve
+from support.cli import LM, MASKED_LM, build, call
+
+QUALITY = Path(__file__).resolve().parents[2] / "examples" / "benchmark" / "quality"
+sys.path.insert(0, str(QUALITY))
+
+import bootstrap  # noqa: E402
+import evaluate  # noqa: E402
+import gap  # noqa: E402
+import protocol  # noqa: E402
+import recorded  # noqa: E402
+import records  # noqa: E402
+import tables  # noqa: E402
+
+KNOWN = records.read(QUALITY / "results")
+
+
+def language(seed, bits, tokens=None):
+    """A record of a language model with a loss in each chunk."""
+    tokens = tokens or [100] * len(bits)
+    return {"seed": seed, "test": {"chunks": [[b * n, n] for b, n in zip(bits, tokens)]}}
+
+
+def test_the_difference_of_perplexities_is_that_of_the_mean_losses():
+    ours = [language(1, [5.0, 6.0], [100, 300]), language(2, [5.5, 6.5], [100, 300])]
+    theirs = [language(2, [6.0, 6.0], [100, 300]), language(1, [5.5, 6.0], [100, 300])]
+    found = bootstrap.difference(ours, theirs)
+    losses = [(5.0 + 3 * 6.0) / 4, (5.5 + 3 * 6.5) / 4], [(5.5 + 3 * 6.0) / 4, 6.0]
+    assert found.seeds == 2
+    assert found.mean == pytest.approx(2 ** (sum(losses[0]) / 2 - sum(losses[1]) / 2) - 1)
+    assert found.low <= found.mean <= found.high and not found.excludes_zero
+
+
+def test_what_is_better_everywhere_excludes_zero():
+    generator = numpy.random.default_rng(1)
+    noise = generator.normal(size=(3, 40))
+    theirs = [language(s, [7 + v for v in noise[s]]) for s in range(3)]
+    ours = [language(s, [6.9 + v for v in noise[s]]) for s in range(3)]  # chunks pair up
+    found = bootstrap.difference(ours, theirs)
+    assert found.excludes_zero and found.low == pytest.approx(found.high) == pytest.approx(2**-0.1 - 1)
+    assert bootstrap.difference(theirs, theirs).mean == 0
+
+
+def test_the_interval_is_that_of_every_possible_draw():
+    """With two seeds and two chunks there are sixteen draws, all as likely."""
+    bits = [[5.0, 5.6], [5.3, 6.4]], [[5.2, 5.5], [5.9, 6.0]]
+    ours, theirs = ([language(s, row) for s, row in enumerate(rows)] for rows in bits)
+    draws = []
+    for seeds in itertools.product(range(2), repeat=2):
+        for chunks in itertools.product(range(2), repeat=2):
+            means = [sum(rows[s][c] for s in seeds for c in chunks) / 4 for rows in bits]
+            draws.append(2 ** (means[0] - means[1]) - 1)
+    found = bootstrap.difference(ours, theirs)
+    assert found.low == pytest.approx(min(draws)) and found.high == pytest.approx(max(draws))
+
+
+def test_bleu_of_the_chunks_is_that_of_the_corpus(tmp_path):
+    generator = numpy.random.default_rng(2)
+    words = "the a cat dog sat ran on under mat tree".split()
+    lines = [" ".join(generator.choice(words, size=generator.integers(4, 12))) for _ in range(40)]
+    outputs = [line.replace("cat", "dog") if i % 3 else line for i, line in enumerate(lines)]
+    (tmp_path / "raw").write_text("\n".join(lines) + "\n")
+    order = generator.permutation(len(outputs))  # fairseq sorts by length
+    (tmp_path / "log").write_text("".join(f"D-{i}\t-0.5\t{outputs[i]}\nH-{i}\t-0.5\tx\n" for i in order))
+    found = evaluate.bleu(tmp_path / "log", tmp_path / "raw")
+    assert found["bleu"] == pytest.approx(sacrebleu.corpus_bleu(outputs, [lines]).score)
+    sums = numpy.array([found["bleu_chunks"]], dtype=float)
+    whole = bootstrap._bleu(sums, numpy.ones((1, 1)), numpy.ones((1, sums.shape[1])))
+    assert whole.item() == pytest.approx(found["bleu"])
+    assert "tok:13a" in found["signature"]
+
+
+def test_other_texts_and_other_seeds_are_refused():
+    with pytest.raises(ValueError, match="seed"):
+        bootstrap.difference([language(1, [5.0])], [language(2, [5.0])])
+    with pytest.raises(ValueError, match="other texts"):
+        bootstrap.difference([language(1, [5.0])], [language(1, [5.0, 5.0])])
+
+
+def test_when_a_loss_is_reached():
+    curve = [[0, 0, 0, 8.0], [100, 10, 1e9, 7.0], [200, 30, 3e9, 6.0]]
+    found = [{"curve": curve}, {"curve": curve}]
+    assert tables.reaches(found, 6.25, 0) == pytest.approx(175)
+    assert tables.reaches(found, 6.25, 1) == pytest.approx(25)
+    assert tables.reaches(found, 6.25, 2) == pytest.approx(2.5e9)
+    assert tables.reaches(found, 5.9, 0) is None
+
+
+def test_parameters_that_are_looked_up(lm_data):
+    def count(settings, **options):
+        return evaluate.looked_up_parameters(build(lm_data, **{**settings, **options}).model)
+
+    words = build(lm_data, **LM).model.decoder.embed_tokens.weight.shape[0]
+    assert count(LM, share_decoder_input_output_embed=True) == 0
+    assert count(LM) == words * 32  # another matrix multiplies
+    stable = {"moe_router": "stable", "moe_spawn_update": None, "moe_stable_update": 5, "moe_light_dim": 7}
+    idle = {"moe_anneal_updates": None, "moe_hard_update": None}
+    assert count(LM, share_decoder_input_output_embed=True, **stable, **idle) == words * 7
+    assert (
+        count(MASKED_LM)
+        == build(lm_data, **MASKED_LM).model.encoder.sentence_encoder.embed_positions.weight.numel()
+    )
+
+
+def test_main_rows_are_rows():
+    for experiment in protocol.EXPERIMENTS.values():
+        assert set(experiment.main) <= set(experiment.tasks)
+        for task in experiment.tasks:
+            rows = [variant.label for variant in experiment.rows(protocol.TASKS[task])]
+            assert set(rows) == set(experiment.main.get(task, rows)) and rows
+        labels = [variant.label for variant in experiment.variants]
+        assert set(experiment.confirmed) <= set(labels) and len(labels) == len(set(labels)), experiment.id
+    assert len(protocol.EXPERIMENTS["systems"].rows(protocol.TASKS["help_de"])) == 8
+
+
+def test_runs_have_names_of_their_own():
+    runs = [
+        variant.run(protocol.TASKS[task], seed)
+        for experiment in protocol.EXPERIMENTS.values()
+        for variant in experiment.variants
+        for task in experiment.tasks
+        for seed in experiment.seeds_of(variant, protocol.TASKS[task])
+    ]
+    commands = {}
+    for run in runs:
+        commands.setdefault(run.key, set()).add((run.task.id, run.system.id, *run.arguments))
+    assert all(len(same) == 1 for same in commands.values())
+    assert not any("/" in argument for run in runs for argument in run.arguments)  # no paths of a machine
+
+
+@pytest.mark.parametrize("name", recorded.SYSTEMS)
+def test_systems_are_the_presets_with_what_they_have_over_them(name):
+    """The options by name that the results have mean the preset, for a run of the protocol."""
+
+    def means(options):
+        found = resolve({"experts": 8, **options}, ffn_dims=[128], max_update=protocol.UPDATES).flat()
+        return {option: value for option, value in found.items() if option != "preset"}
+
+    system = recorded.SYSTEMS[name]
+    then = recorded.as_then(system.options)
+    named = {option.replace("moe_", "", 1): value for option, value in then.items()}
+    assert means(named) == means({"preset": system.preset, **system.over})
+    if system.over:
+        assert means(named) != means({"preset": system.preset})
+
+
+def test_results_are_known_by_what_they_were_trained_with():
+    """Each row of the main tables has its runs in the results, whatever the defaults are called today."""
+    experiment = protocol.EXPERIMENTS["systems"]
+    for name in ("lm", "masked_lm", "help_de"):
+        for variant in experiment.rows(protocol.TASKS[name]):
+            for seed in experiment.seeds_of(variant, protocol.TASKS[name]):
+                assert variant.run(protocol.TASKS[name], seed).key in KNOWN, (name, variant.label, seed)
+
+
+def test_a_command_names_what_was_a_default_when_the_results_were_made():
+    def command(label):
+        variants = {variant.label: variant for variant in protocol.EXPERIMENTS["systems"].variants}
+        run = variants[label].run(protocol.TASKS["lm"], 1)
+        return run, " ".join(run.command(Path("data"), Path("out")))
+
+    run, text = command("EvoMoE, confident gate")
+    assert "--moe-spawn-update 0 --moe-router dts" in text and "--moe-spawn-update" not in run.arguments
+    assert command("EvoMoE, published")[1].count("--moe-spawn-update 400") == 1
+    assert "--moe-balance-choices first" in command("equal experts, Top-K")[1]
+
+
+@pytest.mark.parametrize("path", sorted((QUALITY / "results").glob("*.jsonl")), ids=lambda path: path.stem)
+def test_results_are_whole(path):
+    seen = set()
+    for line in path.read_text().splitlines():
+        record = json.loads(line)
+        assert record["key"] not in seen
+        seen.add(record["key"])
+        assert record["task"] == path.stem and "/" not in "".join(record["arguments"])
+        assert record["curve"][-1][0] == record["updates"]
+        assert math.isfinite(record["test"]["loss"])
+        bits, tokens = (sum(part) for part in zip(*record["test"]["chunks"]))
+        assert bits / tokens == pytest.approx(record["test"]["loss"], abs=1e-4)
+
+
+def test_the_readme_is_what_the_results_say(tmp_path):
+    """Every table of the README is made again, and has the same rows."""
+    text = (QUALITY / "README.md").read_text(encoding="utf-8")
+    for experiment in protocol.EXPERIMENTS.values():
+        shown = re.search(f"<!-- {experiment.id} -->\n(.*?)<!-- /{experiment.id} -->", text, re.DOTALL)
+        assert shown, experiment.id
+        assert shown.group(1) == tables.section(experiment, KNOWN), experiment.id
+    speed, gaps = (
+        records.read_speed(QUALITY / "results" / "speed"),
+        records.read_gap(QUALITY / "results" / "gap"),
+    )
+    for marker, expected in (
+        ("speed", tables.speed_table(speed, protocol.EXPERIMENTS["systems"], KNOWN)),
+        ("gap", tables.gap_table(gaps)),
+    ):
+        shown = re.search(f"<!-- {marker} -->\n(.*?)<!-- /{marker} -->", text, re.DOTALL)
+        assert shown.group(1) == expected
+
+
+def test_the_first_page_says_the_same():
+    """The table of the main README, whose numbers are copied."""
+    text = (QUALITY.parents[2] / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| \**([^|*]+?)\** \| \**(\d+\.\d+)\** \| *([^|]*?) *\|$", text, re.MULTILINE)
+    assert len(rows) == 8
+    labels = {"EvoMoE, our options": "EvoMoE", "EvoMoE, as published": "EvoMoE, published"}
+    labels["GShard, two experts a token"] = "GShard, top-2"
+    experiment, task = protocol.EXPERIMENTS["systems"], protocol.TASKS["lm"]
+    of = {v.label: tables.of_variant(v, task, KNOWN) for v in experiment.variants}
+    for name, perplexity, difference in rows:
+        found = of[labels.get(name, name)]
+        assert f"{tables.mean(tables.score, found):.2f}" == perplexity, name
+        if name != "EvoMoE, our options":
+            d = bootstrap.difference(of["EvoMoE"], found)
+            assert difference == f"{abs(100 * d.mean):.1f}% {'more' if d.mean > 0 else 'less'}", name
+            assert d.excludes_zero and d.seeds == 3
+
+
+def test_seconds_are_compared_within_a_round():
+    """Hash is where Switch ends after 150 of 200 updates, each of which takes half of Switch's time."""
+    seconds = {"Switch": {0: 0.1, 1: 0.2, 2: 0.1}, "Hash": {0: 0.05, 1: 0.1, 2: 0.08}, "dense": {0: 0.05}}
+    ends = {"Switch": 6.0, "Hash": 5.0, "dense": 7.0}
+    experiment, task, known = protocol.EXPERIMENTS["systems"], protocol.TASKS["lm"], {}
+    for variant in experiment.variants:
+        if variant.label in ends:
+            curve = [[0, 0, 0, 8.0], [100, 10, 1e9, 7.0], [200, 30, 3e9, ends[variant.label]]]
+            known[variant.run(task, 2).key] = {"seed": 2, "curve": curve}
+    assert tables.speed_table({"lm": seconds}, experiment, known).splitlines()[4:] == [
+        "| dense | 0.0500 | 0.50 (0.50-0.50) | never | 1 |",
+        "| Hash | 0.0800 | 0.50 (0.50-0.80) | 0.38 | 3 |",
+        "| Switch | 0.1000 | 1.00 (1.00-1.00) | 1.00 | 3 |",
+    ]
+
+
+def test_a_checkpoint_is_evaluated_as_in_training_and_as_in_evaluation(lm_data, tmp_path):
+    """At update 7 of 14 the gate is soft: while training a token has several experts, in evaluation one."""
+    settings = {**LM, "moe_spawn_update": 2, "moe_hard_update": 12, "save_interval_updates": 7}
+    settings["required_batch_size_multiple"] = 1  # or else fairseq leaves out what is left over
+    result = call("fairseq-train", lm_data, save_dir=tmp_path, **settings)
+    (checkpoint,) = tmp_path.glob("checkpoint_*_7.pt")
+    (logged,) = (line for line in result.log("valid") if line["valid_num_updates"] == 7)
+    found = {way: gap.loss(checkpoint, lm_data, 7, way) for way in ("training", "adaptive", "top1")}
+    assert found["top1"] == (pytest.approx(logged["valid_loss"], abs=2e-3), 1)
+    assert found["training"][1] > 1.5 and found["adaptive"][1] > 1.5
+    assert len({bits for bits, _ in found.values()}) == 3
+    assert gap.loss(checkpoint, lm_data, 14, "training")[1] == 1
+
+
+def test_other_numbers_are_noticed():
+    key, record = next(iter(KNOWN.items()))
+    changed = json.loads(json.dumps(record))
+    assert records.differences(KNOWN, {key: changed}) == []
+    changed["seconds"] += 1  # of the machine, not of the run
+    assert records.differences(KNOWN, {key: changed}) == []
+    changed["test"]["chunks"][3][0] += 0.001
+    assert records.differences(KNOWN, {key: changed}) == [f"{key}: other numbers"]
+    assert records.differences(KNOWN, {"another": record}) == ["no run is in both"]
+
+
+def test_all_of_it_in_small(tmp_path):
+    command = [sys.executable, str(QUALITY / "run.py"), "--smoke", "--tasks", "lm", "help_de"]
+    command += ["--work", str(tmp_path / "work"), "--results", str(tmp_path / "results")]
+    subprocess.run(command, check=True)
+    found = records.read(tmp_path / "results")
+    assert sorted((r["task"], r["system"]) for r in found.values()) == [
+        (task, system) for task in ("help_de", "lm") for system in ("evomoe_fine", "switch")
+    ]
+    for record in found.values():
+        assert record["curve"][-1][0] == 20 and record["flops"] > 0 and record["peak_mib"] > 100
+        assert ("bleu" in record["test"]) == (record["task"] == "help_de")
+        assert ("adaptive" in record) == (record["system"] == "evomoe_fine")
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert "have all of it already" in done.stdout
+    assert not list(tmp_path.glob("work/runs/*/*.pt"))

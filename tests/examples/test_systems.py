@@ -1,0 +1,226 @@
+"""``examples/systems``: each system trains, resumes bit for bit and evaluates; growth; the runner."""
+
+import copy
+import csv
+import math
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from fairseq.dataclass import utils as fairseq_dataclasses
+
+from fairseq_evomoe.config.resolve import resolve
+from fairseq_evomoe.moe import ROUTERS
+from support.cli import LM, MASKED_LM, assert_equal, build, call, parameters
+from support.models import with_router
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "systems"
+sys.path.insert(0, str(EXAMPLES))
+
+import logs  # noqa: E402
+import systems  # noqa: E402
+
+UPDATES, MIDDLE, BEFORE = 100, 81, 9  # an epoch has seven or eight, at the end of which nothing is saved
+SYSTEMS = {system.id: system for system in systems.read_all(["all"])}
+SMALL = {
+    "save_dir": "checkpoints",
+    "moe_freq": 1,
+    "max_update": UPDATES,
+    "moe_spawn_update": None,
+    "moe_anneal_updates": None,
+    "moe_hard_update": None,
+    "save_interval": UPDATES,
+    "validate_interval": UPDATES,
+    "required_batch_size_multiple": 1,  # or else fairseq validates with whole batches only
+    # else a thread that loads ahead masks tokens while the validation does, with one random number generator
+    "data_buffer_size": 0,
+}
+NO_EXPERTS = {
+    "arch": "transformer_lm",
+    "criterion": "cross_entropy",
+    "moe_experts": None,
+    "moe_freq": None,
+    "decoder_layers": 1,
+    "decoder_attention_heads": 2,
+    "decoder_normalize_before": True,
+    "decoder_input_dim": 32,
+    "decoder_output_dim": 32,
+}
+_composed = {}
+
+
+@pytest.fixture(autouse=True)
+def compose_once(monkeypatch):
+    """The same command takes fairseq a second or two to understand: let it do so once."""
+    compose = fairseq_dataclasses.compose
+
+    def composed(name, overrides, **options):
+        key = (name, tuple(overrides))
+        if key not in _composed:
+            _composed[key] = compose(name, overrides=overrides, **options)
+        return copy.deepcopy(_composed[key])
+
+    monkeypatch.setattr(fairseq_dataclasses, "compose", composed)
+
+
+def settings_of(system):
+    """Settings of a small run that are not the system's own."""
+    if system.dense:
+        return {**LM, **SMALL, **NO_EXPERTS, "save_interval_updates": MIDDLE}
+    grows = resolve({"preset": system.preset}, max_update=UPDATES).latest_spawn > 0
+    small = {**SMALL, "save_interval_updates": BEFORE if grows else MIDDLE}
+    if "moe_experts" not in system.common:  # the preset says how many
+        small["moe_experts"] = None
+    if "lm" in system.not_for:
+        return {**MASKED_LM, **small, "encoder_layers": 1}
+    return {**LM, **small, "decoder_layers": 1}
+
+
+@pytest.fixture(scope="session")
+def dense_checkpoint(lm_data, tmp_path_factory):
+    """A dense model after a few updates, for the systems that are made of one."""
+    folder = tmp_path_factory.mktemp("dense")
+    call("fairseq-train", lm_data, **{**settings_of(SYSTEMS["dense"]), "save_dir": folder, "max_update": 20})
+    return folder / "checkpoint_last.pt"
+
+
+def perplexity(checkpoint, data, system):
+    """By fairseq's script for the task."""
+    common = {"path": checkpoint, "user_dir": LM["user_dir"], "batch_size": 8, "num_workers": 0}
+    common["required_batch_size_multiple"] = 1
+    if "lm" in system.not_for:
+        names = {"task": "masked_lm", "criterion": MASKED_LM["criterion"]}
+        output = call("fairseq-validate", data, **common, **names).output
+        return float(re.search(r"\| ppl ([\d.]+)", output).group(1))
+    output = call("fairseq-eval-lm", data, gen_subset="valid", tokens_per_sample=16, **common).output
+    return float(re.search(r"Perplexity: ([\d.]+)", output).group(1))
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_a_system_trains_resumes_and_evaluates(name, lm_data, tmp_path, request, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = Path("checkpoints")
+    system, flags, settings = SYSTEMS[name], SYSTEMS[name].flags(), settings_of(SYSTEMS[name])
+    if system.dense_updates:
+        flags += ["--finetune-from-model", str(request.getfixturevalue("dense_checkpoint"))]
+    result = call("fairseq-train", lm_data, *flags, **settings)
+    losses = [step["loss"] for step in result.log("train_inner")]
+    assert len(losses) == UPDATES and all(map(math.isfinite, losses))
+    assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
+
+    whole = (folder / "checkpoint_last.pt").rename("whole.pt")
+    next(folder.glob(f"checkpoint_*_{MIDDLE}.pt")).rename(folder / "checkpoint_last.pt")
+    again = call("fairseq-train", lm_data, *flags, **settings).log("train_inner")
+    assert [step["loss"] for step in again] == losses[MIDDLE:]
+    assert_equal(parameters(folder / "checkpoint_last.pt"), parameters(whole))
+
+    validated = {step["valid_num_updates"]: step["valid_ppl"] for step in result.log("valid")}
+    assert perplexity("whole.pt", lm_data, system) == pytest.approx(validated[UPDATES], abs=0.011)
+    if len(validated) > 2:  # one expert at first
+        before = next(folder.glob(f"checkpoint_*_{BEFORE}.pt")).rename("before.pt")
+        assert parameters(before)["decoder.layers.0.moe.experts.b2"].shape == (1, 32)
+        assert perplexity("before.pt", lm_data, system) == pytest.approx(validated[BEFORE], abs=0.011)
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_one_expert_grows_into_many_with_any_router(router, lm_data):
+    settings = with_router(router)
+    setup, loaded = build(lm_data, **settings), build(lm_data, **settings).model
+    layers = [module for module in setup.model.modules() if hasattr(module, "moe")]
+    trainer = setup.trainer()
+    trainer.begin_epoch(1)
+    losses, fresh = [], {}
+    for batch in setup.batches()[:7]:
+        assert all(layer.moe.spawned == (len(losses) >= 4) for layer in layers)
+        losses.append(float(trainer.train_step([batch])["loss"]))
+        if len(losses) == 4:
+            fresh = {n: p.detach().clone() for n, p in setup.model.named_parameters() if ".router." in n}
+    assert all(map(math.isfinite, losses)) and losses[-1] < losses[0]
+    assert all(len(layer.moe.experts.widths) == 4 for layer in layers)
+    learned = [n for n, p in setup.model.named_parameters() if n in fresh and not torch.equal(p, fresh[n])]
+    assert bool(learned) == bool(fresh)
+
+    loaded.load_state_dict(setup.model.state_dict())
+    loaded.set_num_updates(7), setup.model.set_num_updates(7)
+    with torch.no_grad():
+        ours, theirs = (m.eval()(**batch["net_input"])[0] for m in (setup.model, loaded))
+    assert torch.equal(ours, theirs) and bool(torch.isfinite(ours).all())
+
+
+SIZES = "--decoder-layers 1 --moe-freq 1 --moe-experts 4 --decoder-embed-dim 32 --decoder-input-dim 32"
+SIZES += " --decoder-output-dim 32 --decoder-ffn-embed-dim 48 --tokens-per-sample 16 --batch-size 8"
+
+
+def runner(data, out, *systems, updates=300, wait=True):
+    """Start the runner, and wait for its end."""
+    command = [
+        sys.executable,
+        str(EXAMPLES / "run.py"),
+        str(data),
+        "--out",
+        str(out),
+        "--updates",
+        str(updates),
+    ]
+    command += ["--systems", *map(str, systems), "--", *SIZES.split()]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return process if not wait else (process.communicate()[0], process.returncode)
+
+
+def test_the_runner(lm_data, tmp_path):
+    pytest.importorskip("matplotlib")
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("name: Broken\npaper: none\noptions: {router: switch, top_k: 3}\n")
+    out = tmp_path / "out"
+    log = out / "runs" / "switch-1" / "train.log"
+
+    first = runner(lm_data, out, "switch", broken, "soft", wait=False)
+    while first.poll() is None and not (
+        log.exists() and re.search(r"Saved checkpoint.*_30\.pt", log.read_text())
+    ):
+        time.sleep(0.05)
+    first.send_signal(signal.SIGTERM)
+    first.communicate()
+    assert first.returncode == 143
+    assert not (out / "table.md").exists()
+
+    output, status = runner(lm_data, out, "switch", broken, "soft")
+    text = log.read_text()
+    assert status == 1
+    assert re.search(r"Loaded checkpoint .*checkpoint_last.pt \(epoch \d+ @ \d+ updates\)", text)
+    run = logs.read(log, "valid_loss")
+    assert [point.update for point in run.curve] == list(range(30, 301, 30))
+    table = (out / "table.md").read_text()
+    assert table in output
+    assert (
+        "| Broken (`broken`) | failed: " in table
+        and "--moe-top-k 3 has no effect with --moe-router switch" in table
+    )
+    assert "| Soft MoE (`soft`) | not applicable: a token's output depends on later tokens" in table
+
+    output, status = runner(lm_data, out, "switch", "dense")
+    assert status == 0 and log.read_text() == text
+    with open(out / "table.csv") as file:
+        rows = {row["system"]: row for row in csv.DictReader(file)}
+    assert rows.keys() == {"switch", "dense"}
+    assert float(rows["switch"]["validation perplexity"]) == run.last["valid_ppl"]
+    assert float(rows["dense"]["parameters"]) == float(rows["dense"]["active parameters"])
+    assert all(float(row["peak memory, MiB"]) > 50 and row["error"] == "" for row in rows.values())
+    assert (out / "curves.svg").stat().st_size < 100_000
+
+    output, status = runner(lm_data, out, "switch", updates=40)
+    assert status == 1 and "use another --out" in output
+
+
+def test_the_readme_lists_the_systems():
+    text = (EXAMPLES / "README.md").read_text(encoding="utf-8")
+    command = [sys.executable, str(EXAMPLES / "run.py"), "--list"]
+    listed = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+    found = re.search(r"<!-- systems: .*-->\n(.*?)<!-- /systems -->", text, flags=re.DOTALL)
+    assert all(f"| `{name}` |" in listed for name in SYSTEMS)
+    assert found.group(1) == listed, "README.md: put in what `run.py --list` prints"
