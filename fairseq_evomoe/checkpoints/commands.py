@@ -16,7 +16,7 @@ from .merge import (
     moe_layers_of,
     plan_checkpoint,
 )
-from .saved_optimizer import UnknownLayout, parameter_names
+from .saved_optimizer import UnknownLayout, parameter_keys
 
 
 def merge(arguments: Optional[Sequence[str]] = None) -> None:
@@ -70,14 +70,14 @@ def _merge(args: argparse.Namespace) -> None:
     print(table(plans))
     if args.dry_run:
         return
-    before = _parameters(state["model"])
+    before = _count_parameters(state)
     had_optimizer = state.get("last_optimizer_state") is not None
     kept = merge_checkpoint(state, plans)
     _save(state, args.out)
     most = max(len(layer.widths) for layer in layers)
     print(
         "MoE layers {}, experts {} -> {}, parameters {:,} -> {:,}: {}".format(
-            len(layers), most, args.experts, before, _parameters(state["model"]), args.out
+            len(layers), most, args.experts, before, _count_parameters(state), args.out
         )
     )
     print("to train on, give " + " ".join(_options(state)))
@@ -176,7 +176,7 @@ def consolidate(arguments: Optional[Sequence[str]] = None) -> None:
             raise MergeError(f"{args.checkpoint} has all experts already: there is nothing to do.")
         state = _load(args.checkpoint)
         _save(state, args.out)
-        print("{:,} parameters: {}".format(_parameters(state["model"]), args.out))
+        print("{:,} parameters: {}".format(_count_parameters(state), args.out))
 
     _exit_with_error(parser, run)
 
@@ -247,8 +247,8 @@ def table(plans: List[LayerMerge]) -> str:
     return "\n".join(lines)
 
 
-def _parameters(model: Dict[str, torch.Tensor]) -> int:
-    return sum(model[name].numel() for name in parameter_names(model))
+def _count_parameters(state: Dict[str, Any]) -> int:
+    return sum(state["model"][key].numel() for key in parameter_keys(state))
 
 
 def _options(state: Dict[str, Any]) -> List[str]:

@@ -2,15 +2,14 @@
 
 from argparse import Namespace
 from dataclasses import dataclass
-from typing import Any, Dict, List, Optional
+from typing import Any, Collection, Dict, List, Optional, Set
 
 import torch
 from torch import Tensor
 
 from ..evolution.merge import Merge, MergeError, plan_merge, weight_similarity
 from ..evolution.sizes import expert_widths, size_ratios
-from .optimizer_state import ParameterState
-from .saved_optimizer import by_parameter, flatten
+from .saved_optimizer import LAYOUT, Layout, find_layout, replace_rows
 
 _END = ".moe.experts.b2"
 
@@ -219,84 +218,81 @@ def merge_checkpoint(state: Dict[str, Any], plans: List[LayerMerge]) -> bool:
     """
     experts = max(len(plan.merge.groups) for plan in plans if plan.merge is not None)
     changed = new_options(model_options(state), plans, experts)
-    optimizer = state.get("last_optimizer_state")
-    kept = optimizer is None or merge_optimizer(optimizer, state["model"], plans)
-    if not kept:
-        del state["last_optimizer_state"]
+    layout = find_layout(state)
+    kept = layout is not None and _merge_optimizer(state, layout, plans)
     extra = state.get("extra_state") or {}
     extra.pop("best", None)
     for tensors in (state["model"], extra.get("ema"), extra.get("ema_fp32_params")):
         if tensors is not None:
             _merge_tensors(tensors, plans)
+    if layout is None:
+        state.pop("last_optimizer_state", None)
+        state.pop(LAYOUT, None)
+    else:
+        state[LAYOUT] = _merged_layout(layout, state["model"], plans).as_dict()
     for options in (state.get("args"), (state.get("cfg") or {}).get("model")):
         if options is not None:
             (vars(options) if isinstance(options, Namespace) else options).update(changed)
-    return kept and optimizer is not None
+    return kept
+
+
+def _merge_optimizer(state: Dict[str, Any], layout: Layout, plans: List[LayerMerge]) -> bool:
+    """Merge the optimizer's state in a checkpoint whose model is not merged yet, if it has one."""
+    if state.get("last_optimizer_state") is None:
+        return False
+    merged = _merged_keys(layout.keys, plans)
+
+    def change(key: str, rows: Tensor) -> Tensor:
+        return _new_tensor(key, rows, merged[key]) if key in merged else rows
+
+    state["last_optimizer_state"] = replace_rows(
+        state["last_optimizer_state"], layout, state["model"], change, _dropped_keys(layout.keys, plans)
+    )
+    return True
+
+
+def _merged_layout(layout: Layout, model: Dict[str, Tensor], plans: List[LayerMerge]) -> Layout:
+    """What a layout becomes once the model's tensors are merged."""
+    dropped = _dropped_keys(layout.keys, plans)
+    sizes = {key: size for key, size in zip(layout.keys, layout.sizes) if key not in dropped}
+    sizes.update({key: model[key].numel() for key in sizes if key in model})
+    return Layout(list(sizes), list(sizes.values()), layout.flat)
 
 
 def _merge_tensors(tensors: Dict[str, Tensor], plans: List[LayerMerge]) -> None:
-    for name, plan in _merged_names(tensors, plans).items():
-        new = _new_tensor(name, tensors[name], plan)
-        if new is None:
-            del tensors[name]
-        else:
-            tensors[name] = new
+    for key in _dropped_keys(tensors, plans):
+        del tensors[key]
+    for key, plan in _merged_keys(tensors, plans).items():
+        tensors[key] = _new_tensor(key, tensors[key], plan)
 
 
-def _merged_names(names: Any, plans: List[LayerMerge]) -> Dict[str, LayerMerge]:
-    """The names of tensors that belong to merged layers, and what is done to them."""
+def _dropped_keys(keys: Collection[str], plans: List[LayerMerge]) -> Set[str]:
+    """The keys of the tensors that are needed no more: a single expert has no router."""
+    alone = tuple(
+        f"{plan.layer.name}.moe.router."
+        for plan in plans
+        if plan.merge is not None and len(plan.merge.groups) == 1
+    )
+    return {key for key in keys if key.startswith(alone)}
+
+
+def _merged_keys(keys: Collection[str], plans: List[LayerMerge]) -> Dict[str, LayerMerge]:
+    """The keys of the tensors that belong to merged layers, and what is done to them."""
     found = {}
     for plan in plans:
         prefix = plan.layer.name + ".moe."
         if plan.merge is not None:
-            found.update({name: plan for name in names if name.startswith(prefix)})
+            found.update({key: plan for key in keys if key.startswith(prefix)})
         else:
-            origin = prefix + "router.origin_E"
-            found.update({name: plan for name in names if name == origin})
+            found.update({key: plan for key in keys if key == prefix + "router.origin_E"})
     return found
 
 
-def _new_tensor(name: str, old: Tensor, plan: LayerMerge) -> Optional[Tensor]:
-    """A tensor of a merged layer; ``None``: it is needed no more."""
-    key = name[len(plan.layer.name + ".moe.") :]
+def _new_tensor(key: str, old: Tensor, plan: LayerMerge) -> Tensor:
+    """A tensor of a merged layer, or a statistic with a row for each of its rows."""
     if plan.merge is None:  # dynmoe's numbers of the first experts, of which there are fewer now
         return torch.arange(len(old)).to(old)
-    if len(plan.merge.groups) == 1 and key.startswith("router."):
-        return None
-    return plan.merge.tensor(key, old)
-
-
-def merge_optimizer(optimizer: Dict[str, Any], model: Dict[str, Tensor], plans: List[LayerMerge]) -> bool:
-    """Merge an optimizer's statistics as the weights are merged, in place.
-
-    Args:
-        optimizer: what its ``state_dict`` gave.
-        model: the model's tensors before they are merged.
-        plans: what is done to them.
-
-    Returns:
-        whether it was possible; if not, nothing is changed.
-    """
-    found = by_parameter(optimizer, model)
-    if found is None:
-        return False
-    names, states, flat = found.names, found.states, found.flat
-    merged = []
-    changed = _merged_names(names, plans)
-    for name, statistics in zip(names, states):
-        if name not in changed:
-            merged.append(statistics)
-        elif _new_tensor(name, model[name], changed[name]) is not None:
-
-            def change(x: Tensor, name: str = name) -> Tensor:
-                return _new_tensor(name, x, changed[name])
-
-            merged.append(ParameterState(statistics).apply(change, change).statistics)
-    if flat:
-        merged = [flatten(merged)]
-    optimizer["param_groups"][0]["params"] = list(range(len(merged)))
-    optimizer["state"] = {i: statistics for i, statistics in enumerate(merged) if statistics}
-    return True
+    return plan.merge.tensor(key[len(plan.layer.name + ".moe.") :], old)
 
 
 def new_options(options: Any, plans: List[LayerMerge], experts: int) -> Dict[str, Any]:

@@ -23,8 +23,7 @@ from ..models.feed_forward import CheckpointMismatch
 from ..moe.loading import WIDTHS_OF_SHARD
 from ..moe.ranks import ALONE, Ranks
 from ..moe.sharding import concat_experts, deal_experts, rows_per_expert, take_experts
-from .optimizer_state import Layout, replace
-from .saved_optimizer import layout_of_checkpoint
+from .saved_optimizer import LAYOUT, Layout, need_layout, replace
 
 INDEX, EXPERTS = "moe_shards", "moe_experts"
 """Keys of a file's index and of its experts."""
@@ -45,8 +44,8 @@ class Index:
         update: number of updates that the model has made.
         widths: hidden units of each expert, by layer.
         experts_of: numbers of the experts in each file, by layer.
-        layout: of the optimizer's state in the first file, from which the experts' is cut out; ``None`` if it
-            has none.
+        layout: of the optimizer's state in the first file, before the experts' was cut out of it; ``None`` if
+            it is not known, and then there is no such state.
     """
 
     name: str
@@ -62,14 +61,14 @@ class Index:
 
     def as_dict(self) -> Dict[str, Any]:
         """Plain values, which torch loads without trusting the file."""
-        layout = None if self.layout is None else dict(vars(self.layout))
+        layout = None if self.layout is None else self.layout.as_dict()
         return dict(vars(self), layout=layout)
 
     @classmethod
     def from_dict(cls, values: Dict[str, Any]) -> "Index":
         """The inverse of ``as_dict``."""
         layout = values["layout"]
-        return cls(**dict(values, layout=None if layout is None else Layout(**layout)))
+        return cls(**dict(values, layout=None if layout is None else Layout.from_dict(layout)))
 
 
 @dataclass
@@ -114,20 +113,21 @@ def suffix_of(number: int) -> str:
     return f"-experts{number}" if number > 0 else ""
 
 
-def file_of(state: Dict[str, Any], index: Index, number: int, share: Shard) -> Dict[str, Any]:
+def file_of(state: Dict[str, Any], index: Index, number: int, shard: Shard) -> Dict[str, Any]:
     """What a file of a set holds.
 
     Args:
         state: what ``Trainer.state_dict()`` returns; of its experts nothing is used.
         index: of the set.
         number: of the file.
-        share: its experts.
+        shard: its experts.
     """
-    own = {INDEX: index.as_dict(), "moe_shard": number, EXPERTS: dict(vars(share))}
+    of_file = {INDEX: index.as_dict(), "moe_shard": number, EXPERTS: dict(vars(shard))}
     if number > 0:
-        return dict(own, extra_state={})  # fairseq writes something there
+        return dict(of_file, extra_state={})  # fairseq writes something there
     state = _without_experts(state, index)
-    return dict(state, **own)
+    state.pop(LAYOUT, None)  # the index has it
+    return dict(state, **of_file)
 
 
 def _without_experts(state: Dict[str, Any], index: Index) -> Dict[str, Any]:
@@ -208,20 +208,20 @@ def assemble(state: Dict[str, Any], path: str, ranks: Ranks = ALONE) -> None:
             "{} has a part of the experts of a checkpoint: give its first file, without {} in its "
             "name.".format(path, suffix_of(1)[:-1] + "N")
         )
-    shares = [Shard(**state.pop(EXPERTS))]
-    shares += [_read_shard(path, index, number) for number in range(1, index.files)]
-    for number, share in enumerate(shares):
-        _check_shard(share, shares[0], index, number, path_of(path, number))
+    parts = [Shard(**state.pop(EXPERTS))]
+    parts += [_read_shard(path, index, number) for number in range(1, index.files)]
+    for number, shard in enumerate(parts):
+        _check_shard(shard, parts[0], index, number, path_of(path, number))
 
-    def join(key: str, tensors: Sequence[Tensor]) -> Tensor:
+    def concat(key: str, tensors: Sequence[Tensor]) -> Tensor:
         layer = layer_of(key)
         widths = index.widths[layer]
         wanted = deal_experts(widths, ranks.parallel)[ranks.group_rank] if ranks.parallel > 1 else None
         return concat_experts(name_of(key), tensors, widths, index.experts_of[layer], wanted)
 
     def fill(tensors: Dict[str, Tensor], kind: str) -> None:
-        parts = [getattr(share, kind) for share in shares]
-        tensors.update({key: join(key, [part[key] for part in parts]) for key in parts[0]})
+        of_files = [getattr(shard, kind) for shard in parts]
+        tensors.update({key: concat(key, [each[key] for each in of_files]) for key in of_files[0]})
 
     extra = state.get("extra_state") or {}
     for tensors, kind in ((state["model"], "model"), (extra.get("ema"), "ema")):
@@ -232,16 +232,24 @@ def assemble(state: Dict[str, Any], path: str, ranks: Ranks = ALONE) -> None:
                     tensors[f"{layer}.moe.{WIDTHS_OF_SHARD}"] = torch.tensor(widths)
     if extra.get("ema_fp32_params") is not None:
         fill(extra["ema_fp32_params"], "ema_fp32")
-    if state.get("last_optimizer_state") is not None and index.layout is not None:
+    if index.layout is None:
+        return
+    if state.get("last_optimizer_state") is not None:
 
         def statistic(key: str, name: str, value: Tensor) -> Tensor:
-            if not is_expert(key):
-                return value
-            return join(key, [share.optimizer[key][name] for share in shares])
+            return concat(key, [shard.optimizer[key][name] for shard in parts]) if is_expert(key) else value
 
         state["last_optimizer_state"] = replace(
             state["last_optimizer_state"], cut_layout(index.layout), statistic
         )
+    state[LAYOUT] = _filled_layout(index.layout, state["model"]).as_dict()
+
+
+def _filled_layout(layout: Layout, model: Dict[str, Tensor]) -> Layout:
+    """A layout of a state with the experts that the model has."""
+    pairs = zip(layout.keys, layout.sizes)
+    sizes = [model[key].numel() if is_expert(key) else size for key, size in pairs]
+    return Layout(layout.keys, sizes, layout.flat)
 
 
 def _read_shard(path: str, index: Index, number: int) -> Shard:
@@ -267,12 +275,12 @@ def _load_lazily(path: str) -> Dict[str, Any]:
     return torch.load(PathManager.get_local_path(path), map_location="cpu", **lazily)
 
 
-def _check_shard(share: Shard, first: Shard, index: Index, number: int, path: str) -> None:
+def _check_shard(shard: Shard, first: Shard, index: Index, number: int, path: str) -> None:
     for layer, widths in index.widths.items():
-        own = index.experts_of[layer][number]
+        experts = index.experts_of[layer][number]
         keys = {key for key in first.model if layer_of(key) == layer}
-        rows = {key: sum(rows_per_expert(name_of(key), [widths[e] for e in own])) for key in keys}
-        found = {key: len(tensor) for key, tensor in share.model.items() if layer_of(key) == layer}
+        rows = {key: sum(rows_per_expert(name_of(key), [widths[e] for e in experts])) for key in keys}
+        found = {key: len(tensor) for key, tensor in shard.model.items() if layer_of(key) == layer}
         if found != rows:
             raise DamagedCheckpoint(
                 f"{path} has other experts of {layer} than the checkpoint's index says: it is damaged."
@@ -280,7 +288,7 @@ def _check_shard(share: Shard, first: Shard, index: Index, number: int, path: st
 
 
 def split_state(state: Dict[str, Any], index: Index, number: int) -> Shard:
-    """The share of one file in the state of a checkpoint that has all experts.
+    """The experts of one file, out of the state of a checkpoint that has all.
 
     Args:
         state: of a whole checkpoint.
@@ -296,17 +304,17 @@ def split_state(state: Dict[str, Any], index: Index, number: int) -> Shard:
         return take_experts(name_of(key), whole, index.widths[layer], index.experts_of[layer][number])
 
     extra = state.get("extra_state") or {}
-    share = Shard(cut(state["model"]), {}, cut(extra.get("ema")), cut(extra.get("ema_fp32_params")))
+    shard = Shard(cut(state["model"]), {}, cut(extra.get("ema")), cut(extra.get("ema_fp32_params")))
     if state.get("last_optimizer_state") is not None and index.layout is not None:
 
         def collect(key: str, name: str, value: Tensor) -> Tensor:
             if is_expert(key):
                 shape = state["model"][key].shape
-                share.optimizer.setdefault(key, {})[name] = take(key, value.view(shape))
+                shard.optimizer.setdefault(key, {})[name] = take(key, value.view(shape))
             return value
 
         replace(state["last_optimizer_state"], index.layout, collect)
-    return share
+    return shard
 
 
 def write(state: Dict[str, Any], widths: Dict[str, List[int]], files: int, path: str) -> List[str]:
@@ -331,7 +339,7 @@ def write(state: Dict[str, Any], widths: Dict[str, List[int]], files: int, path:
         update,
         widths,
         {layer: deal_experts(layer_widths, files) for layer, layer_widths in widths.items()},
-        layout_of_checkpoint(state),
+        need_layout(state),
     )
     paths = [path_of(path, number) for number in range(files)]
     for number in reversed(range(files)):  # the first is written when the others are there

@@ -22,6 +22,7 @@ from ..moe import MoELayer
 from ..moe.ranks import ALONE
 from ..moe.sharding import deal_experts, rows_per_expert
 from . import optimizer_state, shards
+from .saved_optimizer import LAYOUT, Layout, replace
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +43,7 @@ class WholeExperts:
     ema: Dict[str, Tensor] = field(default_factory=dict)
     ema_fp32: Dict[str, Tensor] = field(default_factory=dict)
 
-    def fill(self, state: Dict[str, Any], layout: optimizer_state.Layout) -> None:
+    def fill(self, state: Dict[str, Any], layout: Layout) -> None:
         """Replace this rank's experts in a state of fairseq's Trainer by all experts.
 
         Args:
@@ -56,15 +57,15 @@ class WholeExperts:
         if "ema_fp32_params" in extra:
             extra["ema_fp32_params"] = {**extra["ema_fp32_params"], **self.ema_fp32}
         if state.get("last_optimizer_state") is not None:
-            state["last_optimizer_state"] = optimizer_state.replace(
+            state["last_optimizer_state"] = replace(
                 state["last_optimizer_state"],
                 layout,
-                lambda key, name, own: self.optimizer.get(key, {}).get(name, own),
+                lambda key, name, local: self.optimizer.get(key, {}).get(name, local),
             )
 
 
-def own_statistics(trainer: Trainer) -> Dict[str, Dict[str, Tensor]]:
-    """The optimizer's statistics of the split parameters, by key and name, of this rank's rows."""
+def local_statistics(trainer: Trainer) -> Dict[str, Dict[str, Tensor]]:
+    """The optimizer's statistics of the sharded parameters, by key and name, of this rank's rows."""
     if trainer.cfg.checkpoint.no_save_optimizer_state:
         return {}
     states = optimizer_state.read(trainer.optimizer)
@@ -86,13 +87,13 @@ def gather_whole(trainer: Trainer) -> WholeExperts:
     ranks = ranks_of(model)
     if ranks.rank >= ranks.parallel:  # these have copies
         return whole
-    statistics = own_statistics(trainer)
+    statistics = local_statistics(trainer)
     ema = trainer.ema if trainer.cfg.ema.store_ema else None
     ema_tensors = {} if ema is None else ema.get_model().state_dict()
     for key, moe, name, parameter in sharded_parameters(model):
         _gather_into(whole.model, key, moe, name, parameter.detach())
-        for statistic, own in statistics.get(key, {}).items():
-            _gather_into(whole.optimizer.setdefault(key, {}), statistic, moe, name, own)
+        for statistic, local in statistics.get(key, {}).items():
+            _gather_into(whole.optimizer.setdefault(key, {}), statistic, moe, name, local)
         if ema is not None:
             _gather_into(whole.ema, key, moe, name, ema_tensors[key])
             if key in ema.fp32_params:
@@ -100,8 +101,8 @@ def gather_whole(trainer: Trainer) -> WholeExperts:
     return whole
 
 
-def _gather_into(result: Dict[str, Tensor], key: str, moe: MoELayer, name: str, own: Tensor) -> None:
-    tensor = moe.gather_rows(name, own, to=0)
+def _gather_into(result: Dict[str, Tensor], key: str, moe: MoELayer, name: str, local: Tensor) -> None:
+    tensor = moe.gather_rows(name, local, to=0)
     if tensor is not None:
         result[key] = tensor.cpu()
 
@@ -128,17 +129,17 @@ def shard_of(trainer: Trainer, state: Dict[str, Any], name: str) -> Dict[str, An
         trainer.get_num_updates(),
         layers,
         {layer: deal_experts(widths, ranks.parallel) for layer, widths in layers.items()},
-        None if trainer.cfg.checkpoint.no_save_optimizer_state else layout_of(trainer),
+        layout_of(trainer),
     )
     extra = state["extra_state"]
     pick = lambda tensors: {k: x for k, x in tensors.items() if shards.is_expert(k)}  # noqa: E731
-    share = shards.Shard(
+    shard = shards.Shard(
         pick(state["model"]),
-        own_statistics(trainer),
+        local_statistics(trainer),
         pick(extra.get("ema", {})),
         pick(extra.get("ema_fp32_params", {})),
     )
-    return shards.file_of(state, index, ranks.group_rank, share)
+    return shards.file_of(state, index, ranks.group_rank, shard)
 
 
 @contextlib.contextmanager
@@ -159,10 +160,10 @@ def loading(trainer: Trainer, path: str) -> Iterator[str]:
         path = _of_first_rank(trainer, _heal, path)
     options = trainer.cfg.checkpoint
     on_all_ranks = options.load_checkpoint_on_all_dp_ranks
-    share = ranks.parallel > 1 and PathManager.exists(shards.path_of(path, 1))
+    sharded = ranks.parallel > 1 and PathManager.exists(shards.path_of(path, 1))
     try:
-        options.load_checkpoint_on_all_dp_ranks = on_all_ranks or share
-        with shards.received_by(ranks if share else ALONE):
+        options.load_checkpoint_on_all_dp_ranks = on_all_ranks or sharded
+        with shards.received_by(ranks if sharded else ALONE):
             yield path
     except shards.DamagedCheckpoint as error:
         whole = shards.newest_whole(path)
@@ -218,29 +219,40 @@ def _of_first_rank(trainer: Trainer, function: Callable[[Any], Any], argument: A
     return result[0]
 
 
-def layout_of(trainer: Trainer, whole: bool = False) -> optimizer_state.Layout:
+def layout_of(trainer: Trainer, all_experts: bool = False) -> Layout:
     """The layout of the state of a Trainer's optimizer.
 
     Args:
         trainer: fairseq's.
-        whole: whether the state has all experts instead of this rank's.
+        all_experts: whether the state is of all experts instead of this rank's.
     """
-    named = {}
-    for module in (trainer.get_model(), trainer.get_criterion()):
-        named.update({parameter: key for key, parameter in module.named_parameters()})
-    sizes = {key: _whole_size(moe, p, name) for key, moe, name, p in sharded_parameters(trainer.get_model())}
+    key_of = {parameter: key for key, parameter in trainer.get_model().named_parameters()}
+    for key, parameter in trainer.get_criterion().named_parameters():
+        key_of.setdefault(parameter, "criterion." + key)
+    sharded = {key: (moe, name) for key, moe, name, _ in sharded_parameters(trainer.get_model())}
     parameters = optimizer_state.in_order(trainer.optimizer)
-    keys = [named[parameter] for parameter in parameters]
-    own = [parameter.numel() for parameter in parameters]
-    return optimizer_state.Layout(
-        keys,
-        [sizes.get(key, size) for key, size in zip(keys, own)] if whole else own,
-        optimizer_state.is_flat(trainer.optimizer),
-    )
+    keys, sizes = [key_of[p] for p in parameters], [p.numel() for p in parameters]
+    if all_experts:
+        sizes = [
+            _size_of_all_experts(*sharded[key], parameter) if key in sharded else size
+            for key, parameter, size in zip(keys, parameters, sizes)
+        ]
+    return Layout(keys, sizes, optimizer_state.is_flat(trainer.optimizer))
 
 
-def _whole_size(moe: MoELayer, parameter: Tensor, name: str) -> int:
+def _size_of_all_experts(moe: MoELayer, name: str, parameter: Tensor) -> int:
     return sum(rows_per_expert(name, moe.experts.widths)) * math.prod(parameter.shape[1:])
+
+
+def note_layout(trainer: Trainer, state: Dict[str, Any]) -> None:
+    """Say in a checkpoint of a model with MoE layers which part of the optimizer's state is whose.
+
+    Args:
+        trainer: fairseq's.
+        state: what is saved in one file, of all experts; of several files the index says it.
+    """
+    if any(True for _ in moe_layers(trainer.get_model())) and shards.INDEX not in state:
+        state[LAYOUT] = layout_of(trainer, all_experts=True).as_dict()
 
 
 def local_optimizer_state(trainer: Trainer, state_dict: Dict[str, Any]) -> Dict[str, Any]:
@@ -248,17 +260,17 @@ def local_optimizer_state(trainer: Trainer, state_dict: Dict[str, Any]) -> Dict[
 
     A state that has this rank's part already stays as it is.
     """
-    split = {key: (moe, name, p) for key, moe, name, p in sharded_parameters(trainer.get_model())}
+    sharded = {key: (moe, name, p) for key, moe, name, p in sharded_parameters(trainer.get_model())}
 
-    def share(key: str, _: str, whole: Tensor) -> Tensor:
-        if key not in split:
-            return whole
-        moe, name, parameter = split[key]
-        if whole.numel() == parameter.numel():
-            return whole
-        return moe.local_rows(name, whole.view((-1,) + parameter.shape[1:]))
+    def local(key: str, _: str, statistic: Tensor) -> Tensor:
+        if key not in sharded:
+            return statistic
+        moe, name, parameter = sharded[key]
+        if statistic.numel() == parameter.numel():
+            return statistic
+        return moe.local_rows(name, statistic.view((-1,) + parameter.shape[1:]))
 
-    return optimizer_state.replace(state_dict, layout_of(trainer, whole=True), share)
+    return replace(state_dict, layout_of(trainer, all_experts=True), local)
 
 
 def local_tensors(model: nn.Module, tensors: Dict[str, Tensor]) -> Dict[str, Tensor]:

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from ..checkpoints import whole as checkpoints
 from ..models.feed_forward import MoEModel, moe_layers
 from ..models.requirements import check_batch, check_names
-from ..moe import Router
+from ..moe import Router, record
+from ..moe.recorder import Record
 from ..patching import Patches, wrap
 from . import checkpoint_hooks, ema, growth, ranks
 from .checks import check_before_trainer, check_optimizer, check_run, settle_options
@@ -111,13 +112,15 @@ def update(
     run.in_update = True
     try:
         # a rank that gives up a batch for want of memory would leave the others waiting
-        result = original(trainer, samples, raise_oom or ranks.ranks_of(model).size > 1)
+        with record() as run.routings:
+            result = original(trainer, samples, raise_oom or ranks.ranks_of(model).size > 1)
     except FloatingPointError as error:
         if not run.broken:
             raise
         raise FloatingPointError(f"{error}: NaN or Inf in {', '.join(run.broken)}") from error
     finally:
         run.in_update = False
+        run.routings = Record()
     updated = trainer.get_num_updates() > before
     commit_statistics(trainer, updated)
     if updated:

@@ -21,6 +21,7 @@ from ..models.feed_forward import MoEFeedForward, moe_layers
 from ..models.layers import keep_from_ddp, ranks_of, sharded_parameters
 from ..moe.ranks import Ranks
 from ..moe.sharding import rows_per_expert
+from .state import RunState
 
 
 def attach_ranks(cfg: FairseqConfig, model: nn.Module) -> None:
@@ -99,7 +100,8 @@ def broken_parts(trainer: Trainer) -> List[str]:
     causes, gradients = [], []
     for layer_name, layer in moe_layers(model):
         moe = layer.moe
-        entropy = None if moe.routing is None else moe.routing.gate_entropy
+        routing = RunState.of(trainer).routings.get(moe)
+        entropy = None if routing is None else routing.gate_entropy
         if entropy is not None and not torch.isfinite(entropy):
             causes.append(f"the gate of {layer_name}")
         if moe.router is None:

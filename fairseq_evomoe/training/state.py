@@ -6,6 +6,7 @@ from typing import List, Optional
 from fairseq.trainer import Trainer
 
 from ..checkpoints.whole import WholeExperts
+from ..moe.recorder import Record
 
 
 @dataclass
@@ -15,6 +16,7 @@ class RunState:
     Attributes:
         in_update: whether ``train_step`` is under way, so that whatever is saved is a crash.
         broken: what of the MoE layers had NaN or Inf in the last update; see ``ranks.broken_parts``.
+        routings: how the layers have routed in the update that is under way.
         last_counted: the update whose statistics were taken in last.
         gathered: all experts, for the checkpoint that is being saved in one file.
         shards: name of the set of files that is being saved, if the checkpoint is one.
@@ -22,6 +24,7 @@ class RunState:
 
     in_update: bool = False
     broken: List[str] = field(default_factory=list)
+    routings: Record = field(default_factory=Record)
     last_counted: Optional[int] = None
     gathered: Optional[WholeExperts] = None
     shards: Optional[str] = None

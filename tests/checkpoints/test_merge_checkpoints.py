@@ -1,5 +1,6 @@
 """`evomoe merge`: checkpoints that load everywhere, their optimizer's state too."""
 
+import copy
 import re
 import subprocess
 import sys
@@ -9,17 +10,17 @@ import pytest
 import torch
 
 from fairseq_evomoe.checkpoints.commands import merge
+from fairseq_evomoe.checkpoints.guessed_layout import guessed_keys
 from fairseq_evomoe.checkpoints.merge import (
     Layer,
     LayerMerge,
     merge_checkpoint,
-    merge_optimizer,
     model_options,
     moe_layers_of,
     plan_checkpoint,
 )
 from fairseq_evomoe.checkpoints.observe import observe
-from fairseq_evomoe.checkpoints.saved_optimizer import parameter_names
+from fairseq_evomoe.checkpoints.saved_optimizer import LAYOUT, Layout, parameter_keys
 from fairseq_evomoe.evolution.merge import plan_merge, weight_similarity
 from fairseq_evomoe.models import make
 from support.cli import LM, TRANSLATION, USER_DIR, build, call
@@ -31,7 +32,7 @@ EVALUATION = {"user_dir": USER_DIR, "batch_size": 8, "num_workers": 0}
 def copies_in(path, target, groups, permuted=False):
     """A checkpoint whose experts are copies of each other in these groups, and the optimizer's state too."""
     state = torch.load(path)
-    names = parameter_names(state["model"])
+    names = parameter_keys(state)
     for name in [n for n in state["model"] if ".moe." in n]:
         tensor, number = state["model"][name], names.index(name)
         experts = sum(map(len, groups))
@@ -96,7 +97,7 @@ def test_training_goes_on_with_the_optimizer_s_state(lm_data, small_lm, tmp_path
     trainer = setup.trainer()
     trainer.load_checkpoint(str(small_lm[1]))
     before = torch.load(small_lm[0])
-    names, old = parameter_names(before["model"]), before["last_optimizer_state"]["state"]
+    names, old = parameter_keys(before), before["last_optimizer_state"]["state"]
     assert trainer.get_num_updates() == 4
     for name, parameter in setup.model.named_parameters():
         found = trainer.optimizer.optimizer.state[parameter]
@@ -139,7 +140,7 @@ def test_shared_parameters_are_numbered_once_and_buffers_not_at_all():
     embedding, zeros = torch.randn(4, 3), torch.zeros(3)
     model = {"embed.weight": embedding, "a.bias": zeros, "b.bias": zeros.clone(), "x.version": torch.ones(1)}
     model.update({"router.table_V": torch.arange(4), "output.weight": embedding.clone()})
-    assert parameter_names(model) == ["embed.weight", "a.bias", "b.bias"]
+    assert guessed_keys(model) == ["embed.weight", "a.bias", "b.bias"]
 
 
 def test_old_checkpoints_with_a_namespace(lm):
@@ -196,7 +197,8 @@ def test_layers_in_which_dynmoe_has_fewer_experts_stay(lm_data, tmp_path, capsys
     assert perplexity(lm_data, tmp_path / "small.pt") > 1
 
 
-def test_flat_optimizer_states_are_merged():
+@pytest.mark.parametrize("layout", [True, False], ids=["with its layout", "of an old checkpoint"])
+def test_flat_optimizer_states_are_merged(layout):
     tensors = tensors_of(experts_of([3] * 4))
     model = {"a.weight": torch.randn(2, 3), **{"l.moe.experts." + name: x for name, x in tensors.items()}}
     model["l.moe.router.weight"] = torch.randn(4, 5)
@@ -204,20 +206,29 @@ def test_flat_optimizer_states_are_merged():
     plans = [LayerMerge(Layer("l", {}, [3] * 4), torch.eye(4), plan)]
     values = {name: torch.randn_like(x) for name, x in model.items()}
     flat = torch.cat([x.flatten().double() for x in values.values()])
-    optimizer = {
+    state = {"model": dict(model), "cfg": {"model": {"moe_experts": 4}}}
+    state["last_optimizer_state"] = {
         "state": {0: {"step": 7, "exp_avg": flat}},
         "param_groups": [{"params": [0]}],
         "loss_scale": 4,
     }
-    assert merge_optimizer(optimizer, model, plans)
+    broken = copy.deepcopy(state)
+    if layout:
+        state[LAYOUT] = Layout(list(model), [x.numel() for x in model.values()], True).as_dict()
+        broken[LAYOUT] = state[LAYOUT]
+    assert merge_checkpoint(state, plans)
     expected = [
         plan.tensor(name[6:], x.double()) if ".moe." in name else x.double() for name, x in values.items()
     ]
-    found = optimizer["state"][0]
-    assert found["step"] == 7 and optimizer["loss_scale"] == 4
-    assert torch.allclose(found["exp_avg"], torch.cat([x.flatten() for x in expected]), atol=1e-10)
-    optimizer["state"][0]["exp_avg"] = flat[:-1]
-    assert not merge_optimizer(optimizer, model, plans)
+    found = state["last_optimizer_state"]
+    assert found["loss_scale"] == 4 and found["state"][0]["step"] == 7
+    assert torch.allclose(
+        found["state"][0]["exp_avg"], torch.cat([x.flatten() for x in expected]), atol=1e-10
+    )
+    assert state[LAYOUT] == {"keys": list(model), "sizes": [x.numel() for x in expected], "flat": True}
+    broken["last_optimizer_state"]["state"][0]["exp_avg"] = flat[:-1]
+    assert not merge_checkpoint(broken, plans)
+    assert "last_optimizer_state" not in broken and LAYOUT not in broken
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ import torch
 from fairseq import checkpoint_utils
 
 from fairseq_evomoe.checkpoints import commands as cli
+from fairseq_evomoe.checkpoints.saved_optimizer import LAYOUT
 from fairseq_evomoe.checkpoints.shards import DamagedCheckpoint, newest_whole
 from support.cli import assert_equal, call, run
 from support.parallel import RANKS, SENTENCES
@@ -73,7 +74,7 @@ def load(path, ema=True):
         tensors.update({name: state["extra_state"][name] for name in ("ema", "ema_fp32_params")})
     for name, of_model in tensors.items():
         tensors[name] = {k: x for k, x in of_model.items() if not k.endswith("_float_tensor")}
-    return {**tensors, "optimizer": state["last_optimizer_state"]}
+    return {**tensors, "optimizer": state["last_optimizer_state"], "layout": state[LAYOUT]}
 
 
 def test_several_files_hold_what_one_does(saved):
