@@ -4,11 +4,11 @@ from unittest import mock
 
 import pytest
 import torch
-from cli import LM, build
 
 from fairseq_evomoe.checkpoints import optimizer_state
 from fairseq_evomoe.checkpoints.commands import merge, reshard
 from fairseq_evomoe.checkpoints.saved_optimizer import LAYOUT, Layout
+from support.cli import LM, build
 
 GROWN = {**LM, "moe_spawn_update": 0}
 EMA = {"store_ema": True, "ema_fp32": True}

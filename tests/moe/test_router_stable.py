@@ -220,7 +220,7 @@ def test_the_light_router_learns_the_assignment():
         optimizer.step()
     expected = router.eval()(embedding, context).expert_N
     assert len(set(expected.tolist())) > 1
-    context.hard = True
+    context = RoutingContext(token_T=torch.arange(V), hard=True)
     assert torch.equal(router(embedding, context).expert_N, expected)
 
 
