@@ -343,13 +343,10 @@ def test_the_mathematics_need_no_fairseq():
 import sys
 sys.modules["fairseq"] = None  # as if it were not installed
 import torch
-from fairseq_evomoe.evolution.spawn import Spawn
-from fairseq_evomoe.moe import ROUTERS, Experts, MoELayer, RoutingContext
-layer = MoELayer(Experts(4, [8]), 2, lambda: ROUTERS["dts"](4, 2), Spawn(2))
-for p in layer.parameters():
-    torch.nn.init.ones_(p)
+from fairseq_evomoe.moe import MoELayer
+layer = MoELayer(4, 8, experts=2, router="dts")
 layer.spawn()
-output = layer(torch.ones(3, 4), RoutingContext())
+output = layer(torch.ones(3, 4))
 print(output.shape == (3, 4), [name for name in sys.modules if name.startswith("fairseq.")])
 """
     assert python(code, path=[ROOT]) == "True []"

@@ -9,10 +9,8 @@ import torch
 from timing import clean_up, interleave, peak_memory, ratios, step
 from torch import nn
 
-from fairseq_evomoe.evolution.spawn import Spawn
-from fairseq_evomoe.moe import Experts, MoELayer, Routing, RoutingContext
+from fairseq_evomoe.moe import Experts, MoELayer, Routing, RoutingContext, record
 from fairseq_evomoe.moe.dispatch.local import dispatch
-from fairseq_evomoe.moe.routers import DenseToSparseRouter
 
 
 @dataclass
@@ -113,17 +111,10 @@ def arithmetic(size: Size, experts: int) -> list[int]:
 
 def layer_of(size: Size, experts: int, spawned: bool = True) -> MoELayer:
     """A whole layer with its Dense-To-Sparse gate."""
-    base = Experts(size.dim, [size.hidden])
-    base.set_expert(0, nn.Linear(size.dim, size.hidden), nn.Linear(size.hidden, size.dim))
-
-    def router() -> DenseToSparseRouter:
-        gate = DenseToSparseRouter(size.dim, experts, gate_noise="always")  # as published
-        gate.initialize(torch.Generator().manual_seed(0))
-        return gate
-
-    layer = MoELayer(base, experts, router, Spawn(experts, method="copy")).to(**size.like)
+    # noise as published
+    layer = MoELayer(size.dim, size.hidden, experts, "dts", gate_noise="always").to(**size.like)
     if spawned:
-        layer.spawn()
+        layer.spawn("copy")
     return layer
 
 
@@ -132,9 +123,10 @@ def whole(size: Size, layer: MoELayer, context: RoutingContext) -> Callable[[], 
     x = torch.randn(size.tokens, size.dim, **size.like, requires_grad=True)
 
     def run() -> torch.Tensor:
-        y = layer(x, context)
+        with record() as routings:
+            y = layer(x, context)
         # the loss has a gradient of its own; weight 0, as in the authors' scripts, still computes it
-        return y + 0 * layer.routing.losses["balance"] if layer.router is not None else y
+        return y + 0 * routings[layer].losses["balance"] if layer.router is not None else y
 
     return step(run, [x, *layer.parameters()], torch.randn(size.tokens, size.dim, **size.like))
 

@@ -168,18 +168,15 @@ def received_by(ranks: Ranks) -> Iterator[None]:
         _receiver.reset(token)
 
 
-def assembling(load: Callable) -> Callable:
-    """Wrap ``checkpoint_utils.load_checkpoint_to_cpu`` so that it also loads sets of files."""
-
-    def load_checkpoint_to_cpu(path, *args, **kwargs):
-        with readable(path):
-            state = load(path, *args, **kwargs)
-        if INDEX in state:
-            assemble(state, path, _receiver.get())
-        return state
-
-    load_checkpoint_to_cpu._evomoe = True
-    return load_checkpoint_to_cpu
+def load_all_files(
+    original: Callable[..., Dict[str, Any]], path: str, *args: Any, **kwargs: Any
+) -> Dict[str, Any]:
+    """``checkpoint_utils.load_checkpoint_to_cpu`` knows one file, and a checkpoint may have several."""
+    with readable(path):
+        state = original(path, *args, **kwargs)
+    if INDEX in state:
+        assemble(state, path, _receiver.get())
+    return state
 
 
 @contextlib.contextmanager

@@ -7,8 +7,9 @@ import torch
 from fairseq import metrics
 from torch import Tensor, nn
 
-from ..models.feed_forward import MoEFeedForward, moe_layers
+from ..moe import MoELayer, record
 from ..moe.losses import entropy
+from ..moe.recorder import Record
 
 
 class MoECriterion:
@@ -21,14 +22,14 @@ class MoECriterion:
 
     def forward(self, model: nn.Module, sample: Dict[str, Any], reduce: bool = True):
         """See fairseq's ``FairseqCriterion.forward``."""
-        layers = [layer for _, layer in moe_layers(model)]
-        for layer in layers:  # a layer that LayerDrop skips has nothing to report
-            layer.moe.clear_routing()
-        loss, sample_size, logging_output = super().forward(model, sample, reduce)
+        layers = [module for module in model.modules() if isinstance(module, MoELayer)]
+        with record() as routings:
+            loss, sample_size, logging_output = super().forward(model, sample, reduce)
         if layers:
-            logging_output.update(statistics(model, layers, loss))
+            logging_output.update(statistics(model, layers, routings, loss))
             if reduce and model.training:
-                loss = add_auxiliary_losses(loss, sample_size, layers)
+                for weight, value in routings.weighted_losses():
+                    loss = loss + weight * sample_size * value
         return loss, sample_size, logging_output
 
     @classmethod
@@ -38,53 +39,42 @@ class MoECriterion:
         log_statistics(logging_outputs)
 
 
-def add_auxiliary_losses(loss: Tensor, sample_size: Any, layers: List[MoEFeedForward]) -> Tensor:
-    """``loss + sample_size * sum over layers and losses of weight * auxiliary loss``."""
-    for layer in layers:
-        if layer.moe.routing is None:
-            continue
-        for name, value in layer.moe.routing.losses.items():
-            weight = layer.loss_weights.get(name, 0.0)
-            if weight > 0:
-                loss = loss + weight * sample_size * value
-    return loss
-
-
 @torch.no_grad()
-def statistics(model: nn.Module, layers: List[MoEFeedForward], like: Tensor) -> Dict[str, Any]:
+def statistics(model: nn.Module, layers: List[MoELayer], routings: Record, like: Tensor) -> Dict[str, Any]:
     """What one batch tells of its routing, as sums that can be added up over batches and workers.
 
     Every key is there for every batch, so that the workers' sums match.
+
+    Args:
+        model: what the criterion has called.
+        layers: its MoE layers.
+        routings: how those have routed the batch that LayerDrop has not skipped.
+        like: a tensor on the device of the sums.
     """
     like = like.detach().float()
-    experts = max(layer.moe.num_experts if layer.moe.spawned else 1 for layer in layers)
+    reports = {i: routings[layer].report() for i, layer in enumerate(layers) if layer in routings}
+    experts = max(layer.num_experts if layer.spawned else 1 for layer in layers)
     load_LE = like.new_zeros(len(layers), experts)
-    balance = like.new_zeros(())
-    gate_entropy = like.new_zeros(())
-    dropped = like.new_zeros(())
     active_L = like.new_zeros(len(layers))
+    balance, gate_entropy, dropped = (like.new_zeros(()) for _ in range(3))
     tokens_L = [0] * len(layers)
-    tokens = assignments = sent_bytes = 0
-    for i, layer in enumerate(layers):
-        routing = layer.moe.routing
-        if routing is None:
-            continue
-        load_LE[i, : routing.experts] = load_E = routing.load_E()
-        active_L[i] = load_E @ load_E.new_tensor(layer.moe.experts.parameters_of_each())
+    sent_bytes = 0.0
+    for i, report in reports.items():
+        layer = layers[i]
+        load_LE[i, : len(report.load_E)] = report.load_E
+        active_L[i] = report.load_E @ report.load_E.new_tensor(layer.experts.parameters_of_each())
         # each token of MH-MoE is several that are routed, all of which use an expert
-        tokens_L[i] = routing.tokens // (layer.moe.heads.heads if layer.moe.heads is not None else 1)
-        tokens += routing.tokens
-        dropped += routing.dropped
-        sent_bytes += routing.sent_bytes / layer.moe.ranks.size
-        assignments += routing.token_N.shape[0]
-        balance += routing.tokens * routing.losses.get("balance", 1.0)
-        if routing.gate_entropy is not None:
-            gate_entropy += routing.gate_entropy
-    first = layers[0]
+        tokens_L[i] = report.tokens // (1 if layer.heads is None else layer.heads.heads)
+        balance += report.tokens * report.balance
+        gate_entropy += report.gate_entropy
+        dropped += report.dropped
+        sent_bytes += report.sent_bytes / layer.ranks.size
+    stage = next(iter(reports.values()), None)  # the same in all layers
     return {
         "moe_batches": 1.0,
-        "moe_tokens": float(tokens),
-        "moe_assignments": float(assignments),
+        "moe_passes": 0.0 if stage is None else 1.0,
+        "moe_tokens": float(sum(report.tokens for report in reports.values())),
+        "moe_assignments": float(sum(report.assignments for report in reports.values())),
         "moe_load": load_LE,
         "moe_balance": balance,
         "moe_gate_entropy": gate_entropy,
@@ -95,15 +85,15 @@ def statistics(model: nn.Module, layers: List[MoEFeedForward], like: Tensor) -> 
         "moe_other_params": float(_other_parameters(model, layers)),
         # the mean over ranks and layers; ranks are summed up later
         "moe_sent_bytes": sent_bytes / len(layers),
-        "moe_phase": float(first.schedule.phase(first.num_updates, first.moe.spawned)),
-        "moe_temperature": float(first.context.temperature),
+        "moe_phase": 0.0 if stage is None else float(stage.phase),
+        "moe_temperature": 0.0 if stage is None else float(stage.temperature),
     }
 
 
-def _other_parameters(model: nn.Module, layers: List[MoEFeedForward]) -> int:
+def _other_parameters(model: nn.Module, layers: List[MoELayer]) -> int:
     """Number of parameters that every token uses: all but those of experts that are routed to."""
-    sizes = [layer.moe.experts.parameters_of_each() for layer in layers]
-    routed = sum(size[e] for size, layer in zip(sizes, layers) for e in layer.moe.experts.local)
+    sizes = [layer.experts.parameters_of_each() for layer in layers]
+    routed = sum(size[e] for size, layer in zip(sizes, layers) for e in layer.experts.local)
     return sum(p.numel() for p in model.parameters()) - routed
 
 
@@ -117,7 +107,7 @@ def log_statistics(logging_outputs: List[Dict[str, Any]]) -> None:
         return torch.as_tensor(sum(log[key] for log in logs))
 
     tokens = total("moe_tokens").clamp(min=1)
-    batches = total("moe_batches").clamp(min=1)
+    batches, passes = total("moe_batches").clamp(min=1), total("moe_passes").clamp(min=1)
     load_LE = total("moe_load")
     experts = load_LE.shape[1]
     share_LE = load_LE / load_LE.sum(1, keepdim=True).clamp(min=1)
@@ -126,8 +116,8 @@ def log_statistics(logging_outputs: List[Dict[str, Any]]) -> None:
     layers = share_LE.sum().clamp(min=1)
     values = {
         "moe_experts": total("moe_assignments") / tokens,
-        "moe_temperature": total("moe_temperature") / batches,
-        "moe_phase": total("moe_phase") / batches,
+        "moe_temperature": total("moe_temperature") / passes,
+        "moe_phase": total("moe_phase") / passes,
         "moe_balance": total("moe_balance") / tokens,
         "moe_load_entropy": evenness_L.sum() / layers,
         "moe_load_max": share_LE.max(1).values.sum() / layers,

@@ -6,8 +6,7 @@ over ``fc1`` and ``fc2`` as its base expert.
 
 import logging
 from contextlib import contextmanager
-from functools import partial
-from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Sequence, Tuple
 
 import torch
 from fairseq.modules import gelu
@@ -23,10 +22,7 @@ from torch.nn import functional as F
 from .. import compat
 from ..config.config import MoEConfig
 from ..config.errors import ConfigError
-from ..evolution.spawn import Spawn
-from ..moe import Experts, Hidden, MoELayer, Router, RoutingContext, Vocabulary
-from ..moe.hyper_adapter import HyperAdapter
-from ..moe.multi_head import MultiHead
+from ..moe import Experts, Hidden, MoELayer, RoutingContext, Vocabulary
 from ..moe.options import OptionError
 from ..moe.plan import check_linear_gate
 from .feed_forward import MoEDecoderLayer, MoEEncoderLayer, StackInput
@@ -142,59 +138,45 @@ class _StackBuilder:
         layer.stack = self.input
         layer.make_schedule = config.make_schedule
         layer.schedule = layer.make_schedule()
-        layer.loss_weights = config.loss_weights()
         layer.checkpoint_activations = bool(getattr(cfg, "checkpoint_activations", False))
         layer.offload_activations = bool(getattr(cfg, "offload_activations", False))
-        dim = fc1.in_features // config.layer.heads
-        layer.moe = self._moe_layer(
-            fc1.in_features, number, layer.widths, Experts(dim, [layer.ffn_dim], hidden, gated)
-        )
-        self._try_out(layer)
-        if self._is_dense(layer.moe.experts):
-            layer.moe.experts.set_expert(0, fc1, fc2)  # the dense model's own initial weights
-        else:
-            self._fill(layer, layer.moe.experts, 0)
-        if layer.schedule.spawn_update == 0 and config.experts > 1:
-            self._spawn_at_start(layer, fc1, fc2)
 
-    def _moe_layer(self, dim: int, number: int, widths: List[int], experts: Experts) -> MoELayer:
-        config = self.config
-        heads = MultiHead(dim, config.layer.heads) if config.layer.heads > 1 else None
-        spawn = config.make_spawn(number, widths)
-        make_hyper_adapter = None
-        if config.layer.hyper_adapter:
-            make_hyper_adapter = partial(self._hyper_adapter, experts.dim, spawn)
-        moe = MoELayer(
-            experts,
+        def initialize(experts: Experts, expert: int) -> None:
+            """The dense model's own initial weights for the base, and for one expert out of many like it."""
+            base = len(experts.widths) == 1
+            dense = not experts.gated and config.layer.heads == 1 and expert == 0
+            if dense and experts.widths[0] == fc1.out_features and (base or not config.layer.shared_expert):
+                experts.set_expert(0, fc1, fc2)
+            else:
+                self._fill(layer, experts, expert)
+
+        layer.moe = MoELayer(
+            fc1.in_features,
+            layer.ffn_dim,
             config.experts,
-            partial(self._router, experts.dim, spawn, self.shared),
-            spawn,
-            heads=heads,
+            config.router_class,
+            spawned=layer.schedule.spawn_update == 0,
+            widths=layer.widths,
+            between=hidden,
+            gated=gated,
+            heads=config.layer.heads,
             shared_expert=config.layer.shared_expert,
-            make_hyper_adapter=make_hyper_adapter,
-            losses=[name for name, weight in config.layer.loss_weights().items() if weight > 0],
+            hyper_adapter=config.layer.hyper_adapter,
+            loss_weights=config.loss_weights(),
             scaling_factor=config.layer.scaling_factor,
+            spawner=config.make_spawn(number, layer.widths),
+            initialize=initialize,
+            vocabulary=self.vocabulary,
+            shared=self.shared,
+            **config.router_arguments(),
         )
-        moe.transport = config.make_transport(number)
-        return moe
-
-    def _router(self, dim: int, spawn: Spawn, shared: Optional[Dict[str, nn.Module]]) -> Router:
-        config = self.config
-        router = config.router_class(
-            dim, config.experts, vocabulary=self.vocabulary, shared=shared, **config.router_arguments()
-        )
-        router.initialize(spawn.generator("router"))
-        return router
-
-    def _hyper_adapter(self, dim: int, spawn: Spawn) -> HyperAdapter:
-        adapter = HyperAdapter(dim, self.config.experts, self.shared)
-        adapter.initialize(spawn.generator("hyper_adapter"))
-        return adapter
+        layer.moe.transport = config.make_transport(number)
+        self._try_out(layer)
 
     def _try_out(self, layer: nn.Module) -> None:
         """Find now what would else go wrong when the experts spawn, long into the run."""
         config, moe = self.config, layer.moe
-        router = self._router(moe.experts.dim, moe.spawner, None).eval()
+        router = moe.make_router({}).eval()
         if config.experts == 1:
             return
         if layer.schedule.spawn_update > 0:
@@ -211,22 +193,6 @@ class _StackBuilder:
                     f"`penalty_weight` penalises the gate's probabilities, and `router` {config.router} has "
                     "none: choose another router or leave it out.",
                 )
-
-    def _spawn_at_start(self, layer: nn.Module, fc1: nn.Linear, fc2: nn.Linear) -> None:
-        """Experts that are there from the start have initial weights of their own."""
-        moe = layer.moe
-        moe.allocate_spawned(layer.widths)
-        keep = not moe.shared_expert and moe.experts.widths[0] == fc1.out_features
-        if keep and self._is_dense(moe.experts):
-            moe.experts.set_expert(0, fc1, fc2)
-        else:
-            self._fill(layer, moe.experts, 0)
-        for expert in range(1, self.config.experts):
-            self._fill(layer, moe.experts, expert)
-
-    def _is_dense(self, experts: Experts) -> bool:
-        """Whether an expert is what the dense model has."""
-        return not experts.gated and self.config.layer.heads == 1
 
     def _fill(self, layer: nn.Module, experts: Experts, expert: int) -> None:
         """Give an expert the initial weights that the model gives to a feed-forward network."""

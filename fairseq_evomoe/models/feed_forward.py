@@ -5,9 +5,11 @@ over ``fc1`` and ``fc2`` as its base expert.  ``fc1`` becomes the MoE layer and 
 including ``fc2``, the identity, so that fairseq's own ``forward`` runs unchanged around it.
 """
 
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
+from weakref import WeakKeyDictionary
 
 import torch
 from fairseq.modules.transformer_layer import TransformerDecoderLayerBase
@@ -16,44 +18,60 @@ from torch.utils.checkpoint import checkpoint
 
 from .. import compat
 from ..config.config import MoEConfig
+from ..config.errors import as_flags
 from ..evolution.plateau import Plateau
 from ..evolution.schedule import Schedule
 from ..moe import MoELayer, RoutingContext
-from ..moe.loading import WIDTHS_OF_SHARD, is_shard
+from ..moe.experts import from_dense
+from ..moe.loading import StateMismatch
 
 
 class CheckpointMismatch(ValueError):
     """A checkpoint does not fit the options of the model that is to load it."""
 
 
-class StackInput:
+@dataclass
+class Lookup:
     """What the layers of one stack share while it works on a batch.
-
-    It hooks on to the stack's embeddings, which every forward pass looks up first, in incremental decoding
-    too; ``forward`` of the stack itself is called by fairseq past any hook.
 
     Attributes:
         tokens: int64, (batch, seq): the tokens that were looked up.
         embeddings: (batch, seq, C): what was found, without gradient.
-        memory: what routers hand on to those of later layers.
+        memory: what routers hand on to those of later layers; each layer leaves another dictionary.
     """
 
-    def __init__(self) -> None:
-        self.tokens: Optional[Tensor] = None
-        self.embeddings: Optional[Tensor] = None
-        self.memory: Dict[str, Any] = {}
+    tokens: Optional[Tensor] = None
+    embeddings: Optional[Tensor] = None
+    memory: Dict[str, Any] = field(default_factory=dict)
+
+
+class StackInput:
+    """Knows what the layers of one stack share while this thread works on a batch.
+
+    It hooks on to the stack's embeddings, which every forward pass looks up first, in incremental decoding
+    too; ``forward`` of the stack itself is called by fairseq past any hook.  Each thread finds what it has
+    looked up itself.
+    """
 
     def __call__(self, embeddings: nn.Module, inputs: Sequence[Tensor], output: Tensor) -> None:
         """A forward hook."""
-        self.tokens, self.embeddings = inputs[0], output.detach()
-        self.memory = {}
+        # another dictionary, since a copy of the context has the same one; keys are weak, so that a model
+        # that is gone takes its batch along
+        lookups = WeakKeyDictionary(_lookups.get({}))
+        lookups[self] = Lookup(inputs[0], output.detach())
+        _lookups.set(lookups)
 
-    def __getstate__(self):
-        return dict(tokens=None, embeddings=None, memory={})  # parts of a graph cannot be copied
+    @property
+    def lookup(self) -> Lookup:
+        """What the batch has looked up that this thread works on."""
+        return _lookups.get({}).get(self) or Lookup()
+
+
+_lookups: ContextVar[Mapping[StackInput, Lookup]] = ContextVar("lookups")
 
 
 @dataclass
-class _Pass:
+class _Batch:
     """What a layer's MoE layer is told of the batch that goes through."""
 
     padding_mask: Optional[Tensor] = None
@@ -64,6 +82,10 @@ class _Pass:
     first_row: int = 0
 
 
+_batch: ContextVar[Optional[_Batch]] = ContextVar("batch", default=None)
+"""The batch that goes through a layer in this thread, from the layer's ``forward`` to its ``fc1``."""
+
+
 class MoEFeedForward:
     """Mixin for a fairseq layer whose feed-forward network is ``self.moe``, an ``MoELayer``.
 
@@ -72,10 +94,10 @@ class MoEFeedForward:
         schedule: phase and temperature at each update.
         make_schedule: makes it for experts that have spawned by themselves, from the update of the spawn.
         num_updates: the update that fairseq last told; ``None`` before the first.
-        rows_routed: how many rows all ranks have routed in this layer in the update that is being made.
-        idle: whether the batch is a stand-in (fairseq's dummy batch), which is not to be routed.
-        loss_weights: weight of each of the auxiliary losses.
-        stack: what the layers of the stack share.
+        rows_routed: how many rows all ranks have routed in this layer in the update that is being made; only
+            training counts them.
+        is_dummy_batch: whether the batch is a stand-in of fairseq's, which is not to be routed.
+        stack: knows what the layers of the stack share.
         ffn_dim: hidden units of the base expert.
         widths: hidden units of each expert once they have spawned.
         checkpoint_activations: whether to recompute activations in the backward pass.
@@ -85,7 +107,6 @@ class MoEFeedForward:
     moe: MoELayer
     schedule: Schedule
     make_schedule: Callable[[Optional[int]], Schedule]
-    loss_weights: Dict[str, float]
     num_updates: Optional[int] = None
     rows_routed = 0
     is_dummy_batch = False
@@ -94,7 +115,6 @@ class MoEFeedForward:
     stack: StackInput
     ffn_dim: int
     widths: List[int]
-    _pass = _Pass()
 
     def set_num_updates(self, num_updates: int) -> None:
         """fairseq calls this before each batch and when it loads a checkpoint."""
@@ -107,20 +127,32 @@ class MoEFeedForward:
         self.rows_routed = 0
 
     @property
+    def loss_weights(self) -> Dict[str, float]:
+        """Weight of each of the auxiliary losses."""
+        return self.moe.loss_weights
+
+    @property
     def context(self) -> RoutingContext:
         """What the router is told at this update."""
-        phase = self.schedule.phase(self.num_updates, self.moe.spawned)
+        return self._context(_Batch())
+
+    def _context(self, batch: _Batch) -> RoutingContext:
+        """What the router is told of a batch at this update."""
+        moe, update = self.moe, self.num_updates
+        phase = self.schedule.phase(update, moe.spawned)
         return RoutingContext(
-            temperature=self.schedule.temperature(self.num_updates),
+            temperature=self.schedule.temperature(update),
             hard=phase == phase.HARD,
-            losses=["balance"] + [name for name, weight in self.loss_weights.items() if weight > 0],
+            memory=batch.memory,
+            statistics=not batch.generating,
+            losses=moe.wanted_losses,
+            noise_key=("gate", moe.spawner.seed, update, moe.spawner.layer) if self.training else None,
+            first_row=batch.first_row,
         )
 
     def fc1(self, x: Tensor) -> Tensor:
         """The whole feed-forward network; x: (seq, batch, dim)."""
-        batch, moe = self._pass, self.moe
-        context = self.context
-        context.memory, context.statistics = batch.memory, not batch.generating
+        batch = _batch.get() or _Batch()
         # One sentence after another, without padding: an order that does not depend on what else is in the
         # batch, so that tokens have the same places, and noise, on any number of ranks.
         x = x.transpose(0, 1)
@@ -128,13 +160,11 @@ class MoEFeedForward:
         if tokens is not None and tokens.shape != x.shape[:2]:
             tokens = embeddings = None  # fairseq was given other embeddings than those of tokens
         padding_mask = batch.padding_mask
-        if self.training:
-            context.noise_key = ("gate", moe.spawner.seed, self.num_updates, moe.spawner.layer)
-            context.first_row = batch.first_row
-            if self.is_dummy_batch:
-                padding_mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+        if self.training and self.is_dummy_batch:
+            padding_mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
         sequences = torch.arange(x.shape[0], device=x.device).unsqueeze(1).expand(x.shape[:2])
-        return moe(x, context, padding_mask, tokens, sequences, embeddings).transpose(0, 1)
+        y = self.moe(x, self._context(batch), padding_mask, tokens, sequences, embeddings)
+        return y.transpose(0, 1)
 
     def run(
         self,
@@ -151,19 +181,22 @@ class MoEFeedForward:
             layer: fairseq's ``forward`` as a function of x.
             generating: whether x is the next step of what is being generated.
         """
-        stack, memory, first_row = self.stack, dict(self.stack.memory), self.rows_routed
-        tokens, embeddings = stack.tokens, stack.embeddings
+        lookup, first_row = self.stack.lookup, self.rows_routed
+        memory = lookup.memory
 
         def forward(x: Tensor):
-            # a copy, so that a second pass for the sake of the gradients finds what the first one found
-            self._pass = _Pass(padding_mask, tokens, embeddings, dict(memory), generating, first_row)
+            # a copy, so that a second pass for the sake of the gradients, perhaps in another thread, finds
+            # what the first one found
+            found = lookup.tokens, lookup.embeddings, dict(memory)
+            batch = _Batch(padding_mask, *found, generating, first_row)
+            before = _batch.set(batch)
             try:
                 return layer(x)
             finally:
-                self.stack.memory = self._pass.memory
+                _batch.reset(before)
+                lookup.memory = batch.memory
                 if self.training:
-                    self.rows_routed = first_row + self.stack.memory.get("rows_of_ranks", (0, 0, 0))[2]
-                self._pass = _Pass()
+                    self.rows_routed = first_row + batch.memory.get("rows_of_ranks", (0, 0, 0))[2]
 
         if not (self.checkpoint_activations and torch.is_grad_enabled()):
             return forward(x)
@@ -177,55 +210,20 @@ class MoEFeedForward:
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
         # here, and not in fairseq's upgrade_state_dict_named, because layers may be pruned in between
         self._take_dense(state_dict, prefix)
-        self._check_checkpoint(state_dict, prefix[:-1])
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _take_dense(self, state_dict, prefix: str) -> None:
         """Let a dense checkpoint's feed-forward network be the base expert."""
         experts = prefix + "moe.experts."
-        for old, new in (
-            ("fc1.weight", "w1"),
-            ("fc1.bias", "b1"),
-            ("fc2.weight", "w2"),
-            ("fc2.bias", "b2"),
-        ):
-            tensor = state_dict.pop(prefix + old, None)
+        for dense in ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias"):
+            tensor = state_dict.pop(prefix + dense, None)
             if tensor is not None:
-                tensor = tensor.t().contiguous() if new == "w2" else tensor
-                state_dict[experts + new] = tensor.unsqueeze(0) if new == "b2" else tensor
+                name, tensor = from_dense(dense, tensor)
+                state_dict[experts + name] = tensor
         for kind in ("weight", "bias"):
             norm = state_dict.pop(f"{prefix}ffn_layernorm.{kind}", None)
             if norm is not None:
                 state_dict[f"{experts}hidden.norm.{kind}"] = norm
-
-    def _check_checkpoint(self, state_dict, name: str) -> None:
-        prefix, moe = name + ".moe.", self.moe
-        w1, b2 = (state_dict.get(f"{prefix}experts.{key}") for key in ("w1", "b2"))
-        if w1 is None or b2 is None:
-            return  # fairseq names the missing keys
-        if is_shard(moe, state_dict, prefix):
-            return  # the layer's own state
-        widths = state_dict.get(prefix + WIDTHS_OF_SHARD)
-        found, units = (b2.shape[0], w1.shape[0]) if widths is None else (len(widths), int(widths.sum()))
-        if found not in (1, moe.num_experts) and not moe.resizes:
-            raise CheckpointMismatch(
-                f"The checkpoint has {found} experts in {name}, but --moe-experts is {moe.num_experts}: give "
-                f"--moe-experts {found}."
-            )
-        expected = sum(self.widths) if found > 1 else self.ffn_dim
-        if units != expected and not moe.resizes:
-            raise CheckpointMismatch(
-                f"The checkpoint's experts in {name} have {units} hidden units in all, but the model's "
-                f"{expected}: give the ffn-embed-dim, --moe-expert-sizes and --moe-total-ffn-dim that it was "
-                "trained with."
-            )
-        router = {key[len(prefix) :] for key in state_dict if key.startswith(prefix + "router.")}
-        expected = {"router." + key for key in (moe.router or moe.make_router()).state_dict()}
-        if router and router != expected:
-            raise CheckpointMismatch(
-                f"The checkpoint's router in {name} has the parameters {sorted(router)}, but that of "
-                f"--moe-router has {sorted(expected)}: give the --moe-router that it was trained with."
-            )
 
 
 class MoEEncoderLayer(MoEFeedForward, compat.EncoderLayer):
@@ -294,6 +292,18 @@ class MoEModel:
         """See fairseq's ``BaseFairseqModel``."""
         compat.drop_fast_path_copies(state_dict)
         super().upgrade_state_dict_named(state_dict, name)
+
+    def load_state_dict(self, *args, **kwargs):
+        """See ``torch.nn.Module``.
+
+        Raises:
+            CheckpointMismatch: the checkpoint does not fit the options; the sentence names the flags.
+        """
+        try:
+            return super().load_state_dict(*args, **kwargs)
+        except StateMismatch as error:
+            text = str(error).replace("`widths`", "ffn-embed-dim, `expert_sizes` and `total_ffn_dim`")
+            raise CheckpointMismatch(as_flags(text)) from error
 
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

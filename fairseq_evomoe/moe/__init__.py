@@ -2,7 +2,18 @@
 
 from .experts import Experts, Hidden
 from .layer import MoELayer
+from .recorder import record
 from .routers import ROUTERS, Router
 from .routing import Routing, RoutingContext, Vocabulary
 
-__all__ = ["ROUTERS", "Experts", "Hidden", "MoELayer", "Router", "Routing", "RoutingContext", "Vocabulary"]
+__all__ = [
+    "ROUTERS",
+    "Experts",
+    "Hidden",
+    "MoELayer",
+    "Router",
+    "Routing",
+    "RoutingContext",
+    "Vocabulary",
+    "record",
+]

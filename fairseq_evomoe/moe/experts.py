@@ -1,9 +1,14 @@
-"""Feed-forward experts of any widths, stored together."""
+"""Feed-forward experts of any widths, stored together: the one place that knows where whose rows are."""
 
-from typing import Callable, List, Optional, Sequence
+from typing import Callable, Dict, List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
+
+ROWS_BY_EXPERT = "b2"
+"""The tensor of ``Experts`` with one row for each expert; the others have one for each hidden unit."""
+
+_OF_DENSE = {"fc1.weight": "w1", "fc1.bias": "b1", "fc2.weight": "w2", "fc2.bias": "b2"}
 
 
 class Hidden(nn.Module):
@@ -55,9 +60,9 @@ class Experts(nn.Module):
 
     Attributes:
         widths: hidden units of each expert, on whatever rank it is.
-        own: numbers of the experts that are here, ascending; all without expert parallelism.
+        local: numbers of the experts that are here, ascending; all without expert parallelism.
         local_widths: hidden units of those; H is their sum.
-        split: whether the experts are shared out among ranks.
+        sharded: whether other ranks have other experts.
         w1: (H, D).  b1: (H,).  w2: (H, D).  b2: (E, D).  w3: (H, D), or ``None`` if not gated.
 
     Args:
@@ -66,6 +71,12 @@ class Experts(nn.Module):
         hidden: what happens between the two products; ReLU if not given.
         gated: whether there is a third matrix.
     """
+
+    w1: nn.Parameter
+    b1: nn.Parameter
+    w2: nn.Parameter
+    b2: nn.Parameter
+    w3: Optional[nn.Parameter]
 
     def __init__(
         self, dim: int, widths: Sequence[int], hidden: Optional[Hidden] = None, gated: bool = False
@@ -77,19 +88,19 @@ class Experts(nn.Module):
         self.widths: List[int] = []
         self.allocate(widths)
 
-    def allocate(self, widths: Sequence[int], own: Optional[Sequence[int]] = None) -> None:
+    def allocate(self, widths: Sequence[int], local: Optional[Sequence[int]] = None) -> None:
         """Make room for experts of these widths.  The contents are undefined until they are filled.
 
         Args:
             widths: hidden units of each expert.
-            own: numbers of those that shall be here, ascending, if they are shared out among ranks.
+            local: numbers of those that shall be here, ascending, if other ranks have others.
         """
         self.widths = list(widths)
-        self.sharded = own is not None
-        self.local = list(range(len(widths)) if own is None else own)
+        self.sharded = local is not None
+        self.local = list(range(len(widths)) if local is None else local)
         self.local_widths = [self.widths[e] for e in self.local]
         total = sum(self.local_widths)
-        shapes = {
+        shapes: Dict[str, Tuple[int, ...]] = {
             "w1": (total, self.dim),
             "b1": (total,),
             "w2": (total, self.dim),
@@ -103,24 +114,43 @@ class Experts(nn.Module):
             old = self._parameters.get(name)
             new = nn.Parameter(torch.empty(shape) if old is None else old.new_empty(shape))
             if old is not None:
-                new.requires_grad_(old.requires_grad)
-                new.__dict__.update(old.__dict__)  # param_group, optim_overrides, ...
+                take_settings(new, old)
                 new.__dict__.pop("expert", None)
             if self.sharded:
-                new.expert = True  # tells fairseq that other ranks have other values
+                new.expert = True  # type: ignore[attr-defined]  # tells fairseq that other ranks have others
             self.register_parameter(name, new)
+
+    def tensors(self) -> Dict[str, Tensor]:
+        """The tensors of the experts that are here, by name, without gradient; not copied."""
+        return {name: p.detach() for name, p in self.named_parameters(recurse=False)}
+
+    @torch.no_grad()
+    def fill(self, tensors: Dict[str, Tensor]) -> None:
+        """Copy tensors of the experts that are here, by name, of any dtype and device."""
+        for name, tensor in tensors.items():
+            getattr(self, name).copy_(tensor)
+
+    def rows_of(self, index: int) -> slice:
+        """The rows of ``w1``, ``b1``, ``w2`` and ``w3`` that belong to one of the experts that are here."""
+        start = sum(self.local_widths[:index])
+        return slice(start, start + self.local_widths[index])
 
     @torch.no_grad()
     def set_expert(self, index: int, fc1: nn.Linear, fc2: nn.Linear, fc3: Optional[nn.Linear] = None) -> None:
         """Copy a dense FFN, given as its linear layers, into expert ``index``."""
-        start = sum(self.local_widths[:index])
-        rows = slice(start, start + self.local_widths[index])
+        rows = self.rows_of(index)
         self.w1[rows] = fc1.weight
         self.b1[rows] = fc1.bias
         self.w2[rows] = fc2.weight.t()
         self.b2[index] = fc2.bias
-        if fc3 is not None:
+        if self.w3 is not None and fc3 is not None:
             self.w3[rows] = fc3.weight
+
+    def initialize(self, index: int) -> None:
+        """Give expert ``index`` the initial weights of ``nn.Linear``, from the default generator."""
+        dim, width = self.dim, self.local_widths[index]
+        fc1, fc2 = nn.Linear(dim, width), nn.Linear(width, dim)
+        self.set_expert(index, fc1, fc2, nn.Linear(dim, width, bias=False) if self.gated else None)
 
     def parameters_of_each(self) -> List[int]:
         """Number of parameters of each expert, on whatever rank it is."""
@@ -139,13 +169,14 @@ class Experts(nn.Module):
         """
         if len(self.local) == 1:
             return self._expert(x_ND, self.w1, self.b1, self.w2, self.b2[0], self.w3)
+        no_w3: Sequence[Optional[Tensor]] = [None] * len(self.local)
         parts = zip(
             x_ND.split(list(counts)),
             self.w1.split(self.local_widths),
             self.b1.split(self.local_widths),
             self.w2.split(self.local_widths),
             self.b2.unbind(0),
-            self.w3.split(self.local_widths) if self.gated else [None] * len(self.local),
+            no_w3 if self.w3 is None else self.w3.split(self.local_widths),
         )
         return torch.cat([x_ND[:0]] + [self._expert(*part) for part in parts])
 
@@ -157,4 +188,33 @@ class Experts(nn.Module):
 
     def extra_repr(self) -> str:
         """Sizes, for ``print(model)``."""
-        return f"dim={self.dim}, widths={self.widths}" + (f", own={self.local}" * self.sharded)
+        return f"dim={self.dim}, widths={self.widths}" + (f", local={self.local}" * self.sharded)
+
+
+def rows_per_expert(name: str, widths: Sequence[int]) -> List[int]:
+    """Number of rows that each expert has in a tensor of ``Experts``.
+
+    Args:
+        name: ``w1``, ``b1``, ``w2``, ``b2`` or ``w3``.
+        widths: hidden units of each expert.
+    """
+    return [1] * len(widths) if name == ROWS_BY_EXPERT else list(widths)
+
+
+def from_dense(name: str, tensor: Tensor) -> Tuple[str, Tensor]:
+    """Name and value that a tensor of a dense feed-forward network has as the only one of ``Experts``.
+
+    Args:
+        name: ``fc1.weight``, ``fc1.bias``, ``fc2.weight`` or ``fc2.bias``.
+        tensor: of ``nn.Linear``.
+    """
+    name = _OF_DENSE[name]
+    if name == "w2":
+        tensor = tensor.t().contiguous()
+    return name, tensor.unsqueeze(0) if name == ROWS_BY_EXPERT else tensor
+
+
+def take_settings(new: nn.Parameter, old: nn.Parameter) -> None:
+    """Let a parameter that replaces another have what others have noted on it: its group, its overrides."""
+    new.requires_grad_(old.requires_grad)
+    new.__dict__.update(old.__dict__)

@@ -4,6 +4,7 @@ from typing import Dict, Tuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import skip_init
 
 from .routing import Routing
 
@@ -15,6 +16,8 @@ ADAPTER = 64
 class HyperNetwork(nn.Module):
     """Generates the weights of an adapter from an embedding; one for all layers of a stack.
 
+    Its own weights are undefined until ``initialize`` or a checkpoint fills them.
+
     Args:
         dim: D, width of a token.
     """
@@ -23,9 +26,9 @@ class HyperNetwork(nn.Module):
         super().__init__()
         self.dim = dim
         inputs = EXPERT_EMBEDDING + LAYER_EMBEDDING
-        self.inner = nn.Linear(inputs, inputs)
-        self.down = nn.Linear(inputs, ADAPTER * dim)
-        self.up = nn.Linear(inputs, ADAPTER * dim)
+        self.inner = skip_init(nn.Linear, inputs, inputs)
+        self.down = skip_init(nn.Linear, inputs, ADAPTER * dim)
+        self.up = skip_init(nn.Linear, inputs, ADAPTER * dim)
 
     def forward(self, embedding_SI: Tensor) -> Tuple[Tensor, Tensor]:
         """Both matrices of S adapters, each of shape (S, 64, D), from S embeddings."""

@@ -1,18 +1,31 @@
-"""Let an MoE layer load whatever state there is of it: of one expert or many, of all ranks or of this one."""
+"""Let an MoE layer load whatever state there is of it: of one expert or many, of all ranks or of this one.
 
-from typing import TYPE_CHECKING, Dict
+Room is made and tensors are copied, nothing else: random numbers are drawn only where one expert is loaded
+into a layer that has many, which is a spawn.
+"""
+
+from typing import TYPE_CHECKING, Any, Dict, List
 
 import torch
 from torch import Tensor
 
+from .options import OptionError
+from .routers import Router
+from .routers.dynmoe import DynMoERouter
+from .routers.registry import name_of
+
 if TYPE_CHECKING:
-    from .layer import MoELayer
+    from .spawning import SpawningLayer
 
 WIDTHS_OF_SHARD = "experts.widths"
 """Key of the widths of all experts in a state that has only those of one rank."""
 
 
-def fit(moe: "MoELayer", state_dict: Dict[str, Tensor], prefix: str) -> None:
+class StateMismatch(OptionError):
+    """A state is that of a layer with other options."""
+
+
+def fit(moe: "SpawningLayer", state_dict: Dict[str, Any], prefix: str) -> None:
     """Make a layer and a state, both in place, fit each other.
 
     One expert that is loaded into a layer with many is spawned into all of them; a layer with one expert gets
@@ -24,67 +37,156 @@ def fit(moe: "MoELayer", state_dict: Dict[str, Tensor], prefix: str) -> None:
         prefix: of the layer's keys.
 
     Raises:
-        ValueError: another number of experts.
+        StateMismatch: the state is that of a layer with other options.
     """
-    b2 = state_dict.get(prefix + "experts.b2")
-    if b2 is None:
-        return
-    if _has_spawned(state_dict, prefix) or b2.shape[0] > 1:
-        widths = state_dict.pop(prefix + WIDTHS_OF_SHARD, None)
-        if widths is not None:
-            _fit_experts(moe, len(widths), state_dict, prefix)
-        elif not is_shard(moe, state_dict, prefix):
-            _fit_experts(moe, b2.shape[0], state_dict, prefix)
-            for name in moe.expert_tensors():
-                key = prefix + "experts." + name
-                state_dict[key] = moe.local_rows(name, state_dict[key])
-    elif moe.spawned and moe.num_experts > 1:
-        _spawn(moe, state_dict, prefix)
+    w1, b2 = (state_dict.get(f"{prefix}experts.{name}") for name in ("w1", "b2"))
+    if w1 is None or b2 is None:
+        return  # PyTorch names the missing keys
+    if _tensors_of(state_dict, prefix + "router.") or b2.shape[0] > 1:
+        _fit_spawned(moe, state_dict, prefix)
+    else:
+        _check_units(moe.base_width, w1.shape[0], prefix)
+        if moe.spawned and moe.num_experts > 1:
+            _spawn(moe, state_dict, prefix)
     _fit_activity(moe, state_dict, prefix)
 
 
-def is_shard(moe: "MoELayer", state_dict: Dict[str, Tensor], prefix: str) -> bool:
+def is_shard(moe: "SpawningLayer", state_dict: Dict[str, Any], prefix: str) -> bool:
     """Whether a state has the experts of the layer's rank only, as its ``state_dict()`` gives them."""
     b2 = state_dict.get(prefix + "experts.b2")
-    if not moe.sharded or b2 is None or not _has_spawned(state_dict, prefix):
+    if not moe.sharded or b2 is None or not _tensors_of(state_dict, prefix + "router."):
         return False
     origin_E = state_dict.get(prefix + "router.origin_E")
     all_experts = moe.num_experts if origin_E is None else len(origin_E)
     return b2.shape[0] == len(moe.experts.local) != all_experts
 
 
-def _has_spawned(state_dict: Dict[str, Tensor], prefix: str) -> bool:
-    return any(key.startswith(prefix + "router.") for key in state_dict)
+def _tensors_of(state_dict: Dict[str, Any], prefix: str) -> Dict[str, Tensor]:
+    """The tensors of one module, under its own names for them."""
+    return {key[len(prefix) :]: tensor for key, tensor in state_dict.items() if key.startswith(prefix)}
 
 
-def _fit_experts(moe: "MoELayer", found: int, state_dict: Dict[str, Tensor], prefix: str) -> None:
-    """Make the layer one that the state of a layer that has spawned fits into."""
-    if not moe.spawned:
-        moe.spawn()
-    if moe.router is not None and moe.router.resizes and prefix + "router.origin_E" in state_dict:
-        origin_E = state_dict[prefix + "router.origin_E"].round().long().tolist()
-        widths = [moe.first_widths[origin] for origin in origin_E]
-        if widths != moe.experts.widths:
-            moe.allocate(widths)
-            moe.router.allocate(len(widths))
-            moe.num_experts = len(widths)
-    if found != moe.num_experts:
-        raise ValueError(
-            "{}: the checkpoint has {} experts, the model {}".format(
-                prefix.rstrip("."), found, moe.num_experts
-            )
+def _fit_spawned(moe: "SpawningLayer", state_dict: Dict[str, Any], prefix: str) -> None:
+    """Make the layer one that the state of a layer that has spawned fits into, and the state this rank's."""
+    widths_of_shard = state_dict.pop(prefix + WIDTHS_OF_SHARD, None)
+    if widths_of_shard is None and is_shard(moe, state_dict, prefix):
+        return  # the layer's own state
+    w1, b2 = (state_dict[f"{prefix}experts.{name}"] for name in ("w1", "b2"))
+    found, units = b2.shape[0], w1.shape[0]
+    if widths_of_shard is not None:
+        found, units = len(widths_of_shard), int(widths_of_shard.sum())
+    if found != moe.num_experts and not moe.resizes:
+        _refuse_number(moe, found, prefix)
+    widths = moe.widths_when_spawned()
+    if not moe.resizes:
+        _check_units(sum(widths), units, prefix)
+    if moe.router is None and moe.num_experts == 1:
+        return  # PyTorch names the router's keys, which a layer with one expert has not
+
+    router_state = _tensors_of(state_dict, prefix + "router.")
+    router = moe.build_router() if moe.router is None else moe.router
+    _check_router(moe, router, router_state, prefix)
+    _check_companions(moe, state_dict, prefix)
+    if moe.router is None:
+        moe.allocate_spawned(widths, router)
+    if moe.resizes:
+        origins = router_state["origin_E"].round().long().tolist()
+        _resize(moe, [moe.first_widths[origin] for origin in origins])
+        if found != moe.num_experts:
+            _refuse_number(moe, found, prefix)
+    if widths_of_shard is None:
+        for name in moe.expert_tensors():
+            key = f"{prefix}experts.{name}"
+            state_dict[key] = moe.local_rows(name, state_dict[key])
+
+
+def _resize(moe: "SpawningLayer", widths: List[int]) -> None:
+    """Let a layer whose experts come and go have others."""
+    if widths != moe.experts.widths:
+        assert isinstance(moe.router, DynMoERouter)
+        moe.allocate(widths)
+        moe.router.allocate(len(widths))
+        moe.num_experts = len(widths)
+
+
+def _refuse_number(moe: "SpawningLayer", found: int, prefix: str) -> None:
+    raise StateMismatch(
+        "experts",
+        f"The checkpoint has {found} experts in {_name(prefix)}, but `experts` is {moe.num_experts}: give "
+        f"`experts` {found}.",
+    )
+
+
+def _check_units(expected: int, found: int, prefix: str) -> None:
+    if found != expected:
+        raise StateMismatch(
+            "widths",
+            f"The checkpoint's experts in {_name(prefix)} have {found} hidden units in all, but the model's "
+            f"{expected}: give the `widths` that it was trained with.",
         )
 
 
+def _check_router(moe: "SpawningLayer", router: Router, found: Dict[str, Tensor], prefix: str) -> None:
+    """Refuse the state of a router that was made with other options, or of another one."""
+    expected = router.state_dict()
+    same = found.keys() == expected.keys()
+    resizes = moe.resizes
+    if same and (resizes or all(found[key].shape == tensor.shape for key, tensor in expected.items())):
+        return
+    for option, value in _told_options(moe, found).items():
+        ours = getattr(router.options, option, value)
+        if value != ours:
+            value, ours = (getattr(each, "value", each) for each in (value, ours))
+            raise StateMismatch(
+                option,
+                f"The checkpoint's router in {_name(prefix)} has the `{option}` {value}, but the model's "
+                f"{ours}: give `{option}` {value}.",
+            )
+    if same:
+        return  # PyTorch names the sizes
+    raise StateMismatch(
+        "router",
+        f"The checkpoint's router in {_name(prefix)} has the parameters {sorted(found)}, but that of "
+        f"`router` {name_of(type(router))} has {sorted(expected)}: give the `router` that it was "
+        "trained with.",
+    )
+
+
+def _told_options(moe: "SpawningLayer", found: Dict[str, Tensor]) -> Dict[str, Any]:
+    """What a router's state tells of its options."""
+    return moe.router_class.options_of_state(found, moe.vocabulary)
+
+
+def _check_companions(moe: "SpawningLayer", state_dict: Dict[str, Any], prefix: str) -> None:
+    """Refuse a state with other modules beside the experts than the layer's."""
+    for module, option, ours in (
+        ("shared", "shared_expert", moe.has_shared_expert),
+        ("hyper_adapter", "hyper_adapter", moe.has_hyper_adapter),
+    ):
+        found = bool(_tensors_of(state_dict, f"{prefix}{module}."))
+        if found != ours:
+            has, out = ("has a", "give") if found else ("has no", "leave out")
+            raise StateMismatch(
+                option,
+                f"The checkpoint {has} module {module} in {_name(prefix)}, unlike the model: {out} "
+                f"`{option}`.",
+            )
+
+
+def _name(prefix: str) -> str:
+    return prefix.rstrip(".") or "the layer"
+
+
 @torch.no_grad()
-def _spawn(moe: "MoELayer", state_dict: Dict[str, Tensor], prefix: str) -> None:
-    """Replace the state of a layer with one expert by that of the grown layer, spawned from it."""
+def _spawn(moe: "SpawningLayer", state_dict: Dict[str, Any], prefix: str) -> None:
+    """Replace the state of a layer with one expert by that of one that has spawned from it."""
     moe.spawned_on_load = True
-    base = {name: state_dict[prefix + "experts." + name] for name in moe.expert_tensors()}
+    base = {name: state_dict[f"{prefix}experts.{name}"] for name in moe.expert_tensors()}
     plan = moe.spawner.plan(base, state_dict.get(prefix + "activity.magnitude_H"))
-    own = plan.only(moe.experts.local)
+    local = plan.only(moe.experts.local)
     for name, tensor in base.items():
-        state_dict[prefix + "experts." + name] = own.weights(name, tensor)
+        state_dict[f"{prefix}experts.{name}"] = local.weights(name, tensor)
+    assert moe.router is not None
     plan.fill_gate(moe.router)
     for key, tensor in moe.state_dict().items():
         module, _, name = key.partition(".")
@@ -94,7 +196,7 @@ def _spawn(moe: "MoELayer", state_dict: Dict[str, Tensor], prefix: str) -> None:
             state_dict[prefix + key] = tensor
 
 
-def _fit_activity(moe: "MoELayer", state_dict: Dict[str, Tensor], prefix: str) -> None:
+def _fit_activity(moe: "SpawningLayer", state_dict: Dict[str, Any], prefix: str) -> None:
     """Let a state lack what is measured for the spawn, or have it in vain."""
     key = prefix + "activity.magnitude_H"
     if moe.activity is None:

@@ -2,6 +2,8 @@
 
 from torch import Tensor, nn
 
+from .options import OptionError
+
 
 class MultiHead(nn.Module):
     """``x -> split(x W_head) -> experts -> concatenate -> W_merge``.
@@ -16,7 +18,7 @@ class MultiHead(nn.Module):
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
         if dim % heads:
-            raise ValueError(f"heads must divide the width {dim}, but is {heads}")
+            raise OptionError("heads", f"`heads` must divide the width {dim}, but is {heads}.")
         self.heads = heads
         self.head = nn.Linear(dim, dim)
         self.merge = nn.Linear(dim, dim)

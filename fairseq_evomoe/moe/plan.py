@@ -2,12 +2,15 @@
 
 from dataclasses import dataclass, replace
 from enum import Enum
-from typing import Callable, List, Optional, Sequence
+from typing import Any, Callable, Dict, List, Optional, Protocol, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from . import ROUTERS
+from .experts import ROWS_BY_EXPERT
+from .options import OptionError
+from .routers import Router
+from .routers.registry import name_of
 
 
 @dataclass(frozen=True)
@@ -65,10 +68,13 @@ class Plan:
 
     def only(self, experts: Sequence[int]) -> "Plan":
         """The plan of some of the new experts, for a rank that has no others."""
-        change = None
-        if self.change is not None:
-            change = lambda e, name, rows: self.change(experts[e], name, rows)  # noqa: E731
-        return replace(self, origins=[self.origins[e] for e in experts], change=change, gate_ED=None)
+        change = self.change
+
+        def change_local(expert: int, name: str, rows: Tensor) -> Tensor:
+            return rows if change is None else change(experts[expert], name, rows)
+
+        origins = [self.origins[e] for e in experts]
+        return replace(self, origins=origins, change=change and change_local, gate_ED=None)
 
     def weights(self, name: str, old: Tensor) -> Tensor:
         """A tensor of weights of the new experts.
@@ -117,11 +123,11 @@ class Plan:
                 result[e] = 0 if new is None else new[e]
         return result
 
-    def fill_gate(self, router: nn.Module) -> None:
+    def fill_gate(self, router: Router) -> None:
         """Give a new router the gate that the plan asks for, if it does.
 
         Raises:
-            ValueError: the router has no linear gate.
+            OptionError: the router has no linear gate.
         """
         if self.gate_ED is not None:
             check_linear_gate(router)
@@ -129,7 +135,7 @@ class Plan:
 
 
 def _take(origin: Origin, name: str, old: Tensor) -> Tensor:
-    if name == "b2":
+    if name == ROWS_BY_EXPERT:
         return old[origin.source : origin.source + 1]
     rows = old.index_select(0, origin.unit_K.to(old.device))
     if origin.new_units == 0:
@@ -137,20 +143,23 @@ def _take(origin: Origin, name: str, old: Tensor) -> Tensor:
     return torch.cat([rows, rows.new_zeros((origin.new_units,) + rows.shape[1:])])
 
 
-def check_linear_gate(router: nn.Module) -> None:
-    """Raise ``ValueError`` unless a router has a gate with one row of weights for each expert."""
-    if not router.linear_gate:
-        gate_input = getattr(router, "gate_input", None)
-        if gate_input is not None and type(router).linear_gate:
-            raise ValueError(
-                "--moe-spawn-method split makes the rows of a gate that sees the layer's input, which "
-                f"--moe-gate-input {gate_input.value} does not: use hidden or both, or another method."
-            )
-        name = {cls: name for name, cls in ROUTERS.items()}.get(type(router), type(router).__name__)
-        raise ValueError(
-            f"--moe-spawn-method split makes the rows of a linear gate, which --moe-router {name} has not: "
-            "use another router, such as topk, or another method."
+def check_linear_gate(router: Router) -> None:
+    """Raise ``OptionError`` unless a router has a gate with one row of weights for each expert."""
+    if router.linear_gate:
+        return
+    if type(router).linear_gate:
+        seen = router.options.gate_input.value
+        raise OptionError(
+            "spawn_method",
+            "`spawn_method` split makes the rows of a gate that sees the layer's input, which `gate_input` "
+            f"{seen} does not: use hidden or both, or another method.",
         )
+    name = name_of(type(router))
+    raise OptionError(
+        "spawn_method",
+        f"`spawn_method` split makes the rows of a linear gate, which `router` {name} has not: use another "
+        "router, such as topk, or another method.",
+    )
 
 
 def resize_plan(widths: Sequence[int], kept: Sequence[int], copied: Optional[int] = None) -> Plan:
@@ -167,3 +176,69 @@ def resize_plan(widths: Sequence[int], kept: Sequence[int], copied: Optional[int
     if copied is not None:
         origins.append(Origin(copied, units[copied], inherits=False))
     return Plan(origins)
+
+
+class Spawner(Protocol):
+    """Makes a plan of how one expert becomes many; ``evolution.spawn.Spawn`` is one.
+
+    Attributes:
+        experts: E, how many experts it makes.
+        layer: number of the layer, on which its random numbers depend.
+        seed: the same for all layers of a model.
+        method_name: what it does to the copies of the base, in a word.
+        used_strength: how much.
+        needs_activity: whether the base's activations should be measured before the spawn.
+        makes_gate: whether the router must have a linear gate; see ``check_linear_gate``.
+    """
+
+    @property
+    def experts(self) -> int: ...  # noqa: D102
+
+    @property
+    def layer(self) -> int: ...  # noqa: D102
+
+    @property
+    def seed(self) -> int: ...  # noqa: D102
+
+    @property
+    def method_name(self) -> str: ...  # noqa: D102
+
+    @property
+    def used_strength(self) -> float: ...  # noqa: D102
+
+    @property
+    def needs_activity(self) -> bool: ...  # noqa: D102
+
+    @property
+    def makes_gate(self) -> bool: ...  # noqa: D102
+
+    def widths_from(self, base: int) -> List[int]:
+        """Hidden units of each expert that is made out of a base with ``base`` of them."""
+
+    def generator(self, *key: object) -> torch.Generator:
+        """A generator of random numbers of its own for each key."""
+
+    def plan(self, base: Dict[str, Tensor], activity_H: Optional[Tensor] = None) -> Plan:
+        """What to do to the base expert, given its tensors by name and the activity of its units."""
+
+
+_spawners: Dict[str, Callable[..., Spawner]] = {}
+
+
+def register_spawner(make: Callable[..., Spawner]) -> None:
+    """Say what makes the spawner of a layer that is given none; its arguments are those of ``make_spawner``.
+
+    ``moe`` knows nobody, so whoever knows how experts spawn, ``evolution``, tells it so.
+    """
+    _spawners["default"] = make
+
+
+def make_spawner(**options: Any) -> Spawner:
+    """The spawner that was registered, with the options ``experts``, ``layer``, ``seed``, ``widths``, ...
+
+    Raises:
+        RuntimeError: none was.
+    """
+    if not _spawners:
+        raise RuntimeError("No spawner is registered: import fairseq_evomoe, or give the layer a `spawner`.")
+    return _spawners["default"](**options)

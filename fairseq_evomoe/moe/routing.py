@@ -13,7 +13,7 @@ H       hidden units of all experts, laid end to end
 """
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Collection, Dict, Optional, Tuple, Union
+from typing import TYPE_CHECKING, Any, Collection, Dict, Optional, Tuple, Union, cast
 
 import torch
 from torch import Tensor
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from .slots import Slots
 
 
-@dataclass
+@dataclass(frozen=True)
 class RoutingContext:
-    """What a router may need and the tokens do not hold.
+    """What a router may need and the tokens do not hold, of one forward pass.
 
     Attributes:
         temperature: temperature of the gate at this update, > 0.
@@ -57,7 +57,7 @@ class RoutingContext:
     statistics: bool = True
     losses: Optional[Collection[str]] = None
     ranks: Ranks = ALONE
-    noise_key: Optional[Tuple] = None
+    noise_key: Optional[Tuple[object, ...]] = None
     first_row: int = 0
 
     def wants(self, loss: str) -> bool:
@@ -74,7 +74,7 @@ class RoutingContext:
         elif self.memory.get("rows_of_ranks", (None,))[0] != rows:
             count_W = self.ranks.gather_counts(torch.tensor([rows], device=device)).flatten().tolist()
             self.memory["rows_of_ranks"] = rows, sum(count_W[: self.ranks.rank]), sum(count_W)
-        return self.memory["rows_of_ranks"][1:]
+        return cast(Tuple[int, int], self.memory["rows_of_ranks"][1:])
 
     def uniform(self, like: Tensor) -> Tensor:
         """Independent samples of U(0, 1) in the shape of ``like``, (T, K), and its dtype and device.
@@ -119,6 +119,8 @@ class Routing:
         dropped: pairs that a capacity left out; a number or an int64 scalar.
         slots: mixtures of tokens on which the experts work instead of tokens; ``token_N`` are slots then.
         sent_bytes: what this rank sends to others to carry the tokens to their experts and back.
+        phase: 0: of a layer with one expert; 2: in the router's last stage; 1: before that.
+        temperature: of the gate.
     """
 
     token_N: Tensor
@@ -132,7 +134,50 @@ class Routing:
     dropped: Union[int, Tensor] = 0
     slots: Optional["Slots"] = None
     sent_bytes: int = 0
+    phase: int = 0
+    temperature: float = 1.0
 
     def load_E(self) -> Tensor:
         """Assignments for each expert: float32, shape (E,)."""
         return torch.bincount(self.expert_N, minlength=self.experts).to(torch.float32)
+
+    def report(self) -> "Report":
+        """What the routing of these tokens is like, without gradient."""
+        return Report(
+            tokens=self.tokens,
+            assignments=self.token_N.shape[0],
+            load_E=self.load_E(),
+            balance=torch.as_tensor(self.losses.get("balance", 1.0)).detach(),
+            gate_entropy=torch.zeros(()) if self.gate_entropy is None else self.gate_entropy,
+            dropped=self.dropped,
+            sent_bytes=self.sent_bytes,
+            phase=self.phase,
+            temperature=self.temperature,
+        )
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a batch tells of its routing, for the logs.
+
+    Attributes:
+        tokens: number of tokens that were routed.
+        assignments: number of active pairs.
+        load_E: float32, active pairs of each expert.
+        balance: scalar, the load-balance loss of the batch; 1, that of an even load, if the router has none.
+        gate_entropy: scalar, see ``Routing``; 0 if there is no gate.
+        dropped: see ``Routing``.
+        sent_bytes: see ``Routing``.
+        phase: see ``Routing``.
+        temperature: see ``Routing``.
+    """
+
+    tokens: int
+    assignments: int
+    load_E: Tensor
+    balance: Tensor
+    gate_entropy: Tensor
+    dropped: Union[int, Tensor]
+    sent_bytes: int
+    phase: int
+    temperature: float

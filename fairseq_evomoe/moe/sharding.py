@@ -1,12 +1,24 @@
-"""Which of the ranks that share a layer's experts has which of them, and where their rows are."""
+"""Which of the ranks that share a layer's experts has which of them, and how all are brought together."""
 
 from typing import Dict, List, Optional, Sequence
 
 import torch
 from torch import Tensor
 
-ROWS_BY_EXPERT = "b2"
-"""The tensor of ``Experts`` with one row for each expert; the others have one for each hidden unit."""
+from .experts import Experts, rows_per_expert
+from .ranks import Ranks
+
+__all__ = [
+    "allocate",
+    "attach_ranks",
+    "concat_experts",
+    "deal_experts",
+    "gather_experts",
+    "gather_rows",
+    "local_rows",
+    "rows_per_expert",
+    "take_experts",
+]
 
 
 def deal_experts(widths: Sequence[int], ranks: int) -> List[List[int]]:
@@ -30,16 +42,6 @@ def deal_experts(widths: Sequence[int], ranks: int) -> List[List[int]]:
         experts_of[rank].append(expert)
         units[rank] += widths[expert]
     return [sorted(experts) for experts in experts_of]
-
-
-def rows_per_expert(name: str, widths: Sequence[int]) -> List[int]:
-    """Number of rows that each expert has in a tensor of ``Experts``.
-
-    Args:
-        name: ``w1``, ``b1``, ``w2``, ``b2`` or ``w3``.
-        widths: hidden units of each expert.
-    """
-    return [1] * len(widths) if name == ROWS_BY_EXPERT else list(widths)
 
 
 def take_experts(name: str, whole: Tensor, widths: Sequence[int], experts: Sequence[int]) -> Tensor:
@@ -70,3 +72,55 @@ def concat_experts(
         pieces.update(zip(own, part.split([rows[e] for e in own])))
     wanted = range(len(widths)) if experts is None else experts
     return torch.cat([parts[0][:0]] + [pieces[e] for e in wanted])
+
+
+def allocate(experts: Experts, widths: Sequence[int], ranks: Ranks) -> None:
+    """Let experts have these widths; each rank has room for its own, whose contents are undefined."""
+    parallel = ranks.parallel
+    experts.allocate(widths, deal_experts(widths, parallel)[ranks.group_rank] if parallel > 1 else None)
+
+
+def local_rows(experts: Experts, name: str, whole: Tensor) -> Tensor:
+    """The rows that this rank has of a tensor of all experts, such as one of a checkpoint."""
+    return take_experts(name, whole, experts.widths, experts.local) if experts.sharded else whole
+
+
+def gather_rows(
+    experts: Experts, ranks: Ranks, name: str, local: Tensor, to: Optional[int] = None
+) -> Optional[Tensor]:
+    """A tensor of all experts, from the rows that each rank has; the ranks must all call this.
+
+    Args:
+        experts: those of this rank.
+        ranks: that share the experts.
+        name: ``w1``, ``b1``, ``w2``, ``b2`` or ``w3``.
+        local: this rank's rows of it, or of what has a row for each of its rows.
+        to: ``group_rank`` of the only rank that shall get it; ``None``: all.
+
+    Returns:
+        the tensor, or ``None`` where it is not wanted.
+    """
+    if not experts.sharded:
+        return local
+    widths = experts.widths
+    experts_of = deal_experts(widths, ranks.parallel)
+    sizes = [sum(rows_per_expert(name, [widths[e] for e in numbers])) for numbers in experts_of]
+    parts = ranks.gather_experts(local, sizes, to)
+    return concat_experts(name, parts, widths, experts_of) if parts else None
+
+
+def gather_experts(experts: Experts, ranks: Ranks) -> Dict[str, Tensor]:
+    """The tensors of all experts by name; the ranks that share them must all call this."""
+    gathered = {}
+    for name, tensor in experts.tensors().items():
+        whole = gather_rows(experts, ranks, name, tensor)
+        assert whole is not None  # every rank has asked for it
+        gathered[name] = whole
+    return gathered
+
+
+def attach_ranks(experts: Experts, before: Ranks, ranks: Ranks) -> None:
+    """Deal the experts that ``before`` share out anew among ``ranks``; all of them must call this."""
+    whole = gather_experts(experts, before)
+    allocate(experts, experts.widths, ranks)
+    experts.fill({name: local_rows(experts, name, tensor) for name, tensor in whole.items()})

@@ -399,7 +399,7 @@ def test_options_of_other_routers_are_refused_even_at_their_default(router):
         value = getattr(ROUTERS[other].Options(), name)
         value = 5 if value is None else getattr(value, "value", value)
         if ROUTERS[other].Options.declared()[name].loss:
-            resolve({"router": router, name: 0.0})  # that there is no such loss is true
+            resolve({"router": router, name: 0.0}, **RUN)  # that there is no such loss is true
             value = value or 0.1
         options, text = refusals({"router": router, name: value})
         assert options == [name]

@@ -6,6 +6,7 @@ import pytest
 import torch
 from fairseq.logging import metrics
 
+from fairseq_evomoe.moe import record
 from support.cli import LM, MASKED_LM, TRANSLATION, build, call
 
 NAMES = (
@@ -68,11 +69,12 @@ def test_exact_values(lm_data):
     }
     setup = build(lm_data, **{**GROWN, **options})
     batch = setup.batches()[-1]
-    _, _, log = forward(setup, batch, update=5)
+    with record() as routings:
+        _, _, log = forward(setup, batch, update=5)
     values = reduced(setup, [log])
 
     moe = setup.model.decoder.layers[1].moe
-    routing, tokens = moe.routing, int(batch["ntokens"])
+    routing, tokens = routings[moe], int(batch["ntokens"])
     pairs = list(zip(routing.token_N.tolist(), routing.expert_N.tolist(), routing.weight_N.tolist()))
     assert len({pair[0] for pair in pairs}) == tokens and len(pairs) > tokens
     share = [sum(e == expert for _, e, _ in pairs) / len(pairs) for expert in range(4)]
@@ -180,10 +182,10 @@ def test_the_auxiliary_loss_has_its_weight_in_the_gradient(task, request):
         # not in the dense stage, in which the loss is constant
         setup = build(data, moe_balance_weight=weight, **{**task, "moe_freq": 1, "moe_hard_update": 0})
         torch.manual_seed(3)
-        loss, sample_size, log = forward(setup, setup.batches()[0])
+        with record() as routings:
+            loss, sample_size, log = forward(setup, setup.batches()[0])
         if auxiliary_only:
-            layers = [m for m in setup.model.modules() if hasattr(m, "moe")]
-            loss = 0.5 * sample_size * sum(layer.moe.routing.losses["balance"] for layer in layers)
+            loss = 0.5 * sample_size * sum(routing.losses["balance"] for routing in routings.values())
         loss.backward()
         zero = torch.zeros(())
         found = {name: zero if p.grad is None else p.grad for name, p in setup.model.named_parameters()}

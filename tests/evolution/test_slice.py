@@ -7,8 +7,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from fairseq_evomoe.evolution.spawn import Spawn, SpawnMethod, usefulness
-from fairseq_evomoe.moe import Experts, Hidden, MoELayer, RoutingContext
-from fairseq_evomoe.moe.routers.topk import TopKRouter
+from fairseq_evomoe.moe import Hidden, MoELayer, RoutingContext
 from fairseq_evomoe.moe.statistics import Activity
 from support.cli import LM, call, parameters
 from support.resume import check_resume
@@ -138,17 +137,18 @@ def test_any_widths(units, widths, strength, ties):
 
 
 def make_layer(widths, gated=False, units=20, method="slice", norm=None):
-    experts = Experts(6, [units], Hidden(F.silu, norm=norm), gated)
-    for name, tensor in base(units, gated=gated).items():
-        getattr(experts, name).data.copy_(tensor)
-    spawn = Spawn(len(widths), method=SpawnMethod(method), widths=widths)
-
-    def make_router():
-        router = TopKRouter(6, len(widths), top_k=min(2, len(widths)))
-        router.initialize(spawn.generator("router"))
-        return router
-
-    return MoELayer(experts, len(widths), make_router, spawn).train()
+    layer = MoELayer(
+        6,
+        units,
+        len(widths),
+        "topk",
+        top_k=min(2, len(widths)),
+        between=Hidden(F.silu, norm=norm),
+        gated=gated,
+        spawner=Spawn(len(widths), method=SpawnMethod(method), widths=widths),
+    )
+    layer.experts.fill(base(units, gated=gated))
+    return layer.train()
 
 
 @pytest.mark.parametrize("gated", [False, True])
@@ -226,7 +226,7 @@ def test_states_with_and_without_a_measurement_load():
 
 
 def test_a_normalisation_of_hidden_units_needs_equal_widths():
-    with pytest.raises(ValueError, match="--scale-fc.*--moe-expert-sizes"):
+    with pytest.raises(ValueError, match="normalisation of hidden units.*`widths`"):
         make_layer([4, 8], norm=torch.nn.LayerNorm(20)).spawn()
     layer = make_layer([20, 20], norm=torch.nn.LayerNorm(20))
     layer.spawn()

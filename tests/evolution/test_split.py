@@ -8,8 +8,7 @@ from torch.nn import functional as F
 
 from fairseq_evomoe.evolution.clustering import balanced_kmeans
 from fairseq_evomoe.evolution.spawn import Spawn, SpawnMethod
-from fairseq_evomoe.moe import Experts, Hidden, MoELayer, Routing, RoutingContext
-from fairseq_evomoe.moe.routers import ROUTERS
+from fairseq_evomoe.moe import Hidden, MoELayer, Routing, RoutingContext
 from fairseq_evomoe.moe.routers.router import Router
 from fairseq_evomoe.moe.routers.topk import TopKRouter
 from support.cli import LM, build, call, parameters
@@ -29,21 +28,19 @@ class Everything(TopKRouter):
 class Gateless(Router):
     """No gate."""
 
+    def initialize(self, generator):
+        """There is nothing to fill."""
+
 
 def split_layer(experts=4, units=24, dim=6, gated=False, router=Everything, dtype=torch.float64):
     torch.manual_seed(0)
-    base = Experts(dim, [units], Hidden(F.gelu), gated).to(dtype)
-    for parameter in base.parameters():
+    spawner = Spawn(experts, method=SpawnMethod.split)
+    layer = MoELayer(dim, units, experts, router, between=Hidden(F.gelu), gated=gated, spawner=spawner).to(
+        dtype
+    )
+    for parameter in layer.parameters():
         torch.nn.init.normal_(parameter)
-    spawn = Spawn(experts, method=SpawnMethod.split)
-
-    def make_router():
-        made = router(dim, experts)
-        if router is Everything:
-            made.initialize(spawn.generator("router"))
-        return made
-
-    return MoELayer(base, experts, make_router, spawn)
+    return layer
 
 
 @pytest.mark.parametrize("gated", [False, True])
@@ -150,13 +147,13 @@ def test_a_dense_state_is_split_when_it_is_loaded():
 
 
 def test_what_cannot_be_split_is_refused():
-    with pytest.raises(ValueError, match="24.*units.*--moe-experts 5"):
+    with pytest.raises(ValueError, match="24.*units.*`experts` is 5"):
         split_layer(experts=5).spawn()
-    with pytest.raises(ValueError, match="--moe-spawn-method split.*--moe-router Gateless"):
+    with pytest.raises(ValueError, match="`spawn_method` split.*`router` Gateless"):
         split_layer(router=Gateless).spawn()
-    with pytest.raises(ValueError, match="--moe-expert-sizes"):
+    with pytest.raises(ValueError, match="`spawn_method` split makes experts of 12"):
         Spawn(2, method=SpawnMethod.split, widths=[4, 20]).plan({"w1": torch.randn(24, 6)})
-    with pytest.raises(ValueError, match="--scale-fc"):
+    with pytest.raises(ValueError, match="normalisation of hidden units.*as wide as the base, 24"):
         layer = split_layer()
         layer.experts.hidden.norm = torch.nn.LayerNorm(24)
         layer.spawn()
@@ -164,12 +161,7 @@ def test_what_cannot_be_split_is_refused():
 
 @pytest.mark.parametrize("name", ["switch", "topk", "dts", "dynmoe"])
 def test_routers_with_a_linear_gate_take_it(name):
-    def router(dim, experts):
-        made = ROUTERS[name](dim, experts)
-        made.initialize(torch.Generator().manual_seed(0))
-        return made
-
-    layer = split_layer(router=router)
+    layer = split_layer(router=name)
     layer.spawn()
     assert torch.allclose(layer.router.weight[2], layer.experts.w1[12:18].mean(0), atol=1e-6)
     assert layer(torch.randn(3, 6, dtype=torch.float64), RoutingContext()).shape == (3, 6)

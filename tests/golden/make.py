@@ -19,8 +19,8 @@ import torch
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-import golden  # noqa: E402
-from conftest import sentences, translated  # noqa: E402
+import golden
+from conftest import sentences, translated
 
 
 def write_text():
@@ -104,7 +104,7 @@ def main():
 
 
 def state_keys():
-    """Keys of the states of all combinations that can be built; the part that all of a model have only once."""
+    """Keys of the states of all combinations that can be built; what all of a model have, only once."""
     result = {}
     for model, settings in golden.MODELS.items():
         builder, common, found = golden.Builder(settings), None, {}

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+from fairseq_evomoe.moe import record
 from support.cli import LM, MASKED_LM, TRANSLATION
 from support.models import layers, make_model, padded_batch
 
@@ -17,7 +18,8 @@ def test_every_token_goes_where_the_table_says(settings, activations, request):
     """With padding on the left, and with embeddings that encoder and decoder share."""
     setup = make_model(request, settings, moe_router="hash", checkpoint_activations=activations)
     batch = padded_batch(setup)
-    loss = setup.criterion(setup.model.train(), batch)[0]
+    with record() as routings:
+        loss = setup.criterion(setup.model.train(), batch)[0]
     inputs = {"encoder": batch["net_input"]["src_tokens"], "decoder": batch["net_input"]["src_tokens"]}
     if settings is TRANSLATION:
         inputs["decoder"] = batch["net_input"]["prev_output_tokens"]
@@ -26,10 +28,13 @@ def test_every_token_goes_where_the_table_says(settings, activations, request):
     for name, moe in layers(setup.model).items():
         tokens = inputs[name.split(".")[0]]
         expected[name] = moe.router.table_V[tokens[tokens.ne(1)]]
-        assert torch.equal(moe.routing.expert_N, expected[name]), name
-    loss.backward()  # with checkpoint_activations, layers are computed once more, when other tokens came last
-    for name, moe in layers(setup.model).items():
-        assert torch.equal(moe.routing.expert_N, expected[name]), name
+        assert torch.equal(routings[moe].expert_N, expected[name]), name
+    with record() as routings:
+        loss.backward()  # with checkpoint_activations, layers run once more, when other tokens came last
+    assert bool(routings) == activations
+    for moe, routing in routings.items():
+        name = next(name for name, other in layers(setup.model).items() if other is moe)
+        assert torch.equal(routing.expert_N, expected[name]), name
 
 
 def test_a_router_of_tokens_needs_tokens(lm_data, request):
@@ -91,9 +96,10 @@ def test_a_copy_of_the_model_has_inputs_of_its_own(request):
     """As fairseq's EMA makes one."""
     model = make_model(request, LM, moe_router="hash").model.eval()
     other = copy.deepcopy(model)
-    model(torch.tensor([[5, 6, 7]]))
-    expected = other(torch.tensor([[8, 9, 10, 11]]))[0]
+    with record() as routings:
+        model(torch.tensor([[5, 6, 7]]))
+        expected = other(torch.tensor([[8, 9, 10, 11]]))[0]
     for ours, theirs in zip(model.decoder.layers, other.decoder.layers):
         assert ours.stack is not theirs.stack
-        assert theirs.moe.routing.tokens == 4 and ours.moe.routing.tokens == 3
+        assert routings[theirs.moe].tokens == 4 and routings[ours.moe].tokens == 3
     assert torch.equal(model(torch.tensor([[8, 9, 10, 11]]))[0], expected)

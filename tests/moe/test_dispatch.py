@@ -5,7 +5,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fairseq_evomoe.moe import Experts, Hidden, Routing, RoutingContext, fused, memory
+from fairseq_evomoe.moe import Experts, Hidden, Routing, RoutingContext
+from fairseq_evomoe.moe.dispatch import fused, memory
 from fairseq_evomoe.moe.dispatch import local as module
 from fairseq_evomoe.moe.dispatch.local import dispatch, grouped_experts
 from fairseq_evomoe.moe.routers import DenseToSparseRouter
@@ -82,7 +83,7 @@ def test_weights_without_gradient_cost_none(monkeypatch):
 
 def test_a_rank_that_has_no_expert():
     experts = make_experts(5, [4, 4])
-    experts.allocate([4, 4], own=[])
+    experts.allocate([4, 4], local=[])
     x = torch.randn(7, 5, dtype=torch.float64, requires_grad=True)
     y, *gradients = with_gradients(dispatch, x, routing_of(7, []), experts)
     assert torch.equal(y, torch.zeros_like(x)) and gradients[1].shape == (0,)

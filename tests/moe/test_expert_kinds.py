@@ -1,7 +1,5 @@
 """Experts of other kinds than EvoMoE's, each against its formula in float64, one token at a time."""
 
-from functools import partial
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,7 +12,7 @@ from fairseq_evomoe.moe.dispatch.local import dispatch
 from fairseq_evomoe.moe.hyper_adapter import HyperAdapter
 from fairseq_evomoe.moe.multi_head import MultiHead
 from fairseq_evomoe.moe.mutual_distillation import dispatch_and_compare
-from support.experts import make_layer
+from support.experts import make_layer, routed
 from support.router_checks import close
 
 DIM, EXPERTS = 6, 4
@@ -49,9 +47,9 @@ def test_widths_sum_to_the_total(ratios, more):
 
 @pytest.mark.parametrize("sizes", ["", "1,2", "1,2,3,x", "1,2,3,0", "1,2,3,-1", "1,2,3,inf", "quadratic"])
 def test_sizes_refused(sizes):
-    with pytest.raises(ValueError, match="expert_sizes must be one of uniform.* or 4 numbers"):
+    with pytest.raises(ValueError, match="`expert_sizes` must be one of uniform.* or 4 numbers"):
         size_ratios(sizes, 4)
-    with pytest.raises(ValueError, match="total_ffn_dim must be at least 32 for 4 experts"):
+    with pytest.raises(ValueError, match="`total_ffn_dim` must be at least 32 for 4 experts"):
         expert_widths([1, 2, 3, 4], 20)
 
 
@@ -82,9 +80,9 @@ def slow(x, routing, experts):
 def test_experts_of_different_widths(gated):
     layer = make_layer(gated=gated)
     x = torch.randn(9, DIM, dtype=torch.float64)
-    y = layer(x, RoutingContext())
+    y, routing = routed(layer, x)
     assert layer.experts.widths == [8, 16, 24, 8]
-    assert close(y, slow(x, layer.routing, layer.experts))
+    assert close(y, slow(x, routing, layer.experts))
     each = [width * (DIM * (3 if gated else 2) + 1) + DIM for width in (8, 16, 24, 8)]
     assert layer.experts.parameters_of_each() == each
     assert sum(each) == sum(p.numel() for p in layer.experts.parameters())
@@ -101,9 +99,9 @@ def test_gated_gradients():
 def test_shared_expert_is_always_on():
     layer = make_layer(shared_expert=True)
     x = torch.randn(9, DIM, dtype=torch.float64)
-    y = layer(x, RoutingContext())
+    y, routing = routed(layer, x)
     shared = torch.stack([expert(layer.shared, 0, x_t) for x_t in x])
-    assert close(y, slow(x, layer.routing, layer.experts) + shared)
+    assert close(y, slow(x, routing, layer.experts) + shared)
 
 
 def test_shared_expert_starts_as_the_base_expert():
@@ -119,16 +117,16 @@ def test_shared_expert_starts_as_the_base_expert():
 
 @pytest.mark.parametrize("spawned", [False, True])
 def test_heads(spawned):
-    heads = MultiHead(DIM, 2)
-    layer = make_layer(dim=3, widths=(8, 8, 8), heads=heads, spawned=spawned)
+    layer = make_layer(widths=(8, 8, 8), heads=2, spawned=spawned)
+    heads = layer.heads
     x = torch.randn(5, 2, DIM, dtype=torch.float64)
     mask = torch.tensor([[False, False], [False, True], [False, False], [True, True], [False, False]])
-    y = layer(x, RoutingContext(), mask)
+    y, routing = routed(layer, x, padding_mask=mask)
     kept = x[~mask]
     subs = torch.stack([part for x_t in kept for part in (heads.head(x_t)[:3], heads.head(x_t)[3:])])
     if spawned:
-        assert layer.routing.tokens == 2 * len(kept)
-        out = slow(subs, layer.routing, layer.experts)
+        assert routing.tokens == 2 * len(kept)
+        out = slow(subs, routing, layer.experts)
         assert (y[mask] == 0).all()
     else:
         out = torch.stack([expert(layer.experts, 0, sub) for sub in subs])
@@ -137,12 +135,12 @@ def test_heads(spawned):
 
 
 def test_heads_must_divide_the_width():
-    with pytest.raises(ValueError, match="heads must divide the width 6"):
+    with pytest.raises(ValueError, match="`heads` must divide the width 6"):
         MultiHead(6, 4)
 
 
 def test_heads_tell_the_router_what_each_sub_token_is():
-    layer = make_layer(dim=3, widths=(8, 8), heads=MultiHead(DIM, 2))
+    layer = make_layer(widths=(8, 8), heads=2)
     seen = []
     layer.router.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[1]))
     x = torch.randn(2, 2, DIM, dtype=torch.float64)
@@ -164,9 +162,10 @@ def test_mutual_distillation():
         mean = sum(outputs) / len(outputs)
         squares += [(output - mean).square() for output in outputs]
     assert close(loss, torch.stack(squares).mean())
-    layer.losses = frozenset(["mutual_distillation"])
-    assert close(layer(x, RoutingContext()), y)
-    assert close(layer.routing.losses["mutual_distillation"], loss)
+    layer.loss_weights["mutual_distillation"] = 0.1
+    together, routing = routed(layer, x)
+    assert close(together, y)
+    assert close(routing.losses["mutual_distillation"], loss)
 
 
 def test_mutual_distillation_by_hand():
@@ -204,18 +203,14 @@ def test_hyper_adapter():
 
 
 def test_hyper_adapter_in_a_layer():
-    def make():
-        adapter = HyperAdapter(DIM, EXPERTS, {})
-        adapter.initialize(torch.Generator().manual_seed(0))
-        return adapter
-
-    layer = make_layer(make_hyper_adapter=make)
+    layer = make_layer(hyper_adapter=True)
     plain = make_layer()
     plain.load_state_dict({k: v for k, v in layer.state_dict().items() if "hyper" not in k})
     x = torch.randn(9, DIM, dtype=torch.float64)
-    added = layer(x, RoutingContext()) - plain(x, RoutingContext())
+    y, routing = routed(layer, x)
+    added = y - plain(x)
     assert added.abs().max() > 0.1
-    assert close(added, layer.hyper_adapter(x, layer.routing))
+    assert close(added, layer.hyper_adapter(x, routing))
 
 
 @settings(max_examples=40, deadline=None)
@@ -228,19 +223,18 @@ def test_hyper_adapter_in_a_layer():
     same=st.booleans(),
 )
 def test_any_shape(count, router, gated, shared, all_padding, same):
-    losses = [] if router == "switch" else ["mutual_distillation", "penalty"]
-    adapter = partial(HyperAdapter, DIM, EXPERTS, {})
+    weights = {} if router == "switch" else {"mutual_distillation": 1, "penalty": 1}
     layer = make_layer(
-        gated=gated, router=router, shared_expert=shared, make_hyper_adapter=adapter, losses=losses
+        gated=gated, router=router, shared_expert=shared, hyper_adapter=True, loss_weights=weights
     )
     x = torch.ones(count, 2, DIM, dtype=torch.float64)
     x = x if same else x * torch.randn_like(x)
     mask = torch.full((count, 2), all_padding)
-    y = layer(x.requires_grad_(), RoutingContext(), mask)
+    y, routing = routed(layer, x.requires_grad_(), padding_mask=mask)
     assert y.shape == x.shape and torch.isfinite(y).all()
-    assert layer.routing.tokens == (0 if all_padding else 2 * count)
+    assert routing.tokens == (0 if all_padding else 2 * count)
     if all_padding:
         assert (y == 0).all()
-    (y.sum() + sum(layer.routing.losses.values())).backward()
+    (y.sum() + sum(routing.losses.values())).backward()
     grads = [p.grad for p in layer.experts.parameters()]
     assert all(grad is not None and torch.isfinite(grad).all() for grad in grads)

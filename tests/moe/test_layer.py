@@ -10,26 +10,21 @@ from torch import nn
 from torch.nn import functional as F
 
 from fairseq_evomoe.evolution.spawn import Spawn
-from fairseq_evomoe.moe import Experts, Hidden, MoELayer, Routing, RoutingContext
+from fairseq_evomoe.moe import Experts, Hidden, MoELayer, Routing, RoutingContext, record
 from fairseq_evomoe.moe.dispatch import local as dispatch_module
 from fairseq_evomoe.moe.dispatch.local import dispatch
-from fairseq_evomoe.moe.routers import DenseToSparseRouter
-from support.experts import make_experts, random_routing, slow_dispatch
+from support.experts import make_experts, random_routing, routed, slow_dispatch
 
 
 def make_layer(dim=6, width=10, experts=4, spawned=True, method="noise", **options):
     torch.manual_seed(0)
     fc1, fc2 = nn.Linear(dim, width), nn.Linear(width, dim)
-    base = Experts(dim, [width])
-    base.set_expert(0, fc1, fc2)
-    spawn = Spawn(experts, method=method, strength=None)
+    spawner = Spawn(experts, method=method, strength=None)
 
-    def make_router():
-        router = DenseToSparseRouter(dim, experts, **options)
-        router.initialize(spawn.generator("router"))
-        return router
+    def initialize(experts, index):
+        experts.set_expert(index, fc1, fc2)
 
-    layer = MoELayer(base, experts, make_router, spawn)
+    layer = MoELayer(dim, width, experts, "dts", spawner=spawner, initialize=initialize, **options)
     if spawned:
         layer.spawn()
     return layer, fc1, fc2
@@ -129,9 +124,8 @@ def test_large_gradients_are_the_same_on_huge_pages(monkeypatch):
 
 
 def test_layer_gradcheck(path):
-    layer, _, _ = make_layer(dim=3, width=4, experts=3)
+    layer, _, _ = make_layer(dim=3, width=4, experts=3, eval_routing="adaptive")
     layer = layer.double().eval()
-    layer.router.eval_routing = type(layer.router.eval_routing).adaptive
     x = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
     parameters = list(layer.parameters())
     assert torch.autograd.gradcheck(lambda x, *_: layer(x, RoutingContext(temperature=0.5)), (x, *parameters))
@@ -140,18 +134,19 @@ def test_layer_gradcheck(path):
 def test_before_the_growth_it_is_the_dense_layer():
     layer, fc1, fc2 = make_layer(spawned=False)
     x = torch.randn(7, 3, 6)
-    assert torch.allclose(layer(x, RoutingContext()), fc2(torch.relu(fc1(x))), atol=1e-6)
+    y, routing = routed(layer, x)
+    assert torch.allclose(y, fc2(torch.relu(fc1(x))), atol=1e-6)
     dense = sum(p.numel() for p in [*fc1.parameters(), *fc2.parameters()])
     assert sum(p.numel() for p in layer.parameters()) == dense
-    assert layer.routing.tokens == 21 and layer.routing.load_E().tolist() == [21.0]
+    assert routing.tokens == 21 and routing.load_E().tolist() == [21.0]
 
 
 def test_copies_with_a_dense_gate_compute_what_the_base_computed():
     layer, fc1, fc2 = make_layer(method="copy")
     layer.train()
     x = torch.randn(50, 6)
-    y = layer(x, RoutingContext(temperature=1e4))
-    assert layer.routing.token_N.shape[0] == 50 * 4
+    y, routing = routed(layer, x, RoutingContext(temperature=1e4))
+    assert routing.token_N.shape[0] == 50 * 4
     assert torch.allclose(y, fc2(torch.relu(fc1(x))), atol=1e-5)
 
 
@@ -160,20 +155,21 @@ def test_padding_is_neither_routed_nor_counted():
     layer.eval()
     x = torch.randn(2, 5, 6)
     mask = torch.tensor([[0, 0, 0, 1, 1], [0, 0, 0, 0, 0]], dtype=torch.bool)
-    y = layer(x, RoutingContext(), mask)
-    assert layer.routing.tokens == 8 and layer.routing.token_N.shape[0] == 8
+    y, routing = routed(layer, x, RoutingContext(), mask)
+    assert routing.tokens == 8 and routing.token_N.shape[0] == 8
     assert (y[mask] == 0).all()
     alone = layer(x[0, :3], RoutingContext())
     assert torch.allclose(y[0, :3], alone, atol=1e-6)
-    layer(x, RoutingContext(), torch.ones(2, 5, dtype=torch.bool))
-    assert layer.routing.tokens == 0
+    _, routing = routed(layer, x, RoutingContext(), torch.ones(2, 5, dtype=torch.bool))
+    assert routing.tokens == 0
 
 
 def test_all_padding_still_gives_every_parameter_a_gradient():
     """A parameter without gradient would stop DistributedDataParallel."""
     layer, _, _ = make_layer()
-    y = layer.train()(torch.randn(2, 3, 6), RoutingContext(), torch.ones(2, 3, dtype=torch.bool))
-    (y.sum() + layer.routing.losses["balance"]).backward()
+    mask = torch.ones(2, 3, dtype=torch.bool)
+    y, routing = routed(layer.train(), torch.randn(2, 3, 6), padding_mask=mask)
+    (y.sum() + routing.losses["balance"]).backward()
     assert all(p.grad is not None for p in layer.parameters())
 
 
@@ -206,7 +202,7 @@ def test_states_load_across_the_growth():
     after.load_state_dict(single.state_dict())
     assert torch.equal(after.experts.w1, torch.cat([fc1.weight] * 4))
 
-    with pytest.raises(ValueError, match="has 4 experts, the model 8"):
+    with pytest.raises(ValueError, match="has 4 experts in the layer, but `experts` is 8"):
         make_layer(experts=8)[0].load_state_dict(spawned.state_dict())
 
 
@@ -219,8 +215,11 @@ def test_parameters_have_one_order_however_the_layer_grew():
 
 def test_a_layer_that_was_used_can_be_copied():
     layer, _, _ = make_layer()
-    layer(torch.randn(3, 6), RoutingContext())
-    assert copy.deepcopy(layer).routing is None
+    x = torch.randn(3, 6)
+    with record() as routings:
+        y = layer.eval()(x)
+        assert torch.equal(copy.deepcopy(layer)(x), y)
+    assert len(routings) == 2 and y.requires_grad
 
 
 def test_unused_experts_get_zero_gradients():

@@ -8,8 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from fairseq_evomoe.evolution.spawn import Spawn
-from fairseq_evomoe.moe import ROUTERS, Experts, MoELayer, RoutingContext
+from fairseq_evomoe.moe import Experts, MoELayer, RoutingContext, record
 from fairseq_evomoe.moe.dispatch import local as dispatch_module
 from fairseq_evomoe.moe.dispatch.local import dispatch
 from support.router_checks import close, dot, entropy, gradients_are_right, is_deterministic, make, softmax
@@ -150,17 +149,8 @@ def test_a_row_of_zeros_has_a_finite_gradient():
 
 def make_layer(dim, experts, slots=1):
     torch.manual_seed(5)
-    base = Experts(dim, [8])
-    base.set_expert(0, nn.Linear(dim, 8), nn.Linear(8, dim))
-    spawn = Spawn(experts, method="noise")
-
-    def make_router():
-        router = ROUTERS["soft"](dim, experts, slots=slots)
-        router.initialize(spawn.generator("router"))
-        return router
-
-    layer = MoELayer(base, experts, make_router, spawn)
-    layer.spawn()
+    layer = MoELayer(dim, 8, experts, "soft", slots=slots)
+    layer.spawn("noise")
     return layer
 
 
@@ -171,8 +161,10 @@ def test_a_sequence_does_not_depend_on_its_batch_or_padding():
     x = torch.randn(5, 3, 6, dtype=torch.float64)  # (seq, batch, dim)
     mask = torch.arange(5).unsqueeze(1) >= torch.tensor(lengths)
     sequences = torch.arange(3).expand(5, 3)
-    y = layer(x, RoutingContext(), mask, sequences=sequences)
-    assert layer.routing.tokens == 9 and layer.routing.token_N.shape[0] == 3 * 8
+    with record() as routings:
+        y = layer(x, RoutingContext(), mask, sequences=sequences)
+    routing = routings[layer]
+    assert routing.tokens == 9 and routing.token_N.shape[0] == 3 * 8
     x[mask] = 1e3
     assert torch.equal(layer(x, RoutingContext(), mask, sequences=sequences), y)
     for b, length in enumerate(lengths):
@@ -189,8 +181,9 @@ def test_precision(dtype, autocast):
     x = torch.randn(64, 32).to(dtype).requires_grad_()
     sequences = torch.arange(64) % 5
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-        y = layer(x, RoutingContext(), sequences=sequences)
-    routing = layer.routing
+        with record() as routings:
+            y = layer(x, RoutingContext(), sequences=sequences)
+    routing = routings[layer]
     assert y.dtype == dtype
     assert routing.probability_TE.dtype == routing.slots.dispatch_BSL.dtype == torch.float32
     router = make("soft", 32, 8)
@@ -214,7 +207,7 @@ def test_initialisation():
 
 
 def test_refused():
-    with pytest.raises(ValueError, match="slots must be at least 1, but is 0"):
+    with pytest.raises(ValueError, match="`slots` must be at least 1, but is 0"):
         make("soft", 4, 3, slots=0)
 
 

@@ -33,6 +33,9 @@ from fairseq.logging import metrics
 from fairseq.trainer import Trainer
 
 import fairseq_evomoe
+from support import composing
+
+composing.install()  # without it, half of the time of a small training goes there
 
 USER_DIR = Path(fairseq_evomoe.__file__).parent
 

@@ -1,13 +1,11 @@
 """Experts with random weights, and what they must compute, one pair at a time."""
 
-from functools import partial
-
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from fairseq_evomoe.evolution.spawn import Spawn
-from fairseq_evomoe.moe import ROUTERS, Experts, Hidden, MoELayer, Routing
+from fairseq_evomoe.moe import Experts, Hidden, MoELayer, Routing, record
 
 
 def experts_of(widths, seed=0, gated=False, dim=5):
@@ -51,18 +49,16 @@ def random_routing(tokens, experts, density, dtype=torch.float64):
 def make_layer(seed=0, gated=False, router="topk", dim=6, widths=(8, 16, 24, 8), spawned=True, **options):
     """A layer with random weights in float64."""
     torch.manual_seed(seed)
-    base = Experts(dim, [8], Hidden(F.silu if gated else torch.relu), gated)
-    spawn = Spawn(len(widths), method="copy")
-    make_router = partial(_router, router, dim, len(widths), spawn)
-    layer = MoELayer(base, len(widths), make_router, spawn, **options)
-    if spawned:
-        layer.allocate_spawned(widths)
+    between = Hidden(F.silu if gated else torch.relu)
+    options = {"spawner": Spawn(len(widths), method="copy"), "widths": widths, "gated": gated, **options}
+    layer = MoELayer(dim, 8, len(widths), router, between=between, spawned=spawned, **options)
     for p in layer.parameters():
         nn.init.normal_(p)
     return layer.double()
 
 
-def _router(name, dim, experts, spawn):
-    router = ROUTERS[name](dim, experts)
-    router.initialize(spawn.generator("router"))
-    return router
+def routed(layer, *args, **kwargs):
+    """What a layer returns, and how it has routed."""
+    with record() as routings:
+        y = layer(*args, **kwargs)
+    return y, routings[layer]

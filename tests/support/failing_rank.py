@@ -59,7 +59,7 @@ def fail_in_update(failure, marker):
     @functools.wraps(original)
     def fc1(self, x):
         if self.num_updates == UPDATE and self.moe.spawner.layer == LAYER and self.training and once(marker):
-            assert self.moe.split
+            assert self.moe.sharded
             # what a layer computes in the meantime
             self.moe._beside = functools.partial(failure, self.moe)
         return original(self, x)

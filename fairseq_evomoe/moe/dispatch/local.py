@@ -98,8 +98,7 @@ def _counts(expert_N: Tensor, experts: Experts) -> List[int]:
 def _one_token(x_TD: Tensor, expert_N: Tensor, weight_N: Tensor, experts: Experts) -> Tensor:
     y_TD = None
     for expert, weight in zip(expert_N.tolist(), weight_N.tolist()):
-        start = sum(experts.local_widths[:expert])
-        units = slice(start, start + experts.local_widths[expert])
+        units = experts.rows_of(expert)
         factor = None if experts.w3 is None else F.linear(x_TD, experts.w3[units])
         hidden = experts.hidden(F.linear(x_TD, experts.w1[units], experts.b1[units]), factor)
         out_TD = torch.addmm(experts.b2[expert], hidden, experts.w2[units])

@@ -44,7 +44,7 @@ def empty(*shape: int, like: Tensor, reuse: bool = False) -> Tensor:
 
 def release() -> None:
     """Give the memory that waits for its next use back to the system."""
-    for buffers in _waiting.values():
+    for buffers in list(_waiting.values()):  # other threads may ask for other sizes meanwhile
         buffers.clear()
 
 

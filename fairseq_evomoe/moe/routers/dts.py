@@ -7,7 +7,7 @@ from typing import Iterator
 import torch
 from torch import Tensor
 
-from ..losses import active_balance_loss, balance_loss
+from ..losses import active_balance_loss, balance_loss, top1_balance_loss
 from ..options import OptionError, loss_weight, option
 from ..routing import Routing, RoutingContext
 from .registry import register_router
@@ -148,10 +148,16 @@ class DenseToSparseRouter(LinearRouter):
             probability_TE=probability_TE,
         )
         if context.wants("balance"):
-            published = self.options.balance_form == BalanceForm.published
-            loss = balance_loss if published else active_balance_loss
-            routing.losses["balance"] = loss(routing, context.ranks)
+            routing.losses["balance"] = self._balance(routing, probability_TE, context)
         return self.with_gate(routing, logits_TE, probability_TE, context)
+
+    def _balance(self, routing: Routing, probability_TE: Tensor, context: RoutingContext) -> Tensor:
+        """The load-balance loss; the published one is of Switch's form in evaluation (authors' code)."""
+        if self.options.balance_form == BalanceForm.normalized:
+            return active_balance_loss(routing, context.ranks)
+        if not self.training:
+            return top1_balance_loss(probability_TE, context.ranks)
+        return balance_loss(routing, context.ranks)
 
 
 def gumbel(like: Tensor, context: RoutingContext) -> Tensor:

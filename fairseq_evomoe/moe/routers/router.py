@@ -243,6 +243,8 @@ class LinearRouter(Router):
         cls, tensors: Dict[str, Tensor], vocabulary: Optional[Vocabulary] = None
     ) -> Dict[str, Any]:
         """See the parent: what the gate sees."""
+        if "gate_input" not in cls.Options.declared():  # it is what it is
+            return {}
         if "token_weight" not in tensors:
             return {"gate_input": GateInput.hidden} if "weight" in tensors else {}
         if "weight" in tensors:
