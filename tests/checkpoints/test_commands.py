@@ -48,6 +48,7 @@ def test_the_version_is_told(tmp_path):
         (["reshard", "--help"], "--parts N"),
         (["consolidate", "--help"], "--out FILE"),
         (["merge", "x.pt", "--experts", "many"], "invalid int value: 'many'"),
+        (["presets", "--help"], "--ffn-dim D"),
         (["user-dir", "too", "much"], "unrecognized arguments: too much"),
         ([], "required"),
     ],
