@@ -20,7 +20,7 @@ ROUTERS = [
     {"moe_router": "recurrent"},
     {"moe_router": "base"},
 ]
-THREADS, TRANSLATIONS = 4, 80
+THREADS, TRANSLATIONS = 4, 40
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +50,7 @@ def name(options):
 def test_translations(options, request):
     setup = make_model(request, TRANSLATION, **options)
     setup.model.eval()
-    setup.cfg.generation.update(beam=2, max_len_a=0, max_len_b=6)
+    setup.cfg.generation.update(beam=2, max_len_a=0, max_len_b=3)
     setup.task.load_dataset("train")
     dataset = setup.task.dataset("train")
     samples = [dataset.collater([dataset[i % len(dataset)]]) for i in range(TRANSLATIONS)]
