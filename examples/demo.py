@@ -3,6 +3,8 @@
 
 Downloads the plays, trains fairseq's dense `transformer_lm` and `evomoe_lm` of the same size side by side
 with `fairseq-train` (one thread each), prints a table of both and evaluates both with `fairseq-eval-lm`.
+The gate is a learned table of the vocabulary (`--moe-preset evomoe_table`), which sees no context: ours;
+without that flag it is EvoMoE's as published.
 """
 
 from __future__ import annotations
@@ -41,7 +43,8 @@ def training_command(name: str, out: Path, updates: int) -> list[str]:
     if name == "dense":
         return [*command, "--arch", "transformer_lm", "--criterion", "cross_entropy"]
     command += ["--user-dir", str(PLUGIN), "--arch", "evomoe_lm", "--criterion", "evomoe_cross_entropy"]
-    command += f"--moe-experts 8 --moe-freq 2 --moe-spawn-update {updates // 9}".split()
+    command += "--moe-preset evomoe_table --moe-experts 8 --moe-freq 2".split()
+    command += f"--moe-spawn-update {updates // 9}".split()
     command += f"--moe-anneal-updates {updates // 3} --moe-hard-update {updates * 4 // 9}".split()
     return command
 

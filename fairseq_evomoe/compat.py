@@ -13,12 +13,13 @@ import os
 import re
 import sys
 import warnings
-from typing import Any, Dict, Iterator
+from typing import Any, Callable, Dict, Iterator
 
 import numpy as np
 import torch
 from fairseq.data import data_utils, language_pair_dataset, token_block_dataset
 from fairseq.dataclass import utils as dataclass_utils
+from fairseq.dataclass.configs import DistributedTrainingConfig, FairseqConfig
 from fairseq.distributed import LegacyDistributedDataParallel
 from fairseq.distributed import utils as distributed_utils
 from fairseq.models import ARCH_CONFIG_REGISTRY, distributed_fairseq_model
@@ -30,6 +31,8 @@ from torch.distributed.rendezvous import register_rendezvous_handler, rendezvous
 
 from . import patching
 from .patching import Patches
+
+_Original = Callable[..., Any]
 
 patches = Patches()
 
@@ -84,7 +87,9 @@ def allow_fairseq_checkpoints() -> None:
     "_broadcast_object_slow",
     when=lambda original: hasattr(torch.serialization, "add_safe_globals"),
 )
-def allow_fairseq_broadcasts(original, obj, src_rank, group, dist_device):
+def allow_fairseq_broadcasts(
+    original: _Original, obj: Any, src_rank: int, group: Any, dist_device: Any
+) -> Any:
     """torch >= 2.6 refuses the configuration in a checkpoint that rank 0 sends to the other ranks.
 
     ``distributed/utils.py:805`` (ve-fairseq 0.12.3) receives with ``torch.load``, so that no run in more
@@ -98,10 +103,11 @@ def allow_fairseq_broadcasts(original, obj, src_rank, group, dist_device):
 
 
 @patches.replaces(distributed_utils, "_infer_torch_distributed_launch_init")
-def allow_torchrun_without_gpu(original, cfg):
+def allow_torchrun_without_gpu(original: _Original, cfg: DistributedTrainingConfig) -> None:
     """``distributed/utils.py:91`` (0.12.3) divides by the number of GPUs, which may be 0."""
     if torch.cuda.device_count() > 0:
-        return original(cfg)
+        original(cfg)
+        return
     cfg.distributed_init_method = "env://"
     cfg.distributed_world_size = int(os.environ["WORLD_SIZE"])
     cfg.distributed_rank = int(os.environ["RANK"])
@@ -110,7 +116,7 @@ def allow_torchrun_without_gpu(original, cfg):
 
 
 @patches.replaces(distributed_utils, "_infer_torch_distributed_launch_init")
-def keep_attempts_apart(original, cfg):
+def keep_attempts_apart(original: _Original, cfg: DistributedTrainingConfig) -> None:
     """A run that torchrun restarts meets the addresses of the ranks before (torch >= 2.4, pytorch#135712).
 
     The launcher keeps one store for all attempts, in which new process groups have the names of old ones.
@@ -130,7 +136,9 @@ def _rendezvous_of_attempt(url: str, **kwargs: Any) -> Iterator[Any]:
 
 
 @patches.replaces(LegacyDistributedDataParallel, "__init__")
-def keep_experts_out_of_buffer(original, self, module, process_group, buffer_size=2**28):
+def keep_experts_out_of_buffer(
+    original: _Original, self: Any, module: nn.Module, process_group: Any, buffer_size: int = 2**28
+) -> None:
     """``distributed/legacy_distributed_data_parallel.py:46`` has a buffer as large as a rank's parameters.
 
     All of it is added up, so that it must have one size on all ranks, which may have other numbers of
@@ -141,16 +149,19 @@ def keep_experts_out_of_buffer(original, self, module, process_group, buffer_siz
 
 
 @patches.replaces(distributed_utils, "_infer_slurm_init")
-def allow_slurm_without_gpu(original, cfg, *args, **kwargs):
+def allow_slurm_without_gpu(
+    original: _Original, cfg: DistributedTrainingConfig, *args: Any, **kwargs: Any
+) -> None:
     """``distributed/utils.py:84`` chooses the GPU of a SLURM task's local number (0.12.2 and 0.12.3)."""
-    result = original(cfg, *args, **kwargs)
+    original(cfg, *args, **kwargs)
     if torch.cuda.device_count() == 0:
         cfg.device_id = 0
-    return result
 
 
 @patches.replaces(distributed_utils, "call_main")
-def refuse_spawn_without_gpu(original, cfg, main, **kwargs):
+def refuse_spawn_without_gpu(
+    original: _Original, cfg: FairseqConfig, main: Callable[..., Any], **kwargs: Any
+) -> Any:
     """``distributed/utils.py:385`` starts a process for each GPU: none at all, silently, without one.
 
     ``call_main`` of 0.12.2 and 0.12.3 then returns as if training had been done, or, without
@@ -170,7 +181,9 @@ def refuse_spawn_without_gpu(original, cfg, main, **kwargs):
 
 
 @patches.replaces(distributed_fairseq_model, "DistributedDataParallel")
-def allow_ddp_without_gpu(original, module: nn.Module, device_ids=None, output_device=None, **kwargs):
+def allow_ddp_without_gpu(
+    original: _Original, module: nn.Module, device_ids: Any = None, output_device: Any = None, **kwargs: Any
+) -> nn.Module:
     """``models/distributed_fairseq_model.py:62`` passes ``device_ids`` for modules on the CPU.
 
     torch's DistributedDataParallel refuses that combination (0.12.2 and 0.12.3).
@@ -189,10 +202,10 @@ class _NumpyWithAliases:
     int = int
 
     @staticmethod
-    def percentile(*args, interpolation="linear", **kwargs):
+    def percentile(*args: Any, interpolation: Any = "linear", **kwargs: Any) -> Any:
         return np.percentile(*args, method=interpolation, **kwargs)
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> Any:
         return getattr(np, name)
 
 
@@ -208,12 +221,12 @@ def restore_numpy_aliases() -> None:
             patching.put(module, "np", _NumpyWithAliases)
 
 
-def _batches_by_epoch(original) -> bool:
+def _batches_by_epoch(original: _Original) -> bool:
     return "numpy_seed(seed + epoch)" in inspect.getsource(original)
 
 
 @patches.replaces(FairseqTask, "get_batch_iterator", when=_batches_by_epoch)
-def keep_batches_when_resumed(original, self, *args, **kwargs):
+def keep_batches_when_resumed(original: _Original, self: FairseqTask, *args: Any, **kwargs: Any) -> Any:
     """``tasks/fairseq_task.py:286`` (0.12.3) batches sentences by seed and the epoch a run starts in.
 
     The batches are kept for all later epochs, so a run that is resumed after its first epoch has
@@ -234,7 +247,7 @@ def keep_batches_when_resumed(original, self, *args, **kwargs):
 
 
 @patches.replaces(dataclass_utils, "merge_with_parent")
-def apply_architectures_in_yaml(original, dc, cfg, *args, **kwargs):
+def apply_architectures_in_yaml(original: _Original, dc: Any, cfg: Any, *args: Any, **kwargs: Any) -> Any:
     """``dataclass/initialize.py:52`` makes nothing of an architecture that YAML names as a model.
 
     Under Hydra ``model: {_name: evomoe_lm_tiny}`` gets the defaults of ``evomoe_lm`` before the
@@ -244,7 +257,8 @@ def apply_architectures_in_yaml(original, dc, cfg, *args, **kwargs):
     config = dc if isinstance(dc, type) else type(dc)
     architecture = ARCH_CONFIG_REGISTRY.get(cfg.get("_name"))
     if architecture is not None and config.__module__.startswith(__package__ + "."):
-        given = argparse.Namespace(**OmegaConf.to_container(cfg))
+        values: Any = OmegaConf.to_container(cfg)
+        given = argparse.Namespace(**values)
         architecture(given)
         with open_dict(cfg):
             for field in dataclasses.fields(config):
@@ -304,7 +318,7 @@ def remove_encoder_fast_path(layers: nn.ModuleList) -> None:
     for layer in layers:
         if not hasattr(layer, "can_use_fastpath"):
             continue
-        layer.can_use_fastpath = False
+        setattr(layer, "can_use_fastpath", False)  # noqa: B010  (a module's are typed)
         for name in ("in_proj", "out_proj", "fc1", "fc2"):
             for kind in ("weight", "bias"):
                 layer._parameters.pop(f"{name}_{kind}", None)

@@ -88,7 +88,7 @@ def wrap(owner: Any, name: str, function: Callable[..., Any], when: Optional[_Co
         AttributeError: the owner has nothing of that name.
     """
     found = _attribute(owner, name)
-    original = found.fget if isinstance(found, property) else found
+    original: Any = found.fget if isinstance(found, property) else found
     if _is_marked(original, function):
         _note(owner, name, function)
         return

@@ -6,6 +6,7 @@
 # DATA is a folder for fairseq's sentence_prediction task, such as the bin/ of
 # `examples/data/prepare.py reviews OUT --vocabulary-from PRETRAINING_DATA`.
 # The experts are there from the start and routing is top-1 throughout (spawn and hard update 0).
+# A model that was pretrained with a --moe-preset needs the same one here.
 set -eu
 data=$1 pretrained=$2 save_dir=$3
 shift 3

@@ -5,6 +5,7 @@
 #
 # DATA is a folder made by fairseq-preprocess or examples/data/prepare.py (its bin/).
 # UPDATES (default 4000) scales all phases: the spawn at 10%, the anneal over 40%, top-1 from 58%.
+# The gate is EvoMoE's as published; for another system add --moe-preset NAME (`evomoe presets` lists them).
 set -eu
 data=$1 save_dir=$2
 shift 2
@@ -16,8 +17,7 @@ fairseq-train "$data" --user-dir "$plugin" \
     --arch evomoe_roberta --encoder-layers 4 --encoder-embed-dim 64 --encoder-ffn-embed-dim 128 \
     --encoder-attention-heads 4 --encoder-normalize-before --max-positions 256 \
     --dropout 0.1 --attention-dropout 0.0 \
-    --moe-experts 8 --moe-freq 2 --moe-spawn-update $((updates / 10)) \
-    --moe-anneal-updates $((updates * 4 / 10)) --moe-hard-update $((updates * 48 / 100)) \
+    --moe-experts 8 --moe-freq 2 --moe-spawn-update 10% --moe-anneal-updates 40% --moe-hard-update 48% \
     --criterion evomoe_masked_lm \
     --optimizer adam --adam-betas "(0.9, 0.98)" --clip-norm 1.0 --lr 0.003 \
     --lr-scheduler polynomial_decay --warmup-updates $((updates / 20)) \

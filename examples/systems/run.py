@@ -19,7 +19,7 @@ import jobs
 import logs
 import report
 from jobs import Job
-from systems import TASKS, Settings, System, UnknownSystem, read_all, scaled
+from systems import DENSE, TASKS, Settings, System, UnknownSystem, read_all, share
 
 EPILOG = """\
 examples:
@@ -27,7 +27,6 @@ examples:
   run.py data/bible/bin --task translation --systems dense evomoe my.yaml --seeds 1 2 3 --out translation
   run.py data/shakespeare/bin --systems evomoe base --out wide -- --decoder-ffn-embed-dim 512
 """
-DENSE = System("dense", "dense", "", {}, dense=True)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -40,11 +39,16 @@ def parser() -> argparse.ArgumentParser:
     )
     add = result.add_argument
     add("data", type=Path, metavar="DATA", nargs="?", help="folder that fairseq-train reads")
-    add("--systems", nargs="+", metavar="NAME", help="names of YAML files here, paths of others, or all")
+    add(
+        "--systems",
+        nargs="+",
+        metavar="NAME",
+        help="presets by name or by the path of a YAML file, dense, or all",
+    )
     add(
         "--list",
         action="store_true",
-        help="print a table of the systems with their options, and train nothing",
+        help="print a table of the systems, and train nothing",
     )
     add("--task", choices=TASKS, default="lm", help="what to train (lm)")
     add(
@@ -66,7 +70,7 @@ def plan(system: System, seed: int, settings: Settings, out: Path) -> list[Job]:
     result, dense = [], None
     updates = settings.updates
     if system.dense_updates:
-        first = scaled(system.dense_updates, updates)
+        first = share(system.dense_updates, updates)
         updates -= first
         short = Settings(settings.data, settings.task, first, settings.more)
         before = out / "runs" / f"dense-{first}-updates-{seed}"
@@ -113,12 +117,10 @@ def write_report(results: list[report.Result], task: str, out: Path) -> str:
 
 
 def list_of(systems: list[System]) -> str:
-    """A table of systems with their options."""
-    lines = ["| file | system | flags | |", "|---|---|---|---|"]
+    """A table of systems, with what differs from their papers."""
+    lines = ["| preset | system | what differs from the paper |", "|---|---|---|"]
     for system in systems:
-        flags = f"`{' '.join(system.flags())}`" if system.options else ""
-        cells = [f"[{system.id}]({system.id}.yaml)", f"{system.name} ({system.paper})", flags, system.note]
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append(f"| `{system.id}` | {system.name} ({system.paper}) | {system.differs} |")
     return "\n".join(lines) + "\n"
 
 

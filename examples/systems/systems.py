@@ -1,18 +1,25 @@
-"""The systems that the YAML files describe, and the commands that train and evaluate them."""
+"""The systems, which are presets of the package, and the commands that train and evaluate them."""
 
 from __future__ import annotations
 
-import re
+import sys
 import sysconfig
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Sequence
 
-import yaml
-
-HERE = Path(__file__).resolve().parent
-PLUGIN = HERE.parent.parent / "fairseq_evomoe"
+PLUGIN = Path(__file__).resolve().parent.parent.parent / "fairseq_evomoe"
 SCRIPTS = Path(sysconfig.get_path("scripts"))
+sys.path.insert(0, str(PLUGIN.parent))
+
+from fairseq_evomoe.config import presets  # noqa: E402
+from fairseq_evomoe.config.errors import as_flags  # noqa: E402
+from fairseq_evomoe.moe.options import OptionError  # noqa: E402
+
+EXPERTS = {"moe_experts": 8, "moe_freq": 2}
+"""What all systems have in common, but for those whose preset says how many experts it has."""
+PHASES = {"moe_anneal_updates": "40%", "moe_hard_update": "48%"}
+"""The Dense-To-Sparse gate's stages: the published 5000 updates are more than a run here may have."""
 
 
 class UnknownSystem(ValueError):
@@ -24,41 +31,52 @@ class System:
     """One published system.
 
     Attributes:
-        id: name of its file without `.yaml`.
+        id: name of its preset, or of the file of one without `.yaml`.
         name: what it is called.
         paper: where it was published.
-        options: its `moe_*` options; values such as `0.1u` are fractions of the updates.
-        note: the comments in its file: what it is and what differs from the paper.
+        preset: what `--moe-preset` is given; empty: its options are all named.
+        common: options that all systems have in common, which come first.
+        options: further `moe_*` options.
+        differs: what differs from the paper.
         dense: whether it is fairseq's model without experts.
-        dense_updates: how long a dense model is trained first, out of which the experts are made.
+        dense_updates: how long a dense model is trained first, out of which the experts are made, as `50%`.
         not_for: the tasks that it cannot do, each with the reason.
     """
 
     id: str
     name: str
-    paper: str
-    options: dict[str, Any]
-    note: str = ""
+    paper: str = ""
+    preset: str = ""
+    common: dict[str, Any] = field(default_factory=lambda: EXPERTS)
+    options: dict[str, Any] = field(default_factory=dict)
+    differs: str = ""
     dense: bool = False
     dense_updates: str = ""
     not_for: dict[str, str] = field(default_factory=dict)
 
-    def flags(self, updates: int | None = None) -> list[str]:
-        """Its options as flags of `fairseq-train`, for a run of so many updates; as they are if not given."""
-        result = []
-        for name, value in self.options.items():
-            if value is False or value is None:
-                continue
-            result.append("--" + name.replace("_", "-"))
-            if value is not True:
-                result.append(str(scaled(value, updates)))
-        return result
+    def flags(self) -> list[str]:
+        """Its options as flags of `fairseq-train`."""
+        if self.dense:
+            return []
+        preset = ["--moe-preset", self.preset] if self.preset else []
+        return [*as_arguments(self.common), *preset, *as_arguments(self.options)]
 
 
-def scaled(value: Any, updates: int | None) -> Any:
-    """`0.1u` is a tenth of the updates, at least one; anything else is what it is."""
-    fraction = re.fullmatch(r"(\d*\.?\d+)u", str(value))
-    return max(round(float(fraction.group(1)) * updates), 1) if fraction and updates else value
+def as_arguments(options: dict[str, Any]) -> list[str]:
+    """Options as flags; those that are false or `None` are left out."""
+    result = []
+    for name, value in options.items():
+        if value is False or value is None:
+            continue
+        result.append("--" + name.replace("_", "-"))
+        if value is not True:
+            result.append(str(value))
+    return result
+
+
+def share(percentage: str, updates: int) -> int:
+    """`10%` of so many updates, at least one."""
+    return max(round(float(percentage.rstrip("%")) / 100 * updates), 1)
 
 
 def without_experts(flags: Sequence[str]) -> list[str]:
@@ -71,39 +89,50 @@ def without_experts(flags: Sequence[str]) -> list[str]:
     return kept
 
 
-def read(path: Path) -> System:
-    """Read a system's YAML file.
+DENSE = System(
+    id="dense",
+    name="Dense",
+    paper="Vaswani et al., arXiv 1706.03762",
+    differs="fairseq's own model of the same sizes and without experts, for reference.",
+    dense=True,
+)
+
+
+def read(name: str) -> System:
+    """A system by the name of its preset, or by the path of a file like those in the package.
 
     Raises:
-        UnknownSystem: keys that are not known.
+        UnknownSystem: a name that there is not, or a file that is no preset.
     """
-    text = path.read_text(encoding="utf-8")
-    keys, note = yaml.safe_load(text), " ".join(re.findall(r"^# (.*)", text, flags=re.MULTILINE))
-    options = {key: keys.pop(key) for key in list(keys) if key.startswith("moe_")}
+    if name == DENSE.id:
+        return DENSE
     try:
-        return System(id=path.stem, options=options, note=note, **keys)
-    except TypeError as error:
-        raise UnknownSystem(f"{path}: {error}") from None
+        preset = presets.load(name)
+    except OptionError as error:
+        raise UnknownSystem(as_flags(str(error))) from error
+    options = {key.replace("moe_", "", 1): value for key, value in preset.options.items()}
+    return System(
+        id=preset.id,
+        name=preset.name,
+        paper=preset.paper,
+        preset=name if name in presets.names() else str(Path(name).resolve()),
+        common={key: value for key, value in EXPERTS.items() if key[len("moe_") :] not in options},
+        options=PHASES if options.get("router", "dts") == "dts" else {},
+        differs=preset.differs,
+        dense_updates=preset.dense_updates,
+        not_for=preset.not_for,
+    )
 
 
-def read_all(names: list[str], folder: Path = HERE) -> list[System]:
-    """Read systems by name; `all` stands for all of them, and a path to a YAML file for itself.
+def read_all(names: list[str]) -> list[System]:
+    """Read systems by name, each once; `all` stands for all of them.
 
     Raises:
         UnknownSystem: a name that there is not.
     """
-    known = {path.stem: path for path in sorted(folder.glob("*.yaml"))}
-    paths = []
-    for name in names:
-        if name == "all":
-            paths += known.values()
-        elif name in known or Path(name).is_file():
-            paths.append(known.get(name, Path(name)))
-        else:
-            raise UnknownSystem(
-                f"there is no system {name!r}: choose from {', '.join(known)}, or give a file."
-            )
-    return [read(path) for path in dict.fromkeys(paths)]
+    known = [DENSE.id, *presets.names()]
+    every = [one for name in names for one in (known if name == "all" else [name])]
+    return [read(name) for name in dict.fromkeys(every)]
 
 
 @dataclass(frozen=True)
@@ -162,7 +191,6 @@ COMMON = (
     "--dropout 0.1 --optimizer adam --adam-betas (0.9,0.98) --clip-norm 1.0 "
     "--log-format json --no-progress-bar --no-epoch-checkpoints --keep-interval-updates 1"
 )
-EXPERTS = "--moe-experts 8 --moe-freq 2"
 NEVER = "1000000"
 
 
@@ -194,13 +222,11 @@ class Settings:
         task = TASKS[self.task]
         updates = self.updates
         if dense is not None:
-            updates = max(updates - scaled(system.dense_updates, updates), 1)
+            updates = max(updates - share(system.dense_updates, updates), 1)
         command = [str(SCRIPTS / "fairseq-train"), str(self.data), *task.flags.split(), *COMMON.split()]
         command += (task.dense if system.dense else task.moe).split()
         command += ["--user-dir", str(PLUGIN), "--seed", str(seed), "--save-dir", str(save_dir)]
-        command += self._durations(updates)
-        if not system.dense:
-            command += EXPERTS.split() + system.flags(self.updates)
+        command += self._durations(updates) + system.flags()
         if dense is not None:
             command += ["--finetune-from-model", str(dense)]
         return command + (without_experts(self.more) if system.dense else list(self.more))

@@ -6,6 +6,7 @@
 # DATA is a folder made by fairseq-preprocess with a joined dictionary, such as the bin/ of
 # `examples/data/prepare.py libreoffice OUT --target de` or `... bible OUT --target fr`.
 # UPDATES (default 4000) scales all phases: the spawn at 10%, the anneal over 40%, top-1 from 58%.
+# The gate is EvoMoE's as published; for another system add --moe-preset NAME (`evomoe presets` lists them).
 set -eu
 data=$1 save_dir=$2
 shift 2
@@ -17,8 +18,7 @@ fairseq-train "$data" --user-dir "$plugin" \
     --encoder-layers 4 --encoder-embed-dim 128 --encoder-ffn-embed-dim 256 --encoder-attention-heads 4 \
     --decoder-layers 4 --decoder-embed-dim 128 --decoder-ffn-embed-dim 256 --decoder-attention-heads 4 \
     --encoder-normalize-before --decoder-normalize-before --dropout 0.1 \
-    --moe-experts 4 --moe-freq 2 --moe-spawn-update $((updates / 10)) \
-    --moe-anneal-updates $((updates * 4 / 10)) --moe-hard-update $((updates * 48 / 100)) \
+    --moe-experts 4 --moe-freq 2 --moe-spawn-update 10% --moe-anneal-updates 40% --moe-hard-update 48% \
     --criterion evomoe_label_smoothed_cross_entropy --label-smoothing 0.1 \
     --optimizer adam --adam-betas "(0.9, 0.98)" --clip-norm 1.0 --lr 0.002 \
     --lr-scheduler inverse_sqrt --warmup-updates $((updates / 10)) \

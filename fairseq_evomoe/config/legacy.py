@@ -1,10 +1,9 @@
 """Options as versions before 0.2 wrote them into checkpoints, and what ``auto`` meant there."""
 
-from typing import Any, Dict, Mapping
+from typing import Any, Dict
 
 from ..moe.routers import ROUTERS
 from .config import owner, routers_with
-from .errors import PREFIX
 
 # options of different routers, all of which old configurations have, whatever the router is
 _ALL_GIVEN = ("temperature_start", "top_k", "jitter", "hash", "light_dim", "slots", "gamma", "lsh_hashes")
@@ -46,10 +45,3 @@ def understood(options: Dict[str, Any], masked: bool) -> Dict[str, Any]:
     if "renormalize" in autos:
         options["renormalize"] = "straight-through"
     return options
-
-
-def without_prefix(options: Mapping[str, Any]) -> Dict[str, Any]:
-    """Options of a preset, which may be written with ``moe_`` or without."""
-    return {
-        (name[len(PREFIX) :] if name.startswith(PREFIX) else name): value for name, value in options.items()
-    }

@@ -51,9 +51,7 @@ def load(name: str) -> Preset:
     Raises:
         OptionError: there is none, or the file is no preset.
     """
-    path = FOLDER / f"{name}.yaml"
-    if not path.is_file():
-        path = Path(name)
+    path = FOLDER / f"{name}.yaml" if name in names() else Path(name)
     if not path.is_file():
         raise OptionError(
             "preset",
@@ -71,9 +69,9 @@ def read(path: Path) -> Preset:
     try:
         keys = yaml.safe_load(path.read_text(encoding="utf-8"))
         preset = Preset(id=path.stem, **keys)
-        if not isinstance(preset.options, dict):
+        if not isinstance(preset.options, dict) or not all(isinstance(key, str) for key in preset.options):
             raise TypeError("options must be names with values")
-    except (TypeError, yaml.YAMLError) as error:
+    except (TypeError, UnicodeDecodeError, yaml.YAMLError) as error:
         text = " ".join(str(error).split())
         raise OptionError("preset", f"`preset` {path} cannot be read: {text}.") from error
     return preset

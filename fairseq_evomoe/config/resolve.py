@@ -50,15 +50,17 @@ def resolve(
     options = legacy.understood(options, masked)
     preset = options.pop("preset", None)
     try:
-        from_preset = {} if preset is None else legacy.without_prefix(presets.load(preset).options)
+        from_preset = {} if preset is None or _resolved(options) else _options_of(preset)
     except OptionError as error:
         raise ConfigError([*errors, error]) from error
     router = str(options.get("router", from_preset.get("router", "dts")))
     if router not in ROUTERS:
         raise ConfigError([*errors, unknown_router(router)])
-    if router != from_preset.get("router", router):  # another one was given over the preset's
+    if router != from_preset.get("router", "dts"):  # another one was given over the preset's
         from_preset = {
-            name: x for name, x in from_preset.items() if owner(name) or router in routers_with(name)
+            name: value
+            for name, value in from_preset.items()
+            if owner(name) or router in routers_with(name) or not routers_with(name)
         }
     values = {**from_preset, **options}
     values.pop("router", None)
@@ -79,6 +81,32 @@ def resolve(
     if errors:
         raise ConfigError(errors)
     return config
+
+
+# options that ``write_back`` always writes, so many that nobody gives all of them
+_WRITTEN = ("experts", "freq", "heads", "spawn_update", "spawn_method", "hard_update", "a2a_dtype", "lsh_dim")
+
+
+def _resolved(options: Mapping[str, Any]) -> bool:
+    """Whether the options are those of a resolved configuration, such as a checkpoint's.
+
+    They say what a preset said then, whether it has changed since or its file is somewhere else.
+    """
+    return all(name in options for name in _WRITTEN)
+
+
+def _options_of(preset: str) -> Dict[str, Any]:
+    """What a preset gives; names may be written with ``moe_`` or without.
+
+    Raises:
+        OptionError: there is no such preset.
+    """
+    options = presets.load(preset).options
+    return {
+        (name[len(PREFIX) :] if name.startswith(PREFIX) else name): value
+        for name, value in options.items()
+        if value is not None
+    }
 
 
 def _plain(value: Any) -> Any:

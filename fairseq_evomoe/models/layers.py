@@ -26,4 +26,5 @@ def sharded_parameters(model: nn.Module) -> Iterator[Tuple[str, MoELayer, str, n
 
 def keep_from_ddp(model: nn.Module) -> None:
     """Let torch's DistributedDataParallel leave sharded parameters alone, once it is built around a model."""
-    model._ddp_params_and_buffers_to_ignore = [key for key, _, _, _ in sharded_parameters(model)]
+    ignored = [key for key, _, _, _ in sharded_parameters(model)]
+    setattr(model, "_ddp_params_and_buffers_to_ignore", ignored)  # noqa: B010  (a module's are typed)

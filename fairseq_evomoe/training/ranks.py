@@ -6,11 +6,13 @@ same ones, and the norm is that of all experts on all ranks.
 """
 
 import functools
-from typing import Any, List
+from typing import Any, Dict, List, Set
 
 import torch
 import torch.distributed as dist
+from fairseq.dataclass.configs import FairseqConfig
 from fairseq.distributed import utils as distributed_utils
+from fairseq.optim import FairseqOptimizer
 from fairseq.trainer import Trainer
 from torch import Tensor, nn
 
@@ -19,9 +21,10 @@ from ..models.feed_forward import MoEFeedForward, moe_layers
 from ..models.layers import keep_from_ddp, ranks_of, sharded_parameters
 from ..moe.ranks import Ranks
 from ..moe.sharding import rows_per_expert
+from .state import RunState
 
 
-def attach_ranks(cfg: Any, model: nn.Module) -> None:
+def attach_ranks(cfg: FairseqConfig, model: nn.Module) -> None:
     """Let the ranks of a run train the MoE layers of a model together; all ranks must call this."""
     layers = [layer for _, layer in moe_layers(model)]
     if not layers or cfg.distributed_training.distributed_world_size == 1:
@@ -34,6 +37,11 @@ def attach_ranks(cfg: Any, model: nn.Module) -> None:
     for layer in layers:
         layer.moe.attach_ranks(ranks)
     keep_from_ddp(model)
+
+
+def is_sharded(trainer: Trainer) -> bool:
+    """Whether other ranks have other experts than this one."""
+    return next(sharded_parameters(trainer.get_model()), None) is not None
 
 
 def clip_grad_norm(trainer: Trainer, clip_norm: float) -> Tensor:
@@ -50,14 +58,16 @@ def clip_grad_norm(trainer: Trainer, clip_norm: float) -> Tensor:
             parameter.grad = torch.zeros_like(parameter)
     for _, _, _, parameter in sharded_parameters(model):
         # as the other gradients: the mean over all ranks of what each rank's loss makes of them
-        parameter.grad.div_(ranks.size)
+        grad = parameter.grad
+        assert grad is not None
+        grad.div_(ranks.size)
         if ranks.size > ranks.parallel:
-            dist.all_reduce(parameter.grad, group=ranks.replica_group)
+            dist.all_reduce(grad, group=ranks.replica_group)
     aggregate = functools.partial(_whole_norm, trainer.optimizer, split, ranks)
     return trainer.optimizer.clip_grad_norm(clip_norm, aggregate_norm_fn=aggregate)
 
 
-def _whole_norm(optimizer: Any, split: set, ranks: Ranks, norm: Tensor) -> Tensor:
+def _whole_norm(optimizer: FairseqOptimizer, split: Set[nn.Parameter], ranks: Ranks, norm: Tensor) -> Tensor:
     """The norm of all gradients, of all ranks' experts.
 
     Args:
@@ -90,13 +100,13 @@ def broken_parts(trainer: Trainer) -> List[str]:
     causes, gradients = [], []
     for layer_name, layer in moe_layers(model):
         moe = layer.moe
-        routing = trainer._evomoe_routings.get(moe)
+        routing = RunState.of(trainer).routings.get(moe)
         entropy = None if routing is None else routing.gate_entropy
         if entropy is not None and not torch.isfinite(entropy):
             causes.append(f"the gate of {layer_name}")
         if moe.router is None:
             continue
-        broken = {"weights": set(), "gradients": set()}
+        broken: Dict[str, Set[int]] = {"weights": set(), "gradients": set()}
         for name, parameter in moe.experts.named_parameters(recurse=False):
             rows = rows_per_expert(name, moe.experts.local_widths)
             for kind, tensor in (("weights", parameter.detach()), ("gradients", gradient.get(parameter))):

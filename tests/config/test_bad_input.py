@@ -5,8 +5,8 @@ import re
 import pytest
 import torch
 
+from fairseq_evomoe.models.feed_forward import CheckpointMismatch
 from fairseq_evomoe.moe.routers import ROUTERS, DenseToSparseRouter
-from fairseq_evomoe.training.hooks import CheckpointMismatch
 from support.cli import LM, TRANSLATION, build, call, run
 from support.refusals import refused
 

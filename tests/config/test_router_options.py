@@ -1,32 +1,14 @@
 """Routers' arguments as options, and what the options of experts make."""
 
-import inspect
-
 import pytest
 import torch
 
-from fairseq_evomoe.config.options import MoEOptions
-from fairseq_evomoe.models import make
+from fairseq_evomoe.config.resolve import resolve
 from fairseq_evomoe.moe import ROUTERS
 from support.cli import LM, MASKED_LM, TRANSLATION, build, call
 from support.tasks import PLAIN
 
-
-@pytest.mark.parametrize("name", ROUTERS)
-def test_every_argument_is_an_option_with_the_same_default(name):
-    options = vars(MoEOptions())
-    arguments = {}
-    for cls in ROUTERS[name].__mro__[:-1]:
-        for argument in inspect.signature(cls.__init__).parameters.values():
-            arguments.setdefault(argument.name, argument.default)
-    for argument in make.router_options(ROUTERS[name]):
-        default = options["moe_" + argument]
-        default = getattr(default, "value", default)
-        assert default == getattr(arguments[argument], "value", arguments[argument]) or (
-            argument in ("renormalize", "gate_input", "balance_form") and default == "auto"
-        )
-    for loss in ROUTERS[name].loss_weights:
-        assert options[f"moe_{loss}_weight"] is None
+AUTO = {"moe_gate_input": "auto", "moe_renormalize": "auto", "moe_balance_form": "auto"}
 
 
 def test_options_reach_the_router(lm_data):
@@ -45,8 +27,7 @@ def test_options_reach_the_router(lm_data):
             .moe.router
         )
         for key, value in values.items():
-            if hasattr(router, key):
-                assert getattr(router, key) == value, (name, key)
+            assert getattr(router.options, key) == value, (name, key)
     assert router.gru.hidden_size == 24
 
 
@@ -55,7 +36,7 @@ def test_options_reach_the_router(lm_data):
 )
 def test_renormalize(choice, expected, lm_data):
     options = {**LM, **PLAIN, "moe_router": "top-p", "moe_renormalize": choice}
-    assert build(lm_data, **options).model.decoder.layers[1].moe.router.renormalize == expected
+    assert build(lm_data, **options).model.decoder.layers[1].moe.router.options.renormalize == expected
 
 
 @pytest.mark.parametrize(
@@ -70,9 +51,12 @@ def test_renormalize(choice, expected, lm_data):
     ],
     ids=str,
 )
-def test_auto_is_what_measured_best_for_our_gate_and_as_published_for_the_others(options, expected, lm_data):
-    router = build(lm_data, **{**LM, **PLAIN, **options}).model.decoder.layers[1].moe.router
-    assert (router.gate_input, router.renormalize) == expected
+def test_auto_is_what_was_the_default_before(options, expected, lm_data):
+    options = {**LM, **PLAIN, **AUTO, **options}
+    if options["moe_router"] == "topk" or options["moe_router"] == "switch":
+        del options["moe_balance_form"]
+    router = build(lm_data, **options).model.decoder.layers[1].moe.router
+    assert (router.options.gate_input, router.options.renormalize) == expected
 
 
 @pytest.mark.parametrize(
@@ -87,22 +71,25 @@ def test_auto_is_what_measured_best_for_our_gate_and_as_published_for_the_others
     ids=str,
 )
 def test_auto_is_a_confident_gate_where_tokens_are_masked(options, expected, lm_data):
-    layer = build(lm_data, **{**MASKED_LM, **PLAIN, **options}).model.encoder.sentence_encoder.layers[1]
-    router, weights = layer.moe.router, layer.loss_weights
-    found = (router.gate_input, router.balance_form, weights["balance"], weights["entropy"])
-    assert found == expected and router.renormalize == "straight-through"
+    options = {**MASKED_LM, **PLAIN, **AUTO, **options}
+    moe = build(lm_data, **options).model.encoder.sentence_encoder.layers[1].moe
+    found, weights = moe.router.options, moe.loss_weights
+    assert (found.gate_input, found.balance_form, weights["balance"], weights["entropy"]) == expected
+    assert found.renormalize == "straight-through"
 
 
 @pytest.mark.parametrize("name", ROUTERS)
 def test_loss_weights_are_the_published_ones_unless_given(name):
-    published = ROUTERS[name].loss_weights
-    options = MoEOptions(moe_router=name)
-    weights = make.loss_weights(options)
-    assert {key: weights[key] for key in published} == published
-    assert weights["penalty"] == weights["mutual_distillation"] == 0
-    for loss in published:
-        setattr(options, f"moe_{loss}_weight", 0.25)
-    assert {make.loss_weights(options)[loss] for loss in published} <= {0.25}
+    declared = ROUTERS[name].Options.declared()
+    losses = [option for option, declaration in declared.items() if declaration.loss]
+    config = resolve({"router": name}, max_update=100)
+    assert config.loss_weights() == {
+        **{option[: -len("_weight")]: declared[option].default for option in losses},
+        "penalty": 0,
+        "mutual_distillation": 0,
+    }
+    weights = resolve({"router": name, **dict.fromkeys(losses, 0.25)}, max_update=100).loss_weights()
+    assert all(weights[option[: -len("_weight")]] == 0.25 for option in losses)
 
 
 def test_a_published_weight_asks_for_our_criterion(lm_data, tmp_path):

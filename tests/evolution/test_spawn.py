@@ -164,12 +164,12 @@ def test_the_third_matrix_is_treated_as_the_first():
 @pytest.mark.parametrize("method", ("mask", "noise", "copy"))
 def test_other_widths_than_the_base_has_are_refused(method):
     for widths in ([200, 100, 200], [96] * 3):
-        with pytest.raises(ValueError, match=f"{method}.*--moe-expert-sizes"):
+        with pytest.raises(ValueError, match=f"{method}.*`expert_sizes`"):
             Spawn(3, method=SpawnMethod(method), widths=widths).plan(base())
     assert Spawn(3, method=SpawnMethod(method), widths=[200] * 3).plan(base()).widths == [200] * 3
 
 
 @pytest.mark.parametrize("widths", [[8, 8], [8, 0, 8]])
 def test_widths_that_are_no_widths_are_refused(widths):
-    with pytest.raises(ValueError, match="--moe-expert-sizes"):
+    with pytest.raises(ValueError, match="`expert_sizes`"):
         Spawn(3, method=SpawnMethod.slice, widths=widths)

@@ -147,11 +147,11 @@ def test_a_dense_state_is_split_when_it_is_loaded():
 
 
 def test_what_cannot_be_split_is_refused():
-    with pytest.raises(ValueError, match="24.*units.*--moe-experts 5"):
+    with pytest.raises(ValueError, match="24.*units.*`experts` is 5"):
         split_layer(experts=5).spawn()
     with pytest.raises(ValueError, match="`spawn_method` split.*`router` Gateless"):
         split_layer(router=Gateless).spawn()
-    with pytest.raises(ValueError, match="--moe-expert-sizes"):
+    with pytest.raises(ValueError, match="`spawn_method` split makes experts of 12"):
         Spawn(2, method=SpawnMethod.split, widths=[4, 20]).plan({"w1": torch.randn(24, 6)})
     with pytest.raises(ValueError, match="normalisation of hidden units.*as wide as the base, 24"):
         layer = split_layer()

@@ -12,6 +12,7 @@ import numpy
 import pytest
 import sacrebleu
 
+from fairseq_evomoe.config.resolve import resolve
 from support.cli import LM, MASKED_LM, build, call
 
 QUALITY = Path(__file__).resolve().parents[2] / "examples" / "benchmark" / "quality"
@@ -21,6 +22,7 @@ import bootstrap  # noqa: E402
 import evaluate  # noqa: E402
 import gap  # noqa: E402
 import protocol  # noqa: E402
+import recorded  # noqa: E402
 import records  # noqa: E402
 import tables  # noqa: E402
 
@@ -138,6 +140,43 @@ def test_runs_have_names_of_their_own():
         commands.setdefault(run.key, set()).add((run.task.id, run.system.id, *run.arguments))
     assert all(len(same) == 1 for same in commands.values())
     assert not any("/" in argument for run in runs for argument in run.arguments)  # no paths of a machine
+
+
+@pytest.mark.parametrize("name", recorded.SYSTEMS)
+def test_systems_are_the_presets_with_what_they_have_over_them(name):
+    """The options by name that the results have mean the preset, for a run of the protocol."""
+
+    def means(options):
+        found = resolve({"experts": 8, **options}, ffn_dims=[128], max_update=protocol.UPDATES).flat()
+        return {option: value for option, value in found.items() if option != "preset"}
+
+    system = recorded.SYSTEMS[name]
+    then = recorded.as_then(system.options)
+    named = {option.replace("moe_", "", 1): value for option, value in then.items()}
+    assert means(named) == means({"preset": system.preset, **system.over})
+    if system.over:
+        assert means(named) != means({"preset": system.preset})
+
+
+def test_results_are_known_by_what_they_were_trained_with():
+    """Each row of the main tables has its runs in the results, whatever the defaults are called today."""
+    experiment = protocol.EXPERIMENTS["systems"]
+    for name in ("lm", "masked_lm", "help_de"):
+        for variant in experiment.rows(protocol.TASKS[name]):
+            for seed in experiment.seeds_of(variant, protocol.TASKS[name]):
+                assert variant.run(protocol.TASKS[name], seed).key in KNOWN, (name, variant.label, seed)
+
+
+def test_a_command_names_what_was_a_default_when_the_results_were_made():
+    def command(label):
+        variants = {variant.label: variant for variant in protocol.EXPERIMENTS["systems"].variants}
+        run = variants[label].run(protocol.TASKS["lm"], 1)
+        return run, " ".join(run.command(Path("data"), Path("out")))
+
+    run, text = command("EvoMoE, confident gate")
+    assert "--moe-spawn-update 0 --moe-router dts" in text and "--moe-spawn-update" not in run.arguments
+    assert command("EvoMoE, published")[1].count("--moe-spawn-update 400") == 1
+    assert "--moe-balance-choices first" in command("equal experts, Top-K")[1]
 
 
 @pytest.mark.parametrize("path", sorted((QUALITY / "results").glob("*.jsonl")), ids=lambda path: path.stem)

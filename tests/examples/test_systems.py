@@ -14,6 +14,7 @@ import pytest
 import torch
 from fairseq.dataclass import utils as fairseq_dataclasses
 
+from fairseq_evomoe.config.resolve import resolve
 from fairseq_evomoe.moe import ROUTERS
 from support.cli import LM, MASKED_LM, assert_equal, build, call, parameters
 from support.models import with_router
@@ -69,10 +70,12 @@ def compose_once(monkeypatch):
 
 def settings_of(system):
     """Settings of a small run that are not the system's own."""
-    grows = system.options.get("moe_spawn_update", 0) != 0
-    small = {**SMALL, "save_interval_updates": BEFORE if grows else MIDDLE}
     if system.dense:
-        return {**LM, **small, **NO_EXPERTS}
+        return {**LM, **SMALL, **NO_EXPERTS, "save_interval_updates": MIDDLE}
+    grows = resolve({"preset": system.preset}, max_update=UPDATES).latest_spawn > 0
+    small = {**SMALL, "save_interval_updates": BEFORE if grows else MIDDLE}
+    if "moe_experts" not in system.common:  # the preset says how many
+        small["moe_experts"] = None
     if "lm" in system.not_for:
         return {**MASKED_LM, **small, "encoder_layers": 1}
     return {**LM, **small, "decoder_layers": 1}
@@ -102,7 +105,7 @@ def perplexity(checkpoint, data, system):
 def test_a_system_trains_resumes_and_evaluates(name, lm_data, tmp_path, request, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder = Path("checkpoints")
-    system, flags, settings = SYSTEMS[name], SYSTEMS[name].flags(UPDATES), settings_of(SYSTEMS[name])
+    system, flags, settings = SYSTEMS[name], SYSTEMS[name].flags(), settings_of(SYSTEMS[name])
     if system.dense_updates:
         flags += ["--finetune-from-model", str(request.getfixturevalue("dense_checkpoint"))]
     result = call("fairseq-train", lm_data, *flags, **settings)
@@ -172,7 +175,7 @@ def runner(data, out, *systems, updates=300, wait=True):
 def test_the_runner(lm_data, tmp_path):
     pytest.importorskip("matplotlib")
     broken = tmp_path / "broken.yaml"
-    broken.write_text("name: Broken\npaper: none\nmoe_router: switch\nmoe_top_k: 3\n")
+    broken.write_text("name: Broken\npaper: none\noptions: {router: switch, top_k: 3}\n")
     out = tmp_path / "out"
     log = out / "runs" / "switch-1" / "train.log"
 
@@ -219,5 +222,5 @@ def test_the_readme_lists_the_systems():
     command = [sys.executable, str(EXAMPLES / "run.py"), "--list"]
     listed = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
     found = re.search(r"<!-- systems: .*-->\n(.*?)<!-- /systems -->", text, flags=re.DOTALL)
-    assert all(f"[{name}]({name}.yaml)" in listed for name in SYSTEMS)
+    assert all(f"| `{name}` |" in listed for name in SYSTEMS)
     assert found.group(1) == listed, "README.md: put in what `run.py --list` prints"

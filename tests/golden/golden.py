@@ -26,11 +26,12 @@ for _folder in (HERE.parent, HERE.parent.parent):
     if str(_folder) not in sys.path:
         sys.path.insert(0, str(_folder))
 
-from cli import call  # noqa: E402
 from fairseq import checkpoint_utils, options, tasks  # noqa: E402
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf  # noqa: E402
 from fairseq.models import ARCH_MODEL_REGISTRY  # noqa: E402
-from rank_jobs import train_on_ranks  # noqa: E402
+
+from support.cli import call  # noqa: E402
+from support.rank_jobs import train_on_ranks  # noqa: E402
 
 TRAINING = {
     "optimizer": "adam",

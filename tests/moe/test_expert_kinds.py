@@ -47,9 +47,9 @@ def test_widths_sum_to_the_total(ratios, more):
 
 @pytest.mark.parametrize("sizes", ["", "1,2", "1,2,3,x", "1,2,3,0", "1,2,3,-1", "1,2,3,inf", "quadratic"])
 def test_sizes_refused(sizes):
-    with pytest.raises(ValueError, match="expert_sizes. must be one of uniform.* or 4 numbers"):
+    with pytest.raises(ValueError, match="`expert_sizes` must be one of uniform.* or 4 numbers"):
         size_ratios(sizes, 4)
-    with pytest.raises(ValueError, match="total_ffn_dim. must be at least 32 for 4 experts"):
+    with pytest.raises(ValueError, match="`total_ffn_dim` must be at least 32 for 4 experts"):
         expert_widths([1, 2, 3, 4], 20)
 
 

@@ -53,7 +53,7 @@ def reference(router, x):
     for x_t in x.tolist():
         score = [0.0] * router.experts
         for node, leaf in zip(router.node.tolist(), router.leaf.tolist()):
-            q = shares([dot(x_t, w) for w in node], router.gamma)
+            q = shares([dot(x_t, w) for w in node], router.options.gamma)
             total += entropy(q)
             score = [s + q_e * math.exp(dot(x_t, a)) for s, q_e, a in zip(score, q, leaf)]
         weights.append([s / sum(score) for s in score])
@@ -191,9 +191,9 @@ def test_initialisation():
 
 
 def test_refused():
-    with pytest.raises(ValueError, match="gamma must be greater than 0, but is 0"):
+    with pytest.raises(ValueError, match="`gamma` must be greater than 0, but is 0"):
         make("comet", 4, 3, gamma=0)
-    with pytest.raises(ValueError, match="top_k must be from 1 to the 3 experts, but is 4"):
+    with pytest.raises(ValueError, match="`top_k` must be from 1 to the 3 experts, but is 4"):
         make("comet", 4, 3, top_k=4)
 
 

@@ -62,6 +62,32 @@ def test_equals_the_reference(training, high):
     assert close(routing.losses["simplicity"], sum(math.sqrt(dot(a, a)) for a in w) / 5)
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_the_two_losses_of_the_authors_code(training):
+    """``E^2 mean_e(me_e ce_e)`` of gates divided by their sum, and the mean of the gates."""
+    torch.manual_seed(3)
+    router = router_with_thresholds(high=0.3, balance_weight=0.01, activity_weight=0.01).train(training)
+    x = torch.randn(50, 6, dtype=torch.float64)
+    losses = router(x, RoutingContext()).losses
+    active = (reference(x, router.weight, router.threshold_E, training) > 0).tolist()
+    gates = [[sigmoid(cosine(x_t, w_e)) for w_e in router.weight.tolist()] for x_t in x.tolist()]
+    me = [sum(row[e] / sum(row) for row in gates) / 50 for e in range(5)]
+    ce = [sum(row[e] for row in active) / 50 for e in range(5)]
+    assert close(losses["balance"], 5**2 * sum(m * c for m, c in zip(me, ce)) / 5)
+    assert close(losses["activity"], sum(map(sum, gates)) / (50 * 5))
+    assert losses.keys() == router.loss_weights.keys()
+
+
+def test_the_balance_loss_is_left_out_where_nobody_adds_it():
+    """As in the paper; it is the only one that statistics ask for in any case."""
+    torch.manual_seed(3)
+    x = torch.randn(9, 6, dtype=torch.float64)
+    assert "balance" not in router_with_thresholds()(x, RoutingContext()).losses
+    wanted = RoutingContext(losses={"balance"})
+    found = router_with_thresholds(balance_weight=0.1, activity_weight=0.1)(x, wanted).losses
+    assert set(found) == {"balance", "diversity", "simplicity"}
+
+
 def test_losses_worked_by_hand():
     router = make("dynmoe", 2, 2)
     router.weight.data.copy_(torch.tensor([[3.0, 0.0], [4.0, 4.0]]))
@@ -97,13 +123,14 @@ def test_the_gradient_is_that_of_the_margins_of_active_experts():
         assert close(ours, theirs) and ours.abs().max() > 0
 
 
-@pytest.mark.parametrize("loss", ["diversity", "simplicity"])
+@pytest.mark.parametrize("loss", ["diversity", "simplicity", "balance", "activity"])
 def test_gradients_of_the_losses(loss):
-    router = router_with_thresholds()
+    router = router_with_thresholds(balance_weight=0.01, activity_weight=0.01)
     router.weight.data.add_(0.3 * torch.randn(5, 6).double())
+    x = torch.randn(7, 6).double()
 
     def run(weight):  # gradcheck changes the parameter in place
-        return router(torch.ones(2, 6).double(), RoutingContext()).losses[loss]
+        return router(x, RoutingContext()).losses[loss]
 
     assert torch.autograd.gradcheck(run, (router.weight,))
 

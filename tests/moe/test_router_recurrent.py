@@ -167,6 +167,87 @@ def test_activation_checkpointing(checkpointed):
     assert all(close(g, e) for g, e in zip(grads, expected))
 
 
+def pooled_balance(weights, probabilities):
+    """``E sum_e f_e P_e`` over the tokens of all layers, one after another, by the formula."""
+    rows = [row for layer in weights for row in layer.tolist()]
+    gates = [row for layer in probabilities for row in layer.tolist()]
+    experts, n = len(rows[0]), len(rows)
+    f = [sum(row[e] > 0 for row in rows) / n for e in range(experts)]
+    mean = [sum(p[e] for p in gates) / n for e in range(experts)]
+    return experts * dot(f, mean)
+
+
+@pytest.mark.parametrize("k", [1, 2])
+@pytest.mark.parametrize("layers", [1, 2, 4])
+def test_the_balance_loss_is_that_of_all_layers_together(layers, k):
+    """As published; each layer's part is what it adds, so that any first layers have the loss of theirs."""
+    routers, xs = chain(layers, top_k=k), tokens(layers, 20)
+    routings, expected = run(routers, xs), reference(routers, xs, k)
+    probabilities = [routing.probability_TE.detach() for routing in routings]
+    for count in range(1, layers + 1):
+        parts = sum(routing.losses["balance"] for routing in routings[:count])
+        assert close(parts, pooled_balance(expected[:count], probabilities[:count]))
+
+
+def test_layers_that_crowd_in_turn_are_balanced_together():
+    """Two layers that each send all tokens to one expert, another one, are as good as even."""
+    routers = chain(2, experts=2, top_k=1)
+    with torch.no_grad():
+        for router, sign in zip(routers, (1, -1)):
+            router.projection.zero_()
+            router.weight.copy_(100.0 * sign * torch.tensor([[1.0], [-1.0]]).expand(2, 4))
+        for parameter in routers[0].gru.parameters():
+            parameter.fill_(0.1)
+    routings = run(routers, tokens(2, 8))
+    losses = [routing.losses["balance"].item() for routing in routings]
+    assert losses[0] == pytest.approx(2, abs=1e-3)
+    assert sum(losses) == pytest.approx(1, abs=1e-3)
+
+
+def test_gradients_of_the_pooled_balance_loss():
+    """They reach the gates of all layers: what one layer's probabilities should be depends on the others."""
+    routers, xs = chain(3, dim=3, experts=3, recurrent_dim=2), tokens(3, 4, dim=3)
+    inputs = [x.requires_grad_() for x in xs] + list(torch.nn.ModuleList(routers).parameters())
+
+    def loss(*_):
+        return sum(routing.losses["balance"] for routing in run(routers, xs))
+
+    assert torch.autograd.gradcheck(loss, inputs)
+    last = run(routers, xs)[2].losses["balance"]
+    assert torch.autograd.grad(last, routers[0].weight)[0].abs().max() > 1e-6
+
+
+@pytest.mark.parametrize("skipped", [(), (0,), (1,), (2,), (0, 1)])
+@pytest.mark.parametrize("checkpointed", [True, False])
+def test_the_pooled_balance_loss_of_layers_that_are_skipped_or_run_again(checkpointed, skipped):
+    """LayerDrop leaves layers out; activation checkpointing runs them again with the memory as it was."""
+    routers, xs = chain(4), tokens(4, 10)
+    kept = [i for i in range(4) if i not in skipped]
+    memory, parts, runs = {}, [], []
+    for i in kept:
+        before = dict(memory)
+
+        def layer(x, i=i, before=before):
+            runs.append(i)
+            context = RoutingContext(memory=dict(before))
+            loss = routers[i](x, context).losses["balance"]
+            memory.update(context.memory)
+            return loss
+
+        xs[i].requires_grad_()
+        parts.append(checkpoint(layer, xs[i], use_reentrant=False) if checkpointed else layer(xs[i]))
+    inputs = [*(xs[i] for i in kept), *torch.nn.ModuleList([routers[i] for i in kept]).parameters()]
+    grads = torch.autograd.grad(sum(parts), inputs)
+    assert sorted(runs) == sorted(kept * 2 if checkpointed else kept)
+
+    routings = run([routers[i] for i in kept], [xs[i] for i in kept])
+    expected = reference([routers[i] for i in kept], [xs[i] for i in kept], 2)
+    whole = pooled_balance(expected, [routing.probability_TE for routing in routings])
+    assert close(sum(parts), whole)
+    plain = torch.autograd.grad(sum(routing.losses["balance"] for routing in routings), inputs)
+    assert all(close(g, e) for g, e in zip(grads, plain))
+
+
 def test_states_are_not_changed_in_place():
     routers, xs = chain(3), tokens(3, 10)
     context, states = RoutingContext(), []
@@ -204,9 +285,9 @@ def test_initialisation():
 
 
 def test_refused():
-    with pytest.raises(ValueError, match="recurrent_dim must be at least 1, but is 0"):
+    with pytest.raises(ValueError, match="`recurrent_dim` must be at least 1, but is 0"):
         make("recurrent", 6, 5, recurrent_dim=0)
-    with pytest.raises(ValueError, match="top_k must be from 1 to the 1 experts, but is 2"):
+    with pytest.raises(ValueError, match="`top_k` must be from 1 to the 1 experts, but is 2"):
         make("recurrent", 6, 1)
 
 

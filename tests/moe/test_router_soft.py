@@ -207,7 +207,7 @@ def test_initialisation():
 
 
 def test_refused():
-    with pytest.raises(ValueError, match="slots must be at least 1, but is 0"):
+    with pytest.raises(ValueError, match="`slots` must be at least 1, but is 0"):
         make("soft", 4, 3, slots=0)
 
 

@@ -15,8 +15,9 @@ from fairseq_evomoe.moe.routing import Vocabulary
 V = 20
 
 
-def make(dim=6, experts=5, light_dim=4, seed=0):
-    router = StableRouter(dim, experts, vocabulary=Vocabulary(V, torch.zeros(V)), light_dim=light_dim)
+def make(dim=6, experts=5, light_dim=4, seed=0, **options):
+    vocabulary = Vocabulary(V, torch.zeros(V))
+    router = StableRouter(dim, experts, vocabulary=vocabulary, light_dim=light_dim, **options)
     router.initialize(torch.Generator().manual_seed(seed))
     return router.double()
 
@@ -84,6 +85,23 @@ def test_the_balance_loss_by_hand():
     assert stable_balance_loss(routing).item() == pytest.approx(expected)
     even = Routing(torch.arange(4), torch.tensor([0, 1, 1, 0]), torch.rand(4), 4, 2)
     assert stable_balance_loss(even).item() == pytest.approx(0.0)
+
+
+@pytest.mark.parametrize("hard", [False, True])
+@pytest.mark.parametrize("factor", [0.5, 1.0, 2.0])
+def test_an_expert_takes_no_more_than_its_share(factor, hard):
+    """Published with a capacity factor of 2, in both stages: the first tokens of each expert stay."""
+    whole, limited, (x, token) = make(), make(capacity_factor=factor), batch()
+    context = RoutingContext(hard=hard, token_T=token)
+    free, routing = whole.train()(x, context), limited.train()(x, context)
+    room = math.floor(factor * math.ceil(40 / whole.experts))
+    kept = [t for t, e in enumerate(free.expert_N.tolist()) if (free.expert_N[:t] == e).sum().item() < room]
+    assert routing.token_N.tolist() == kept and routing.dropped == 40 - len(kept)
+    assert torch.equal(routing.expert_N, free.expert_N[kept])
+    assert torch.equal(routing.weight_N, free.weight_N[kept])
+    assert (routing.dropped > 0) == (max(free.load_E().tolist()) > room)
+    # the losses are of what the gate wants
+    assert all(torch.equal(routing.losses[name], free.losses[name]) for name in free.losses)
 
 
 @pytest.mark.parametrize("hard", [False, True])
@@ -202,7 +220,7 @@ def test_the_light_router_learns_the_assignment():
         optimizer.step()
     expected = router.eval()(embedding, context).expert_N
     assert len(set(expected.tolist())) > 1
-    context.hard = True
+    context = RoutingContext(token_T=torch.arange(V), hard=True)
     assert torch.equal(router(embedding, context).expert_N, expected)
 
 
@@ -235,7 +253,7 @@ def test_what_is_missing_is_named():
         make()(batch()[0], RoutingContext())
     with pytest.raises(ValueError, match="router stable needs the vocabulary of its tokens"):
         StableRouter(3, 2)
-    with pytest.raises(ValueError, match="light_dim must be at least 1, but is 0"):
+    with pytest.raises(ValueError, match="`light_dim` must be at least 1, but is 0"):
         make(light_dim=0)
 
 

@@ -68,7 +68,9 @@ def test_three_tokens_and_two_experts_by_hand():
     assert close(weight, [[0.7, 0.0], [0.5, 0.5], [0.0, 0.8]])
     # of the 4 pairs each expert has 2; mean p = (1.4 / 3, 1.6 / 3): 2 * (.5 * 1.4 / 3 + .5 * 1.6 / 3)
     assert routing.losses["balance"].item() == pytest.approx(1.0)
-    router.renormalize = "always"
+    weights = router.weight
+    router = make("top-p", 2, 2, top_p=0.6, renormalize="always")
+    router.weight = weights
     weight, _ = dense(router(p.log(), RoutingContext()))
     assert close(weight, [[1.0, 0.0], [0.5, 0.5], [0.0, 1.0]])
 
@@ -110,7 +112,7 @@ def test_initialisation():
 
 @pytest.mark.parametrize("top_p", [0.0, -0.1, 1.1])
 def test_refused(top_p):
-    with pytest.raises(ValueError, match="top_p must be greater than 0"):
+    with pytest.raises(ValueError, match="`top_p` must be greater than 0 and at most 1, but is"):
         make("top-p", 4, 3, top_p=top_p)
 
 

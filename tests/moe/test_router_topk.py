@@ -18,7 +18,7 @@ def tokens(count=40, dim=6, seed=1):
     return torch.randn(count, dim, dtype=torch.float64)
 
 
-def reference(x, w, k, renormalize):
+def reference(x, w, k, renormalize, choices="all"):
     """Weights, losses and entropy by the formulas, one token at a time."""
     experts, rows, chosen, probabilities, z = len(w), [], [], [], 0.0
     for x_t in x.tolist():
@@ -27,11 +27,11 @@ def reference(x, w, k, renormalize):
         best = sorted(range(experts), key=lambda e: -p[e])[:k]
         scale = sum(p[e] for e in best) if renormalize else 1.0
         rows.append([p[e] / scale if e in best else 0.0 for e in range(experts)])
-        chosen.append(best[0])
+        chosen.extend(best if choices == "all" else best[:1])
         probabilities.append(p)
         z += math.log(sum(map(math.exp, logits))) ** 2
     n = len(rows)
-    f = [chosen.count(e) / n for e in range(experts)]
+    f = [chosen.count(e) / n for e in range(experts)]  # sums to k, or to 1
     mean = [sum(p[e] for p in probabilities) / n for e in range(experts)]
     losses = {
         "balance": experts * dot(f, mean),
@@ -41,12 +41,14 @@ def reference(x, w, k, renormalize):
     return torch.tensor(rows, dtype=torch.float64), losses
 
 
+@pytest.mark.parametrize("choices", ["all", "first"])
 @pytest.mark.parametrize("k, renormalize", [(1, False), (1, True), (2, True), (3, False), (5, True)])
-def test_topk_matches_the_formulas(k, renormalize):
+def test_topk_matches_the_formulas(k, renormalize, choices):
     x = tokens()
-    router = make("topk", 6, 5, top_k=k, renormalize="always" if renormalize else "never")
+    how = "always" if renormalize else "never"
+    router = make("topk", 6, 5, top_k=k, renormalize=how, balance_choices=choices)
     routing = router(x, RoutingContext())
-    expected, losses = reference(x, router.weight, k, renormalize)
+    expected, losses = reference(x, router.weight, k, renormalize, choices)
     assert close(dense(routing)[0], expected)
     assert routing.losses.keys() == losses.keys() == router.loss_weights.keys()
     for name, value in losses.items():
@@ -75,6 +77,50 @@ def test_topk_of_one_is_switch_up_to_the_scale_of_the_gate():
     assert torch.equal(plain.weight_N, switch.weight_N)
     assert torch.equal(scaled.weight_N, torch.ones(40, dtype=torch.float64))
     assert switch.losses["balance"] == plain.losses["balance"]
+
+
+def uneven_later_choices():
+    """A gate of eight experts: first choices are even, the three others are not."""
+    order = {0: (0, 1, 2, 3), 1: (1, 0, 2, 3), 2: (2, 0, 1, 3), 3: (3, 0, 1, 2)}
+    order.update({e: (e, 0, 1, 2) for e in range(4, 8)})
+    logits = torch.zeros(64, 8, dtype=torch.float64)
+    for t in range(64):
+        for rank, e in enumerate(order[t % 8]):
+            logits[t, e] = 0.4 - 0.1 * rank
+    return logits
+
+
+def test_the_balance_loss_of_all_choices_sees_what_that_of_first_ones_does_not():
+    """Mixtral's counts all of a token's experts, GShard's the first: even here, where later ones crowd."""
+    gradients = {}
+    for choices in ("first", "all"):
+        router = make("topk", 8, 8, top_k=4, balance_choices=choices)
+        with torch.no_grad():
+            router.weight.copy_(torch.eye(8))
+        loss = router(uneven_later_choices(), RoutingContext()).losses["balance"]
+        loss.backward()
+        gradients[choices] = router.weight.grad.abs().max().item()
+        assert loss.item() == pytest.approx(1.0, abs=1e-9) if choices == "first" else loss.item() > 4.1
+    assert gradients["first"] < 1e-12 < 1e-3 < gradients["all"]
+
+
+def test_the_balance_loss_of_an_even_load_is_the_number_of_choices():
+    """k for all of them, whatever the probabilities are, and 1 for the first ones."""
+    x = torch.eye(4, dtype=torch.float64).repeat(5, 1)
+    for k in (1, 2, 4):
+        for choices, even in (("all", k), ("first", 1)):
+            router = make("topk", 4, 4, top_k=k, balance_choices=choices)
+            with torch.no_grad():  # the best expert of token t is t, the next t + 1, ...
+                circle = torch.stack([torch.roll(torch.arange(4.0, 0, -1), t) for t in range(4)])
+                router.weight.copy_(circle.t())
+            assert router(x, RoutingContext()).losses["balance"].item() == pytest.approx(even)
+
+
+def test_dropped_choices_count_in_the_balance_loss():
+    """It is of what the gate wants, so that it can want something else."""
+    x = tokens()
+    found = [make("topk", 6, 5, capacity_factor=c)(x, RoutingContext()) for c in (0.0, 0.5)]
+    assert found[1].dropped > 0 and found[0].losses["balance"] == found[1].losses["balance"]
 
 
 def test_jitter_multiplies_the_input_while_training():
@@ -111,6 +157,20 @@ def test_capacity_keeps_the_first_pairs_of_each_expert():
     assert routing.dropped == 2
 
 
+@pytest.mark.parametrize("name, k", [("switch", 1), ("topk", 2), ("topk", 3)])
+@pytest.mark.parametrize("count", [1, 7, 8, 30])
+@pytest.mark.parametrize("factor", [0.4, 1.0, 1.25, 2.0])
+def test_an_expert_has_room_as_in_fairseq(name, k, count, factor):
+    """For ``floor(c k ceil(T / E))`` pairs: the even share is rounded up first, and all of it down."""
+    router = make(name, 6, 4, capacity_factor=factor, **({"top_k": k} if name == "topk" else {})).eval()
+    with torch.no_grad():
+        router.weight.copy_(torch.arange(4.0, 0, -1).unsqueeze(1).expand(4, 6))
+    routing = router(torch.ones(count, 6, dtype=torch.float64), RoutingContext())  # all to the same k
+    room = min(math.floor(factor * k * math.ceil(count / 4)), count)
+    assert routing.load_E().tolist() == [room] * k + [0] * (4 - k)
+    assert routing.dropped == k * (count - room)
+
+
 def test_first_choices_come_before_second_ones():
     """Expert 0 is the first choice of tokens 2 and 3 and the second of 0 and 1; it has room for two."""
     router = make("topk", 2, 2, capacity_factor=0.5)
@@ -144,7 +204,10 @@ def test_losses_by_hand():
     assert close(z_loss(logits), (2 * math.log(2) ** 2 + math.log(4) ** 2) / 3)
 
 
-@pytest.mark.parametrize("name, options", [("switch", {}), ("topk", {}), ("topk", {"top_k": 3})])
+@pytest.mark.parametrize(
+    "name, options",
+    [("switch", {}), ("topk", {}), ("topk", {"top_k": 3}), ("topk", {"balance_choices": "first"})],
+)
 def test_gradients(name, options):
     assert gradients_are_right(make(name, 4, 3, **options).eval(), tokens(7, 4))
 
@@ -175,7 +238,7 @@ def test_any_shape(name, count, experts, factor, same, train):
     assert (routing.weight_N > 0).all() and (routing.weight_N <= 1).all()
     assert len(set(zip(routing.token_N.tolist(), routing.expert_N.tolist()))) == routing.token_N.numel()
     if factor:
-        assert (load <= math.ceil(factor * k * count / experts)).all()
+        assert (load <= math.floor(factor * k * math.ceil(count / experts))).all()
     else:
         assert routing.dropped == 0
     assert all(torch.isfinite(loss) for loss in routing.losses.values())

@@ -17,8 +17,8 @@ HERE = Path(__file__).resolve().parent
 EXAMPLES = HERE.parent.parent
 sys.path.insert(0, str(EXAMPLES / "systems"))
 
-import systems  # noqa: E402
-from systems import Settings, System  # noqa: E402
+from recorded import as_then, read  # noqa: E402
+from systems import Settings, System, share  # noqa: E402
 
 UPDATES = 4000
 SEEDS = (1, 2, 3)
@@ -117,13 +117,18 @@ class Run:
 
     def command(self, data: Path, folder: Path) -> list[str]:
         """The command that trains it."""
+        return self._command(
+            dataclasses.replace(self.system, options=as_then(self.system.options)), data, folder
+        )
+
+    def _command(self, system: System, data: Path, folder: Path) -> list[str]:
         settings = Settings(data, self.task.kind, self.updates, (*self.task.flags, *self.flags))
-        return settings.train(self.system, self.seed, folder)
+        return settings.train(system, self.seed, folder)
 
     @property
     def arguments(self) -> list[str]:
-        """The flags of its command that are not paths of a machine: all that its numbers depend on."""
-        command = self.command(Path("data"), Path("checkpoints"))[2:]
+        """All that its numbers depend on: its flags, but for paths of a machine and former defaults."""
+        command = self._command(self.system, Path("data"), Path("checkpoints"))[2:]
         skipped = {"--user-dir", "--save-dir"}
         return [a for a, before in zip(command, [""] + command) if not {a, before} & skipped]
 
@@ -140,7 +145,7 @@ class Variant:
 
     Attributes:
         label: what to call it in a table.
-        system: name of a YAML file, here or in `examples/systems`.
+        system: its name in `recorded.py`, or dense.
         options: `moe_*` options to change.
         flags: further flags of `fairseq-train`.
         share: length, as a share of the others' updates.
@@ -156,17 +161,13 @@ class Variant:
 
     def run(self, task: Task, seed: int, updates: int = UPDATES) -> Run:
         """The run of it."""
-        system = read(self.system)
-        options = {**system.options, **self.options}
+        system, length = read(self.system), round(updates * self.share)
+        options = {
+            name: share(value, length) if str(value).endswith("%") else value
+            for name, value in {**system.options, **self.options}.items()
+        }
         flags = (*self.flags, *(task.wider if self.wider else ()))
-        changed = dataclasses.replace(system, options=options)
-        return Run(task, changed, seed, round(updates * self.share), flags)
-
-
-def read(name: str) -> System:
-    """A system by the name of its YAML file, here or in `examples/systems`."""
-    path = HERE / "systems" / f"{name}.yaml"
-    return systems.read(path if path.exists() else EXAMPLES / "systems" / f"{name}.yaml")
+        return Run(task, dataclasses.replace(system, options=options), seed, length, flags)
 
 
 @dataclass(frozen=True)
@@ -286,7 +287,7 @@ def _soft(length: str) -> dict[str, Any]:
     return {"moe_anneal_updates": length, "moe_hard_update": length}
 
 
-_SPAWN_10 = {"moe_spawn_update": "0.1u"}
+_SPAWN_10 = {"moe_spawn_update": "10%"}
 _ABLATIONS = (
     _ablation(
         "gate_input",
@@ -329,10 +330,10 @@ _ABLATIONS = (
         "in evaluation.",
         {
             "none": {},
-            "2% of the updates": _soft("0.02u"),
-            "10%": _soft("0.1u"),
-            "40%": _soft("0.4u"),
-            "to the end": {**_soft("0.1u"), "moe_hard_update": -1},
+            "2% of the updates": _soft("2%"),
+            "10%": _soft("10%"),
+            "40%": _soft("40%"),
+            "to the end": {**_soft("10%"), "moe_hard_update": -1},
         },
     ),
     _ablation(
@@ -340,7 +341,7 @@ _ABLATIONS = (
         "Weights with or without noise",
         "The plain probabilities or those with noise and temperature, by which the experts are chosen, as "
         "weights in a soft stage of 10% of the updates.",
-        {"softmax": _soft("0.1u"), "gumbel": {**_soft("0.1u"), "moe_gate_weight": "gumbel"}},
+        {"softmax": _soft("10%"), "gumbel": {**_soft("10%"), "moe_gate_weight": "gumbel"}},
     ),
     _ablation(
         "weights",
@@ -367,10 +368,10 @@ _ABLATIONS = (
         {
             "at the start": {"moe_spawn_update": 0},
             "2%": {},
-            "5%": {"moe_spawn_update": "0.05u"},
+            "5%": {"moe_spawn_update": "5%"},
             "10%": _SPAWN_10,
-            "20%": {"moe_spawn_update": "0.2u"},
-            "40%": {"moe_spawn_update": "0.4u"},
+            "20%": {"moe_spawn_update": "20%"},
+            "40%": {"moe_spawn_update": "40%"},
             "auto": {"moe_spawn_update": "auto"},
         },
         reference=1,
@@ -451,19 +452,19 @@ _ABLATIONS = (
         "Both say how many experts a token has after the spawn, in a soft stage of 10% of the updates; the "
         "temperature falls linearly, unless the row says otherwise.",
         {
-            "2 to 0.5, threshold 0.001": _soft("0.1u"),
-            "threshold 0.01": {**_soft("0.1u"), "moe_threshold": 0.01},
-            "threshold 0.1": {**_soft("0.1u"), "moe_threshold": 0.1},
-            "1 to 0.2": {**_soft("0.1u"), "moe_temperature_start": 1, "moe_temperature_end": 0.2},
-            "2 to 0.5, exponential": {**_soft("0.1u"), "moe_temperature_schedule": "exponential"},
-            "2 throughout": {**_soft("0.1u"), "moe_temperature_schedule": "constant"},
+            "2 to 0.5, threshold 0.001": _soft("10%"),
+            "threshold 0.01": {**_soft("10%"), "moe_threshold": 0.01},
+            "threshold 0.1": {**_soft("10%"), "moe_threshold": 0.1},
+            "1 to 0.2": {**_soft("10%"), "moe_temperature_start": 1, "moe_temperature_end": 0.2},
+            "2 to 0.5, exponential": {**_soft("10%"), "moe_temperature_schedule": "exponential"},
+            "2 throughout": {**_soft("10%"), "moe_temperature_schedule": "constant"},
         },
     ),
 )
 GAP = (
     Variant("EvoMoE, published", "evomoe_published"),
     Variant("published, no noise once top-1", "evomoe_published", {"moe_gate_noise": "soft"}),
-    Variant("EvoMoE, 8 wide experts, as long a soft stage", "evomoe", _soft("0.4u")),
+    Variant("EvoMoE, 8 wide experts, as long a soft stage", "evomoe", _soft("40%")),
 )
 """What `gap.py` evaluates through a run."""
 
@@ -499,7 +500,7 @@ _GRID: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
     "Hash": ("hash_random", {"balanced": {"moe_hash": "balanced"}}),
     "StableMoE": (
         "stable",
-        {"frozen at 5%": {"moe_stable_update": "0.05u"}, "frozen at 20%": {"moe_stable_update": "0.2u"}},
+        {"frozen at 5%": {"moe_stable_update": "5%"}, "frozen at 20%": {"moe_stable_update": "20%"}},
     ),
     "HMoE, Top-P": ("hmoe_topp", {"p 0.4": {"moe_top_p": 0.4}, "p 0.8": {"moe_top_p": 0.8}}),
     "HMoE, Top-K": (
@@ -510,9 +511,9 @@ _GRID: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
         "evomoe_published",
         {
             "spawn at 5%, top-1 at 23%": {
-                "moe_spawn_update": "0.05u",
-                "moe_anneal_updates": "0.15u",
-                "moe_hard_update": "0.18u",
+                "moe_spawn_update": "5%",
+                "moe_anneal_updates": "15%",
+                "moe_hard_update": "18%",
             },
             "balance 0.01": {"moe_balance_weight": 0.01},
         },
@@ -669,7 +670,7 @@ EXPERIMENTS = {
                     (
                         "8 wide experts, soft, then without gradient",
                         "evomoe",
-                        {**_soft("0.1u"), "moe_renormalize": "always"},
+                        {**_soft("10%"), "moe_renormalize": "always"},
                     ),
                 )
             ),

@@ -1,0 +1,146 @@
+"""What stands in for methods of a fairseq ``Trainer`` that save and load.
+
+A checkpoint has all experts, in one file or in several, whatever ranks share them.  fairseq calls
+``consolidate_optimizer`` on all ranks before the first rank alone asks for the state, then, on each rank that
+is to write, ``checkpoint_suffix`` and ``save_checkpoint``.
+"""
+
+import logging
+from typing import Any, Callable, Dict, List, Optional, Tuple
+
+from fairseq import checkpoint_utils
+from fairseq.trainer import Trainer
+
+from ..checkpoints import shards
+from ..checkpoints import whole as checkpoints
+from ..models.feed_forward import CheckpointMismatch, MoEFeedForward, moe_layers
+from ..moe import MoELayer
+from ..patching import Patches
+from . import growth, ranks
+from .state import RunState
+
+logger = logging.getLogger(__name__)
+
+Original = Callable[..., Any]
+
+patches = Patches()
+patches.replaces(checkpoint_utils, "load_checkpoint_to_cpu")(shards.load_all_files)
+
+
+@patches.replaces(Trainer, "consolidate_optimizer")
+def gather_experts(original: Original, trainer: Trainer) -> None:
+    """The last that all ranks do before a checkpoint is saved: experts are gathered, or their files named."""
+    original(trainer)
+    run = RunState.of(trainer)
+    run.forget_checkpoint()
+    if not ranks.is_sharded(trainer) or run.in_update:
+        return
+    if trainer.cfg.model.moe_sharded_checkpoint:
+        run.shards = checkpoints.name_set(trainer)
+    else:
+        run.gathered = checkpoints.gather_whole(trainer)
+
+
+@patches.replaces(Trainer, "state_dict")
+def state_of_all_experts(original: Original, trainer: Trainer) -> Dict[str, Any]:
+    """What is saved has the experts of all ranks, or those of one file."""
+    state: Dict[str, Any] = original(trainer)
+    run = RunState.of(trainer)
+    if run.shards is not None:
+        return checkpoints.shard_of(trainer, state, run.shards)
+    if ranks.is_sharded(trainer):
+        gathered = run.gathered or checkpoints.gather_whole(trainer)
+        gathered.fill(state, checkpoints.layout_of(trainer))
+        run.forget_checkpoint()
+    return state
+
+
+@patches.replaces(Trainer, "should_save_checkpoint_on_current_rank")
+def has_own_file(original: Original, trainer: Trainer) -> bool:
+    """Of a checkpoint in several files, each rank that shares the experts writes one."""
+    own = ranks.ranks_of(trainer.get_model())
+    return original(trainer) or (RunState.of(trainer).shards is not None and own.rank < own.parallel)
+
+
+@patches.replaces(Trainer, "checkpoint_suffix")
+def suffix_of_file(original: Original, trainer: Trainer) -> str:
+    """The files of one checkpoint have names of their own."""
+    suffix: str = original(trainer)
+    # only while saving: a checkpoint of another number of files can be loaded
+    if RunState.of(trainer).shards is not None:
+        suffix += shards.suffix_of(ranks.ranks_of(trainer.get_model()).group_rank)
+    return suffix
+
+
+@patches.replaces(Trainer, "save_checkpoint")
+def save_whole_checkpoint(
+    original: Original, trainer: Trainer, filename: str, extra_state: Dict[str, Any]
+) -> Optional[str]:
+    """When an update fails, perhaps on this rank alone, experts of other ranks would be missing."""
+    if RunState.of(trainer).in_update and ranks.is_sharded(trainer):
+        logger.error(f"{filename} is not written, since experts of other ranks would be missing")
+        return None
+    checkpoints.note_ranks(trainer, extra_state)
+    return original(trainer, filename, extra_state)
+
+
+@patches.replaces(Trainer, "load_checkpoint")
+def load_with_experts(
+    original: Original,
+    trainer: Trainer,
+    filename: str,
+    reset_optimizer: bool = False,
+    *args: Any,
+    **kwargs: Any,
+) -> Optional[Dict[str, Any]]:
+    """Experts may have spawned in the checkpoint, which the distributed wrapper must be rebuilt for."""
+    layers = [layer for _, layer in moe_layers(trainer.get_model())]
+    before = [_form(layer.moe) for layer in layers]
+    RunState.of(trainer).forget_checkpoint()
+    try:
+        with checkpoints.loading(trainer, filename) as filename:
+            result = original(trainer, filename, reset_optimizer, *args, **kwargs)
+    except Exception as error:
+        # trainer.py:560 replaces every error by "please ensure that the architectures match"
+        mismatch = _mismatch_behind(error, layers, reset_optimizer)
+        if mismatch in (None, error):
+            raise
+        raise mismatch from error
+    if [_form(layer.moe) for layer in layers] != before:
+        # trainer.py:514 builds the distributed wrapper, around other experts, before it loads
+        trainer._wrapped_model = None
+        ranks.keep_from_ddp(trainer.get_model())
+    if layers:
+        growth.resume(trainer)
+        _warn_if_spawned_early(trainer, layers)
+        checkpoints.move_to_position(trainer, result)
+    return result
+
+
+def _form(moe: MoELayer) -> Tuple[bool, List[int]]:
+    return moe.router is not None, list(moe.experts.widths)
+
+
+def _mismatch_behind(
+    error: BaseException, layers: List[MoEFeedForward], reset_optimizer: bool
+) -> Optional[CheckpointMismatch]:
+    if any(layer.moe.spawned_on_load for layer in layers) and not reset_optimizer:
+        return CheckpointMismatch(
+            "The checkpoint has one expert and the state of an optimizer for it, but with "
+            "--moe-spawn-update 0 the experts are there from the start: add --reset-optimizer to spawn "
+            "them from the checkpoint, or give the --moe-spawn-update that it was trained with."
+        )
+    cause: Optional[BaseException] = error
+    while cause is not None and not isinstance(cause, CheckpointMismatch):
+        cause = cause.__cause__ or cause.__context__
+    return cause
+
+
+def _warn_if_spawned_early(trainer: Trainer, layers: List[MoEFeedForward]) -> None:
+    update, spawn_update = trainer.get_num_updates(), layers[0].schedule.spawn_update
+    if layers[0].moe.router is not None and update < spawn_update:
+        logger.warning(
+            "the checkpoint's experts have spawned already, so nothing spawns at --moe-spawn-update "
+            f"{spawn_update}; the gate is dense until then and anneals from there (to start from the sparse "
+            "gate, set --moe-spawn-update 0 --moe-hard-update 0)"
+        )

@@ -1,0 +1,71 @@
+"""fairseq's EMA of a model with experts (``models/ema/ema.py``): a copy of it, and float32 parameters."""
+
+from typing import Callable, Dict, Optional
+
+from fairseq.models.ema.ema import EMA
+from torch import Tensor
+
+from ..checkpoints import whole as checkpoints
+from ..evolution.plateau import Plateau
+from ..models.feed_forward import moe_layers
+from ..patching import wrap
+from .change import Change
+
+
+def change(ema: EMA, changes: Dict[str, Change]) -> None:
+    """Let experts change as those of the model do.
+
+    Args:
+        ema: fairseq's.
+        changes: the change of each layer, by its name in the model.
+    """
+    layers = dict(moe_layers(ema.get_model()))
+    for layer_name, (plan, carry_out) in changes.items():
+        moe, prefix = layers[layer_name].moe, layer_name + ".moe."
+        for name, _ in moe.experts.named_parameters(recurse=False):
+            key = prefix + "experts." + name
+            if key in ema.fp32_params:
+                ema.fp32_params[key] = moe.gather_rows(name, ema.fp32_params[key])
+        carry_out(moe)
+        if not ema.fp32_params:
+            continue
+        own = plan.only(moe.experts.local)
+        parameters, state = dict(moe.named_parameters()), moe.state_dict()
+        for key in [key for key in ema.fp32_params if key.startswith(prefix)]:
+            if key[len(prefix) :] not in state:
+                del ema.fp32_params[key]
+        for key, tensor in state.items():
+            base = ema.fp32_params.get(prefix + key)
+            module, _, name = key.partition(".")
+            if not tensor.is_floating_point():
+                tensor = tensor.clone()
+            elif base is None or key not in parameters:
+                tensor = tensor.float().clone()
+            elif module == "experts" and "." not in name:
+                tensor = own.weights(name, base)
+            elif module == "router":
+                tensor = plan.per_expert(base, tensor.float())
+            else:
+                continue
+            ema.fp32_params[prefix + key] = tensor
+
+
+def copy_integers(ema: EMA) -> None:
+    """Let fairseq's EMA copy the tensors that have no mean, such as a table of experts."""
+    state = ema.get_model().state_dict()
+    ema.skip_keys.update(key for key, tensor in state.items() if not tensor.is_floating_point())
+    ema.skip_keys.update(Plateau.KEYS)
+
+
+def take_local_rows(ema: EMA) -> None:
+    """Let it take this rank's rows of a checkpoint's float32 parameters, which ``trainer.py`` hands to it."""
+
+    def build_fp32_params(
+        original: Callable[..., None], state_dict: Optional[Dict[str, Tensor]] = None
+    ) -> None:
+        """The checkpoint has all experts, of which this rank has some."""
+        if state_dict is not None:
+            state_dict = checkpoints.local_tensors(ema.get_model(), state_dict)
+        original(state_dict)
+
+    wrap(ema, "build_fp32_params", build_fp32_params)

@@ -1,0 +1,45 @@
+"""What this package keeps on a running fairseq ``Trainer``: one object."""
+
+from dataclasses import dataclass, field
+from typing import List, Optional
+
+from fairseq.trainer import Trainer
+
+from ..checkpoints.whole import WholeExperts
+from ..moe.recorder import Record
+
+
+@dataclass
+class RunState:
+    """What is known of a run between calls of the Trainer's methods.
+
+    Attributes:
+        in_update: whether ``train_step`` is under way, so that whatever is saved is a crash.
+        broken: what of the MoE layers had NaN or Inf in the last update; see ``ranks.broken_parts``.
+        routings: how the layers have routed in the update that is under way.
+        last_counted: the update whose statistics were taken in last.
+        gathered: all experts, for the checkpoint that is being saved in one file.
+        shards: name of the set of files that is being saved, if the checkpoint is one.
+    """
+
+    in_update: bool = False
+    broken: List[str] = field(default_factory=list)
+    routings: Record = field(default_factory=Record)
+    last_counted: Optional[int] = None
+    gathered: Optional[WholeExperts] = None
+    shards: Optional[str] = None
+
+    @classmethod
+    def of(cls, trainer: Trainer) -> "RunState":
+        """The state of a run, which begins when it is first asked for.
+
+        So a Trainer of somebody else's needs no constructor of fairseq's to have one.
+        """
+        state = vars(trainer).get("evomoe")
+        if not isinstance(state, cls):
+            state = trainer.evomoe = cls()
+        return state
+
+    def forget_checkpoint(self) -> None:
+        """Nothing is being saved, or no more."""
+        self.gathered = self.shards = None

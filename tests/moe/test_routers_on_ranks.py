@@ -1,0 +1,101 @@
+"""Losses, capacities and noise of several ranks are those of one process with all their tokens."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fairseq_evomoe.moe import RoutingContext, Vocabulary
+from support.rank_threads import on_ranks
+from support.router_checks import close, make
+
+DIM, EXPERTS, V = 6, 5, 17
+SIZES = [(7, 13), (1, 0, 9, 4)]
+CASES = [
+    ("switch", {"jitter": 0.2}),
+    ("switch", {"capacity_factor": 0.8}),
+    ("topk", {}),
+    ("topk", {"balance_choices": "first", "random_second": True}),
+    ("topk", {"top_k": 3, "capacity_factor": 0.7}),
+    ("laplace", {}),
+    ("recurrent", {"recurrent_dim": 4}),
+    ("top-p", {}),
+    ("dts", {"threshold": 0.1}),
+    ("dts", {"threshold": 0.1, "balance_form": "normalized", "gate_weight": "gumbel"}),
+    ("stable", {}),
+    ("stable", {"capacity_factor": 0.8}),
+    ("base", {}),
+    ("comet", {}),
+    ("dynmoe", {"balance_weight": 0.01, "activity_weight": 0.01}),
+]
+
+
+def routed(router, x_TD, token_T, **context):
+    context = RoutingContext(token_T=token_T, noise_key=("gate", 1), temperature=0.7, **context)
+    return router(x_TD, context)
+
+
+def pairs(routing, first=0):
+    """Weights by token and expert."""
+    token_N, expert_N = (routing.token_N + first).tolist(), routing.expert_N.tolist()
+    return dict(zip(zip(token_N, expert_N), routing.weight_N.tolist()))
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("hard", [False, True])
+@pytest.mark.parametrize("name, options", CASES, ids=str)
+def test_they_equal_one_process(name, options, hard, sizes):
+    torch.manual_seed(1)
+    router = make(name, DIM, EXPERTS, vocabulary=Vocabulary(V, torch.ones(V)), **options).train()
+    x_TD = torch.randn(sum(sizes), DIM, dtype=torch.float64, requires_grad=True)
+    token_T = torch.randint(V, (sum(sizes),))
+    if hard:  # freezes what there is to be frozen
+        routed(router, x_TD, token_T, hard=True)
+    one = routed(router, x_TD, token_T, hard=hard)
+    parts = list(zip(x_TD.split(sizes), token_T.split(sizes)))
+    many = on_ranks(lambda ranks, part: routed(router, *part, hard=hard, ranks=ranks), parts)
+
+    together = {}
+    for first, routing in zip(torch.tensor((0, *sizes)).cumsum(0).tolist(), many):
+        together.update(pairs(routing, first))
+    assert together.keys() == pairs(one).keys()
+    assert together == pytest.approx(pairs(one), abs=1e-12)
+    assert sum(int(routing.dropped) for routing in many) == int(one.dropped)
+    assert (int(one.dropped) > 0) == ("capacity_factor" in options)
+
+    assert one.losses.keys() == router.loss_weights.keys()
+    inputs = [x_TD, *router.parameters()]
+    for loss, value in one.losses.items():
+        expected = gradients(value, inputs)
+        for routing in many:
+            assert close(routing.losses[loss], value), loss
+            found = gradients(routing.losses[loss], inputs)
+            assert all(close(a, b) for a, b in zip(found, expected)), loss
+
+
+def gradients(loss, inputs):
+    if not loss.requires_grad:
+        return [torch.zeros_like(x) for x in inputs]
+    found = torch.autograd.grad(loss, inputs, retain_graph=True, allow_unused=True)
+    return [torch.zeros_like(x) if grad is None else grad for x, grad in zip(inputs, found)]
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_the_recurrent_router_pools_the_layers_of_all_ranks(sizes):
+    torch.manual_seed(2)
+    shared = {}
+    layers = [make("recurrent", DIM, EXPERTS, seed=i, shared=shared, recurrent_dim=4) for i in range(3)]
+    xs = torch.randn(3, sum(sizes), DIM, dtype=torch.float64, requires_grad=True)
+
+    def total(ranks, xs):
+        context = RoutingContext() if ranks is None else RoutingContext(ranks=ranks)
+        return sum(
+            layer(x, replace(context, memory=context.memory)).losses["balance"]
+            for layer, x in zip(layers, xs)
+        )
+
+    one = total(None, xs)
+    inputs = [xs, *torch.nn.ModuleList(layers).parameters()]
+    for many in on_ranks(total, xs.split(sizes, dim=1)):
+        assert close(many, one)
+        assert all(close(a, b) for a, b in zip(gradients(many, inputs), gradients(one, inputs)))
