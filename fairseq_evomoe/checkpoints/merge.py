@@ -1,23 +1,21 @@
-"""Merge the experts of a fairseq checkpoint: model, configuration, optimizer and EMA; see ``merge.py``."""
+"""Merge the experts of a fairseq checkpoint: model, configuration, optimizer and EMA.
 
-from argparse import Namespace
+How experts are merged is ``evolution/merge.py``.
+"""
+
 from dataclasses import dataclass
-from typing import Any, Collection, Dict, List, Optional, Set
+from typing import Any, Collection, Dict, List, Optional, Set, Type
 
 import torch
 from torch import Tensor
 
 from ..evolution.merge import Merge, MergeError, plan_merge, weight_similarity
 from ..evolution.sizes import expert_widths, size_ratios
+from ..moe.routers import ROUTERS, Router
 from .saved_optimizer import LAYOUT, Layout, find_layout, replace_rows
+from .saved_options import SavedOptions
 
 _END = ".moe.experts.b2"
-
-# Routers whose weight for a single expert is not 1, so that a layer cannot do without them.
-_NEED_TWO = ("base", "stable", "soft")
-
-# Options that say how many experts a token has, and the routers that have them
-_AT_LEAST = {"moe_top_k": ("topk", "laplace", "recurrent"), "moe_hard_experts": ("dts",)}
 
 
 @dataclass
@@ -80,9 +78,9 @@ def moe_layers_of(state: Dict[str, Any]) -> List[Layer]:
     Raises:
         MergeError: it is no checkpoint of a model with MoE layers, or its experts have not spawned yet.
     """
-    model, options = state.get("model"), model_options(state)
-    names = [key[: -len(_END)] for key in model or {} if key.endswith(_END)]
-    if not names or options is None:
+    model, options = state.get("model") or {}, SavedOptions(state)
+    names = [key[: -len(_END)] for key in model if key.endswith(_END)]
+    if not names or not options.found:
         raise MergeError("The file is no checkpoint of an EvoMoE model: it has no MoE layers.")
     layers = []
     for name in names:
@@ -92,40 +90,27 @@ def moe_layers_of(state: Dict[str, Any]) -> List[Layer]:
         if experts == 1 and not any(key.startswith("router.") for key in tensors):
             raise MergeError(
                 f"The checkpoint has one expert in {name}, as before the spawn, so that there is nothing to "
-                "merge: give one from after --moe-spawn-update."
+                "merge: give one from after `spawn_update`."
             )
-        layers.append(Layer(name, tensors, _widths(options, experts, units)))
+        layers.append(Layer(name, tensors, _widths(options["expert_sizes"], experts, units)))
     return layers
 
 
-def _widths(options: Any, experts: int, units: int) -> List[int]:
-    sizes = str(_get(options, "moe_expert_sizes", "uniform"))
+def _widths(sizes: str, experts: int, units: int) -> List[int]:
     if sizes == "uniform":
         return [units // experts] * experts
     try:
         return expert_widths(size_ratios(sizes, experts), units)
-    except ValueError as error:  # --moe-router dynmoe has changed their number
+    except ValueError as error:  # a router has changed their number
         raise MergeError(
-            f"The checkpoint's --moe-expert-sizes {sizes} do not tell the widths of its {experts} experts: "
-            "only those of equal widths can be merged after their number has changed."
+            f"The checkpoint's `expert_sizes` {sizes} do not tell the widths of its {experts} experts: only "
+            "those of equal widths can be merged after their number has changed."
         ) from error
-
-
-def model_options(state: Dict[str, Any]) -> Any:
-    """The model's options in a checkpoint, a dictionary or, in old ones, a namespace; ``None`` without."""
-    if state.get("args") is not None:
-        return state["args"]
-    return (state.get("cfg") or {}).get("model")
-
-
-def _get(options: Any, name: str, default: Any) -> Any:
-    values = vars(options) if isinstance(options, Namespace) else options
-    return values.get(name, default)
 
 
 def plan_checkpoint(
     layers: List[Layer],
-    options: Any,
+    options: SavedOptions,
     experts: int,
     observed: Optional[Dict[str, Observed]] = None,
     align: bool = False,
@@ -144,7 +129,13 @@ def plan_checkpoint(
     Raises:
         MergeError: a model whose experts cannot be merged, or not into so few.
     """
-    _check(layers, options, experts, align)
+    _check_number(layers, options, experts)
+    if align and any("experts.hidden.norm.weight" in layer.tensors for layer in layers):
+        raise MergeError(
+            "`align` would reorder hidden units, but scale_fc gives each a factor that all experts have in "
+            "common: leave it out."
+        )
+    rules = _router_class(options).merge_rules
     plans = []
     for layer in layers:
         similarity_EE = weight_similarity(layer.expert_tensors, layer.widths, align)
@@ -154,54 +145,67 @@ def plan_checkpoint(
             similarity_EE, load_E = (similarity_EE + seen.similarity_EE) / 2, seen.load_E
         plan = LayerMerge(layer, similarity_EE)
         if len(layer.widths) > experts:
-            plan.merge = plan_merge(layer.expert_tensors, layer.widths, similarity_EE, experts, load_E, align)
+            plan.merge = plan_merge(
+                layer.expert_tensors, layer.widths, similarity_EE, experts, load_E, align, rules
+            )
             for key, tensor in layer.tensors.items():
                 plan.merge.tensor(key, tensor)  # to find out before anything is changed
         plans.append(plan)
     return plans
 
 
-def _check(layers: List[Layer], options: Any, experts: int, align: bool) -> None:
+def _router_class(options: SavedOptions) -> Type[Router]:
+    """The class of the checkpoint's router.
+
+    Raises:
+        MergeError: it is not known, or its experts cannot be merged.
+    """
+    if options.router not in ROUTERS:
+        raise MergeError(
+            f"The checkpoint's `router` {options.router} is none of {', '.join(ROUTERS)}: give the folder of "
+            "the plugin that registers it as `user_dir`."
+        )
+    cls = ROUTERS[options.router]
+    if cls.merge_rules is None:
+        raise MergeError(
+            f"The experts of `router` {options.router} cannot be merged: merge checkpoints of other routers."
+        )
+    return cls
+
+
+def _check_number(layers: List[Layer], options: SavedOptions, experts: int) -> None:
+    """Refuse a number of experts that the checkpoint's model cannot have."""
     most = max(len(layer.widths) for layer in layers)
     if not 1 <= experts < most:
         raise MergeError(
-            f"--experts must be at least 1 and less than the checkpoint's {most} experts, but is {experts}."
+            f"`experts` must be at least 1 and less than the checkpoint's {most} experts, but is {experts}."
         )
-    router = str(_get(options, "moe_router", "dts"))
-    for name, routers in _AT_LEAST.items():
-        least = _get(options, name, 1) if router in routers else 1
-        if experts < least:
-            raise MergeError(
-                "The checkpoint's --{} sends each token to {} experts: --experts must be at least as many, "
-                "but is {}.".format(name.replace("_", "-"), least, experts)
-            )
-    if router == "hash" and _get(options, "moe_hashes", 1) > 1:
+    router = _router_class(options)
+    name = router.experts_per_token
+    if name is not None and experts < options[name]:
         raise MergeError(
-            "The checkpoint's --moe-hashes send each token to different experts, which must not become one: "
-            "only a hash layer with one hash can be merged."
+            f"The checkpoint's `{name}` sends each token to {options[name]} experts: `experts` must be at "
+            f"least as many, but is {experts}."
         )
-    for name, found in (
-        ("--moe-router " + router, router in _NEED_TWO),
-        ("--moe-shared-expert", _get(options, "moe_shared_expert", False)),
-        ("--moe-hyper-adapter", _get(options, "moe_hyper_adapter", False)),
+    if experts > 1:
+        return
+    for text, found in (
+        (f"`router` {options.router}", not router.unit_weight),
+        ("`shared_expert`", options["shared_expert"]),
+        ("`hyper_adapter`", options["hyper_adapter"]),
     ):
-        if found and experts == 1:
+        if found:
             raise MergeError(
-                f"A model with {name} is another one with a single expert: --experts must be at least 2."
+                f"A model with {text} is another one with a single expert: `experts` must be at least 2."
             )
-    for layer in layers if experts == 1 else []:
+    for layer in layers:
         side = "decoder" if "decoder" in layer.name.split(".") else "encoder"
-        width = _get(options, side + "_ffn_embed_dim", layer.widths[0])
+        width = options.of_model(side + "_ffn_embed_dim", layer.widths[0])
         if len(set(layer.widths)) == 1 and layer.widths[0] != width:
             raise MergeError(
                 f"A single expert must be as wide as the model's other layers, but those of {layer.name} "
-                f"have {layer.widths[0]} hidden units: --experts must be at least 2."
+                f"have {layer.widths[0]} hidden units: `experts` must be at least 2."
             )
-    if align and any("experts.hidden.norm.weight" in layer.tensors for layer in layers):
-        raise MergeError(
-            "--align would reorder hidden units, but with --scale-fc each has a factor that all experts "
-            "share: leave it out."
-        )
 
 
 def merge_checkpoint(state: Dict[str, Any], plans: List[LayerMerge]) -> bool:
@@ -217,7 +221,8 @@ def merge_checkpoint(state: Dict[str, Any], plans: List[LayerMerge]) -> bool:
         MergeError: widths that no options describe.
     """
     experts = max(len(plan.merge.groups) for plan in plans if plan.merge is not None)
-    changed = new_options(model_options(state), plans, experts)
+    options = SavedOptions(state)
+    changed = new_options(options, plans, experts)
     layout = find_layout(state)
     kept = layout is not None and _merge_optimizer(state, layout, plans)
     extra = state.get("extra_state") or {}
@@ -230,9 +235,7 @@ def merge_checkpoint(state: Dict[str, Any], plans: List[LayerMerge]) -> bool:
         state.pop(LAYOUT, None)
     else:
         state[LAYOUT] = _merged_layout(layout, state["model"], plans).as_dict()
-    for options in (state.get("args"), (state.get("cfg") or {}).get("model")):
-        if options is not None:
-            (vars(options) if isinstance(options, Namespace) else options).update(changed)
+    options.change(changed)
     return kept
 
 
@@ -295,30 +298,30 @@ def _new_tensor(key: str, old: Tensor, plan: LayerMerge) -> Tensor:
     return plan.merge.tensor(key[len(plan.layer.name + ".moe.") :], old)
 
 
-def new_options(options: Any, plans: List[LayerMerge], experts: int) -> Dict[str, Any]:
-    """The options that describe the merged model, where they are others than before.
+def new_options(options: SavedOptions, plans: List[LayerMerge], experts: int) -> Dict[str, Any]:
+    """The options of the merged model that are others than before, by name without ``moe_``.
 
     Raises:
         MergeError: experts whose widths in one layer are not those in another, so that no options do.
     """
-    changed: Dict[str, Any] = {"moe_experts": experts}
-    sizes = str(_get(options, "moe_expert_sizes", "uniform"))
-    split = str(_get(options, "moe_spawn_method", "")) == "split"
+    changed: Dict[str, Any] = {"experts": experts}
+    sizes, split = options["expert_sizes"], options["spawn_method"] == "split"
     if split:  # which would divide the base's hidden units among fewer
-        changed.update(moe_spawn_method="slice", moe_spawn_strength=None)
-    if sizes == "uniform" and not split and _get(options, "moe_total_ffn_dim", None) is None:
+        changed.update(spawn_method="slice", spawn_strength=None)
+    if sizes == "uniform" and not split and options["total_ffn_dim"] is None:
         return changed
     widths = {tuple(plan.merge.widths) for plan in plans if plan.merge is not None}
     if len(widths) > 1:
         raise MergeError(
-            "The experts' widths would be {} in different layers, which --moe-expert-sizes and "
-            "--moe-total-ffn-dim, that hold for all, cannot describe: train with the same widths in all "
-            "layers.".format(" and ".join(map(str, sorted(map(list, widths)))))
+            "The experts' widths would be {} in different layers, which `expert_sizes` and `total_ffn_dim`, "
+            "that hold for all, cannot describe: train with the same widths in all layers.".format(
+                " and ".join(map(str, sorted(map(list, widths))))
+            )
         )
     of_each = widths.pop()
-    changed["moe_total_ffn_dim"] = sum(of_each)
+    changed["total_ffn_dim"] = str(sum(of_each))
     if len(set(of_each)) > 1:
-        changed["moe_expert_sizes"] = ",".join(map(str, of_each))
+        changed["expert_sizes"] = ",".join(map(str, of_each))
     elif sizes != "uniform":
-        changed["moe_expert_sizes"] = "uniform"
+        changed["expert_sizes"] = "uniform"
     return changed

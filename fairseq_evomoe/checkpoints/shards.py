@@ -13,7 +13,7 @@ import zipfile
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 from fairseq.file_io import PathManager
@@ -287,7 +287,7 @@ def _check_shard(shard: Shard, first: Shard, index: Index, number: int, path: st
             )
 
 
-def split_state(state: Dict[str, Any], index: Index, number: int) -> Shard:
+def shard_of_state(state: Dict[str, Any], index: Index, number: int) -> Shard:
     """The experts of one file, out of the state of a checkpoint that has all.
 
     Args:
@@ -317,8 +317,10 @@ def split_state(state: Dict[str, Any], index: Index, number: int) -> Shard:
     return shard
 
 
-def write(state: Dict[str, Any], widths: Dict[str, List[int]], files: int, path: str) -> List[str]:
-    """Write a checkpoint that has all experts as several files.
+def files_of(
+    state: Dict[str, Any], widths: Dict[str, List[int]], files: int, path: str
+) -> Iterator[Tuple[str, Dict[str, Any]]]:
+    """A checkpoint that has all experts, as several files.
 
     Args:
         state: the checkpoint.
@@ -326,8 +328,9 @@ def write(state: Dict[str, Any], widths: Dict[str, List[int]], files: int, path:
         files: how many.
         path: of the first; see ``path_of``.
 
-    Returns:
-        the paths of all.
+    Yields:
+        path and content of each file in the order to write them in: the first comes last, so that it is there
+        when the others are.
 
     Raises:
         UnknownLayout: the optimizer's state does not tell which of its parts belongs to which parameter.
@@ -341,10 +344,8 @@ def write(state: Dict[str, Any], widths: Dict[str, List[int]], files: int, path:
         {layer: deal_experts(layer_widths, files) for layer, layer_widths in widths.items()},
         need_layout(state),
     )
-    paths = [path_of(path, number) for number in range(files)]
-    for number in reversed(range(files)):  # the first is written when the others are there
-        torch.save(file_of(state, index, number, split_state(state, index, number)), paths[number])
-    return paths
+    for number in reversed(range(files)):
+        yield path_of(path, number), file_of(state, index, number, shard_of_state(state, index, number))
 
 
 def is_whole(path: Path) -> bool:

@@ -2,7 +2,7 @@
 
 The experts of a layer are grouped by similarity and each group becomes one expert, the mean of its members;
 what the router has for them is merged likewise.  Everything here works on tensors under the names that they
-have in ``MoELayer.state_dict()``; see ``merge_checkpoint.py`` for whole checkpoints.
+have in ``MoELayer.state_dict()``; see ``checkpoints/merge.py`` for whole checkpoints.
 
 The paper measures similarity on the data of a task and learns the merged experts' shares; here the measures
 and shares are simple ones, see ``weight_similarity``, ``output_products`` and ``Merge``.
@@ -11,26 +11,21 @@ Shape suffixes: E experts, M experts after merging, K hidden units of one expert
 that belong to a hidden unit, D width of a token, T tokens.
 """
 
-from dataclasses import dataclass
-from typing import Dict, List, Optional, Sequence
+from dataclasses import dataclass, field
+from typing import Dict, List, Mapping, Optional, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..moe.merge_rule import MergeRule
+
 UNIT_TENSORS = ("w1", "b1", "w2", "w3")
 """Tensors of the experts with one row for each hidden unit."""
 
-# What becomes of a router's tensors.  Those of COMET's tree are missing: its leaves cannot be grouped.
-_MEAN = ("weight", "token_weight", "centroid_ED", "light_centroid_EL", "threshold_E")
-_SUM = ("used_E",)
-_TABLE = ("table_V",)
-_NUMBERS = ("origin_E",)
-_UNCHANGED = ("projection", "scale", "embedding_VL", "rejected_D", "rejected", "updates")
-
 
 class MergeError(ValueError):
-    """Experts cannot be merged; one sentence that tells why and what to do."""
+    """Experts cannot be merged; one sentence that tells why and what to do, names of options in backticks."""
 
 
 @dataclass(frozen=True)
@@ -50,12 +45,14 @@ class Merge:
         groups: members of each new expert.
         share_E: float64, share of each expert in its group's mean; sum to 1 over a group.
         unit_EK: int64, for each expert its hidden units as rows of the old ``w1``, in such an order that
-            those of a group's members that are averaged have the same place.
+            those of a group's members that are averaged have the same position.
+        router_rules: what becomes of the router's tensors; see ``Router.merge_rules``.
     """
 
     groups: Sequence[Sequence[int]]
     share_E: Tensor
     unit_EK: Sequence[Tensor]
+    router_rules: Mapping[str, MergeRule] = field(default_factory=dict)
 
     @property
     def widths(self) -> List[int]:
@@ -94,7 +91,16 @@ class Merge:
         return self._combine(old, torch.ones_like(self.share_E))
 
     def renumbered(self, table: Tensor) -> Tensor:
-        """Numbers of old experts as those of the new ones; negative numbers, for none, stay."""
+        """Numbers of old experts as those of the new ones; negative numbers, for none, stay.
+
+        Raises:
+            MergeError: a table with several experts for each token.
+        """
+        if table.dim() > 1 and table.shape[1] > 1:
+            raise MergeError(
+                f"The router's table sends each token to {table.shape[1]} different experts, which must not "
+                "become one: only a table with one expert for each token can be merged."
+            )
         number_E = torch.empty(len(self.share_E), dtype=table.dtype)
         for m, group in enumerate(self.groups):
             number_E[list(group)] = m
@@ -114,19 +120,20 @@ class Merge:
         return torch.cat(parts).to(old.dtype)
 
     def _of_router(self, name: str, old: Tensor) -> Tensor:
-        if name in _MEAN:
+        rule = self.router_rules.get(name, self.router_rules.get(name.split(".")[0]))
+        if rule == MergeRule.mean:
             return self.mean(old)
-        if name in _SUM:
+        if rule == MergeRule.sum:
             return self.total(old)
-        if name in _TABLE:
+        if rule == MergeRule.table:
             return self.renumbered(old)
-        if name in _NUMBERS:
+        if rule == MergeRule.numbers:
             return torch.arange(len(self.groups)).to(old)
-        if name in _UNCHANGED or name.startswith("gru."):
+        if rule == MergeRule.unchanged:
             return old
         raise MergeError(
-            f"The router has a tensor {name}, and there is no rule for merging its experts: merge "
-            "checkpoints of other routers than comet, whose experts have fixed places in a tree."
+            f"The router has a tensor {name} that its class has no merge rule for: add it to merge_rules, or "
+            "merge checkpoints of another router."
         )
 
 
@@ -137,6 +144,7 @@ def plan_merge(
     experts: int,
     load_E: Optional[Tensor] = None,
     align: bool = False,
+    router_rules: Optional[Mapping[str, MergeRule]] = None,
 ) -> Merge:
     """Group the experts of a layer and decide on the shares.
 
@@ -150,6 +158,7 @@ def plan_merge(
         load_E: tokens of each expert.
         align: whether to match the hidden units of the members of a group to those of the most used one (the
             first, if the load is not known) before they are averaged; needs scipy.
+        router_rules: what becomes of the router's tensors; see ``Router.merge_rules``.
 
     Raises:
         MergeError: a number of experts that cannot be made.
@@ -169,7 +178,7 @@ def plan_merge(
         for e in members:
             if align and e != first:
                 unit_EK[e] = unit_EK[e][match_units(features_EKF[first], features_EKF[e])]
-    return Merge(groups, share_E, unit_EK)
+    return Merge(groups, share_E, unit_EK, router_rules or {})
 
 
 def group_experts(similarity_EE: Tensor, widths: Sequence[int], experts: int) -> List[List[int]]:
@@ -192,7 +201,7 @@ def group_experts(similarity_EE: Tensor, widths: Sequence[int], experts: int) ->
     """
     if not 1 <= experts < len(widths):
         raise MergeError(
-            f"--experts must be at least 1 and less than the {len(widths)} experts that there are, but is "
+            f"`experts` must be at least 1 and less than the {len(widths)} experts that there are, but is "
             f"{experts}."
         )
     classes = {width: [e for e, w in enumerate(widths) if w == width] for width in widths}
@@ -207,8 +216,8 @@ def _shares(sizes: Sequence[int], total: int) -> List[int]:
     """Numbers from 1 to each size that sum to the total, in proportion to the sizes as nearly as possible."""
     if total < len(sizes):
         raise MergeError(
-            f"Only experts of equal widths are merged, and --moe-expert-sizes has made {len(sizes)} widths: "
-            f"--experts must be at least {len(sizes)}, but is {total}."
+            f"Only experts of equal widths are merged, and `expert_sizes` has made {len(sizes)} widths: "
+            f"`experts` must be at least {len(sizes)}, but is {total}."
         )
     exact = [size * total / sum(sizes) for size in sizes]
     counts = [max(int(share), 1) for share in exact]
@@ -221,7 +230,7 @@ def _shares(sizes: Sequence[int], total: int) -> List[int]:
 
 
 def average_linkage(similarity_NN: Tensor, clusters: int) -> List[List[int]]:
-    """Exactly so many clusters: those two with the highest mean similarity are joined again and again.
+    """Exactly so many clusters: those two with the highest mean similarity become one again and again.
 
     Returns:
         the members of each cluster, in order; clusters in the order of their first members.
@@ -259,7 +268,7 @@ def match_units(first_KF: Tensor, other_KF: Tensor) -> Tensor:
     try:
         from scipy.optimize import linear_sum_assignment
     except ImportError as error:
-        raise MergeError("--align needs scipy, which is not installed: pip install scipy.") from error
+        raise MergeError("`align` needs scipy, which is not installed: pip install scipy.") from error
     # lengths of the rows do not change, so that the least distance is the largest product
     product_KK = first_KF @ other_KF.t()
     return torch.as_tensor(linear_sum_assignment(product_KK.cpu().numpy(), maximize=True)[1])

@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from fairseq_evomoe.checkpoints import optimizer_state
-from fairseq_evomoe.checkpoints.commands import merge, reshard
 from fairseq_evomoe.checkpoints.saved_optimizer import LAYOUT, Layout
-from support.cli import LM, build
+from support.cli import LM, build, evomoe
 
 GROWN = {**LM, "moe_spawn_update": 0}
 EMA = {"store_ema": True, "ema_fp32": True}
@@ -70,7 +69,7 @@ def assert_close(found, expected, name):
 def test_equal_parameters_are_told_apart(trained):
     """Merged without loss: each expert with a copy of itself, so that statistics stay what they were."""
     trainer, path = trained
-    merge([str(path), "--experts", "2", "--out", str(path.with_name("small.pt"))])
+    evomoe("merge", path, "--experts", 2, "--out", path.with_name("small.pt"))
     small = torch.load(path.with_name("small.pt"))
     layout = Layout.from_dict(small[LAYOUT])
     assert layout.keys == [name for name, _ in trainer.get_model().named_parameters()]
@@ -90,7 +89,7 @@ def test_equal_parameters_are_told_apart(trained):
 
 def test_what_was_merged_trains_on(trained, lm_data, request):
     trainer, path = trained
-    merge([str(path), "--experts", "2", "--out", str(path.with_name("small.pt"))])
+    evomoe("merge", path, "--experts", 2, "--out", path.with_name("small.pt"))
     precision = PRECISIONS[request.node.callspec.params["trained"]]
     other = build(lm_data, **{**GROWN, **EMA, **precision, "moe_experts": 2})
     resumed = other.trainer()
@@ -105,7 +104,7 @@ def test_what_was_merged_trains_on(trained, lm_data, request):
 
 def test_reshard_keeps_them_apart(trained):
     trainer, path = trained
-    reshard([str(path), "--parts", "2", "--out", str(path.with_name("parts.pt"))])
+    evomoe("reshard", path, "--parts", 2, "--out", path.with_name("parts.pt"))
     first = torch.load(path.with_name("parts.pt"))
     assert LAYOUT not in first  # the index of the set has it
     assert first["moe_shards"]["layout"]["keys"] == [n for n, _ in trainer.get_model().named_parameters()]
@@ -118,7 +117,7 @@ def test_a_frozen_parameter_and_unknown_buffers_do_no_harm(lm_data, tmp_path):
     setup.model.decoder.register_buffer("of_somebody_else", torch.randn(3))
     trainer = setup.train(updates=2)
     save(trainer, tmp_path / "frozen.pt")
-    merge([str(tmp_path / "frozen.pt"), "--experts", "2", "--out", str(tmp_path / "small.pt")])
+    evomoe("merge", tmp_path / "frozen.pt", "--experts", 2, "--out", tmp_path / "small.pt")
     found = saved_statistics(tmp_path / "small.pt")
     assert EQUAL[0] not in found and len(found) == len(parameters) - 1
     states = optimizer_state.read(trainer.optimizer)
@@ -138,7 +137,7 @@ def test_every_checkpoint_has_its_layout(saved, lm_data, tmp_path):
         assert state[LAYOUT] == {"keys": list(named), "sizes": sizes, "flat": False}
         trainer.begin_epoch(1)
         trainer.train_step([build(lm_data, **LM).batches()[1]])
-    assert "decoder.layers.1.moe.router.token_weight" in state[LAYOUT]["keys"]
+    assert "decoder.layers.1.moe.router.weight" in state[LAYOUT]["keys"]
 
 
 def test_a_dense_model_is_saved_as_by_fairseq(lm_data, tmp_path):

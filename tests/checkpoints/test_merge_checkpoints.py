@@ -9,21 +9,22 @@ from argparse import Namespace
 import pytest
 import torch
 
-from fairseq_evomoe.checkpoints.commands import merge
 from fairseq_evomoe.checkpoints.guessed_layout import guessed_keys
 from fairseq_evomoe.checkpoints.merge import (
     Layer,
     LayerMerge,
     merge_checkpoint,
-    model_options,
     moe_layers_of,
     plan_checkpoint,
 )
 from fairseq_evomoe.checkpoints.observe import observe
 from fairseq_evomoe.checkpoints.saved_optimizer import LAYOUT, Layout, parameter_keys
-from fairseq_evomoe.config.resolve import given_options, resolve
+from fairseq_evomoe.checkpoints.saved_options import SavedOptions
+from fairseq_evomoe.config.config import declarations
+from fairseq_evomoe.config.resolve import resolve
 from fairseq_evomoe.evolution.merge import plan_merge, weight_similarity
-from support.cli import LM, TRANSLATION, USER_DIR, build, call
+from fairseq_evomoe.moe import ROUTERS
+from support.cli import LM, TRANSLATION, USER_DIR, build, call, evomoe
 from support.experts import experts_of, tensors_of
 
 EVALUATION = {"user_dir": USER_DIR, "batch_size": 8, "num_workers": 0}
@@ -53,7 +54,7 @@ GROWN = {"moe_spawn_update": 0, "max_update": 4, "moe_eval_routing": "adaptive",
 
 
 def command(*arguments):
-    merge([str(a) for a in arguments])
+    evomoe("merge", *arguments)
 
 
 @pytest.fixture(scope="module")
@@ -147,34 +148,35 @@ def test_old_checkpoints_with_a_namespace(lm):
     state = torch.load(lm)
     state.update(args=Namespace(**state["cfg"]["model"]), cfg=None)
     layers = moe_layers_of(state)
-    assert merge_checkpoint(state, plan_checkpoint(layers, model_options(state), 3))
+    assert merge_checkpoint(state, plan_checkpoint(layers, SavedOptions(state), 3))
     assert state["args"].moe_experts == 3
-    assert state["model"]["decoder.layers.1.moe.router.token_weight"].shape[0] == 3
+    assert state["model"]["decoder.layers.1.moe.router.weight"].shape[0] == 3
 
 
 @pytest.mark.parametrize(
     "changes, experts, expected",
     [
         ({}, 2, {}),
-        ({"moe_total_ffn_dim": 192}, 2, {"moe_total_ffn_dim": 96}),
+        ({"moe_total_ffn_dim": "192"}, 2, {"moe_total_ffn_dim": "96"}),
         (
             {"moe_spawn_method": "split", "moe_spawn_strength": None},
             2,
-            {"moe_spawn_method": "slice", "moe_spawn_strength": None, "moe_total_ffn_dim": 96},
+            {"moe_spawn_method": "slice", "moe_spawn_strength": None, "moe_total_ffn_dim": "96"},
         ),
-        ({"moe_expert_sizes": "1,1,2,2"}, 2, {"moe_expert_sizes": "32,64", "moe_total_ffn_dim": 96}),
+        ({"moe_expert_sizes": "1,1,2,2"}, 2, {"moe_expert_sizes": "32,64", "moe_total_ffn_dim": "96"}),
     ],
 )
 def test_options_describe_what_was_merged(lm, changes, experts, expected):
     state = torch.load(lm)
     state["cfg"]["model"].update(changes)
     layers = moe_layers_of(state)
-    plans = plan_checkpoint(layers, model_options(state), experts)
+    plans = plan_checkpoint(layers, SavedOptions(state), experts)
     merge_checkpoint(state, plans)
     options = state["cfg"]["model"]
     assert {name: options[name] for name in {**changes, **expected}} == {**changes, **expected}
     assert options["moe_experts"] == experts
-    assert resolve(given_options(Namespace(**options)), max_update=14).widths(48) == plans[0].merge.widths
+    given = {name[4:]: value for name, value in options.items() if name.startswith("moe_")}
+    assert resolve(given).widths(48) == plans[0].merge.widths
 
 
 def test_layers_in_which_dynmoe_has_fewer_experts_stay(lm_data, tmp_path, capsys):
@@ -202,7 +204,8 @@ def test_flat_optimizer_states_are_merged(layout):
     tensors = tensors_of(experts_of([3] * 4))
     model = {"a.weight": torch.randn(2, 3), **{"l.moe.experts." + name: x for name, x in tensors.items()}}
     model["l.moe.router.weight"] = torch.randn(4, 5)
-    plan = plan_merge(tensors, [3] * 4, weight_similarity(tensors, [3] * 4), 2)
+    rules = ROUTERS["dts"].merge_rules
+    plan = plan_merge(tensors, [3] * 4, weight_similarity(tensors, [3] * 4), 2, router_rules=rules)
     plans = [LayerMerge(Layer("l", {}, [3] * 4), torch.eye(4), plan)]
     values = {name: torch.randn_like(x) for name, x in model.items()}
     flat = torch.cat([x.flatten().double() for x in values.values()])
@@ -376,3 +379,48 @@ def test_other_checkpoints_are_refused(lm, tmp_path, capsys):
         with pytest.raises(SystemExit):
             command(tmp_path / "changed", "--experts", 1, "--dry-run")
         assert part in capsys.readouterr().err
+
+
+def test_the_router_says_what_merging_must_know(lm, tmp_path, capsys):
+    for changes, parts in (
+        ({"moe_router": "comet"}, ["--moe-router comet", "cannot be merged"]),
+        ({"moe_router": "of-somebody"}, ["--moe-router of-somebody", "--user-dir"]),
+    ):
+        state = torch.load(lm)
+        state["cfg"]["model"].update(changes)
+        torch.save(state, tmp_path / "changed")
+        with pytest.raises(SystemExit):
+            command(tmp_path / "changed", "--experts", 2, "--dry-run")
+        error = capsys.readouterr().err
+        assert all(part in error for part in parts), error
+    with pytest.raises(SystemExit):
+        command(lm, "--experts", 2, "--dry-run", "--user-dir", tmp_path / "nowhere")
+    assert "--user-dir" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("old", [True, False], ids=["of version 0.1", "of today"])
+def test_options_are_read_from_checkpoints_of_any_version(old, lm):
+    state = torch.load(lm)
+    options = state["cfg"]["model"]
+    if old:  # all options are there, and some are not decided
+        options.update(
+            {f"moe_{name}": declared[0].default for name, declared in declarations().items()},
+            moe_gate_input="auto",
+            moe_renormalize="auto",
+            moe_top_k=4,
+        )
+        options.update(moe_experts=4, moe_spawn_method="split")
+    found = SavedOptions(state)
+    assert found.router == "dts" and found["hard_experts"] == 1 and found["experts"] == 4
+    assert found["gate_input"] == "hidden"
+    assert found["renormalize"] == ("straight-through" if old else "never")
+    assert found["spawn_method"] == ("split" if old else "mask")
+    assert found.of_model("decoder_ffn_embed_dim", 0) == 48
+    if old:
+        for missing in ("moe_router", "moe_hard_experts"):
+            del options[missing]
+        assert SavedOptions(state).router == "dts" and SavedOptions(state)["hard_experts"] == 1
+        options["moe_router"] = "topk"
+        assert SavedOptions(state)["top_k"] == 4
+        options["moe_top_k"] = None
+        assert SavedOptions(state)["top_k"] == 2

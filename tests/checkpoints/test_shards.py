@@ -8,10 +8,9 @@ import pytest
 import torch
 from fairseq import checkpoint_utils
 
-from fairseq_evomoe.checkpoints import commands as cli
 from fairseq_evomoe.checkpoints.saved_optimizer import LAYOUT
 from fairseq_evomoe.checkpoints.shards import DamagedCheckpoint, newest_whole
-from support.cli import assert_equal, call, run
+from support.cli import assert_equal, call, evomoe, run
 from support.parallel import RANKS, SENTENCES
 from support.rank_jobs import largest_difference, state_of, train_on_all_batches, train_on_ranks
 
@@ -140,16 +139,16 @@ def test_one_process_evaluates_them_without_options(saved, lm_data):
 def test_consolidate_and_reshard(saved, tmp_path, capsys):
     whole, parts, again = (str(tmp_path / name) for name in ("whole.pt", "three.pt", "again.pt"))
     first = str(saved / "sharded" / "checkpoint_last.pt")
-    cli.consolidate([first, "--out", whole])
+    evomoe("consolidate", first, "--out", whole)
     expected = load(saved / "whole" / "checkpoint_last.pt")
     assert_equal(load(whole), expected)
     assert "moe_shards" not in torch.load(whole)
-    cli.reshard([whole, "--parts", "3", "--out", parts])
+    evomoe("reshard", whole, "--parts", 3, "--out", parts)
     assert capsys.readouterr().out.splitlines()[-3:] == [
         str(tmp_path / name) for name in ("three.pt", "three-experts1.pt", "three-experts2.pt")
     ]
     assert_equal(load(parts), expected)
-    cli.reshard([parts, "--parts", "2", "--out", again])  # from several files to several others
+    evomoe("reshard", parts, "--parts", 2, "--out", again)  # from several files to several others
     assert_equal(load(again), expected)
     assert not any(x.numel() for k, x in torch.load(again)["model"].items() if ".experts.w1" in k)
 
@@ -174,7 +173,7 @@ def test_mistakes_are_named(command, arguments, message, saved, tmp_path, capsys
         "out": tmp_path / "out.pt",
     }
     with pytest.raises(SystemExit) as exit:
-        getattr(cli, command)([argument.format(**names) for argument in arguments])
+        evomoe(command, *[argument.format(**names) for argument in arguments])
     error = capsys.readouterr().err
     assert exit.value.code == 2 and message in error and error.startswith("evomoe " + command)
     assert not list(tmp_path.iterdir())

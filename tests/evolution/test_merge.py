@@ -1,7 +1,5 @@
 """The groups that experts are merged in, and their means."""
 
-import inspect
-
 import numpy as np
 import pytest
 import torch
@@ -22,6 +20,7 @@ from fairseq_evomoe.evolution.merge import (
 )
 from fairseq_evomoe.moe import ROUTERS, Experts, RoutingContext, Vocabulary
 from fairseq_evomoe.moe.dispatch.local import dispatch
+from fairseq_evomoe.moe.merge_rule import MergeRule
 from fairseq_evomoe.moe.routers.dts import DenseToSparseRouter
 from fairseq_evomoe.moe.routers.hash import HashRouter
 from support.experts import experts_of, tensors_of
@@ -90,7 +89,8 @@ def test_means_are_those_of_a_slow_reference():
     similarity = torch.full((5, 5), -1.0)
     similarity[0, 3] = similarity[3, 0] = similarity[0, 4] = similarity[4, 0] = similarity[3, 4] = 1.0
     similarity[4, 3] = 1.0
-    plan = plan_merge(tensors, [3] * 5, similarity, 3, load)
+    rules = {"weight": MergeRule.mean}
+    plan = plan_merge(tensors, [3] * 5, similarity, 3, load, router_rules=rules)
     assert plan.groups == groups
     share = {0: 1 / 8, 3: 3 / 8, 4: 4 / 8, 1: 1.0, 2: 1.0}  # without any load: equal
     gate = torch.randn(5, 4, dtype=torch.float64)
@@ -147,7 +147,7 @@ def test_groups_are_a_partition_into_experts_of_equal_widths(widths, data):
         assert sorted(e for group in groups for e in group) == list(range(len(widths)))
         assert all(len({widths[e] for e in group}) == 1 for group in groups)
     bad = data.draw(st.sampled_from([0, -1, len(widths), fewest - 1]))
-    with pytest.raises(MergeError, match="--experts"):
+    with pytest.raises(MergeError, match="`experts`"):
         group_experts(similarity, widths, bad)
 
 
@@ -169,7 +169,8 @@ def test_a_gate_of_equal_rows_loses_nothing_in_groups_of_one_size():
         for one, other in groups:
             router.weight[other] = router.weight[one]
     similarity = weight_similarity(tensors_of(experts), experts.widths)
-    plan = plan_merge(tensors_of(experts), experts.widths, similarity, 3)
+    rules = router.merge_rules
+    plan = plan_merge(tensors_of(experts), experts.widths, similarity, 3, router_rules=rules)
     assert plan.groups == groups
     new, x = merged_router(router, plan, make), torch.randn(20, 5, dtype=torch.float64)
     before = dispatch(x, router(x, RoutingContext()), experts)
@@ -177,14 +178,18 @@ def test_a_gate_of_equal_rows_loses_nothing_in_groups_of_one_size():
     assert torch.allclose(before, after, atol=1e-10)
 
 
+def merge_of(router=None):
+    share_E = torch.tensor([1 / 3, 1 / 2, 1 / 3, 1 / 2, 1, 1 / 3])
+    rules = {} if router is None else router.merge_rules
+    return Merge(GROUPS, share_E, list(torch.arange(24).split(4)), rules)
+
+
 def test_a_table_loses_nothing_in_any_groups():
     experts = near_copies(GROUPS, noise=0)
     make = lambda e: HashRouter(5, e, Vocabulary(30, torch.ones(30)))  # noqa: E731
     router = make(6)
     router.initialize(torch.Generator())
-    plan = Merge(
-        GROUPS, torch.tensor([1 / 3, 1 / 2, 1 / 3, 1 / 2, 1, 1 / 3]), list(torch.arange(24).split(4))
-    )
+    plan = merge_of(router)
     new, x = merged_router(router, plan, make), torch.randn(30, 5, dtype=torch.float64)
     context = RoutingContext(token_T=torch.arange(30))
     before = dispatch(x, router(x, context), experts)
@@ -194,33 +199,44 @@ def test_a_table_loses_nothing_in_any_groups():
 
 @pytest.mark.parametrize("name", sorted(set(ROUTERS) - {"comet"}))
 def test_every_router_is_merged(name):
-    cls = ROUTERS[name]
-    vocabulary = Vocabulary(30, torch.ones(30))
-    needed = {"vocabulary": vocabulary} if "vocabulary" in inspect.signature(cls.__init__).parameters else {}
-    make = lambda e: cls(8, e, **needed)  # noqa: E731
+    make = lambda e: ROUTERS[name](8, e, vocabulary=Vocabulary(30, torch.ones(30)))  # noqa: E731
     router = make(6)
     router.initialize(torch.Generator().manual_seed(1))
-    plan = Merge(
-        GROUPS, torch.tensor([1 / 3, 1 / 2, 1 / 3, 1 / 2, 1, 1 / 3]), list(torch.arange(24).split(4))
-    )
+    plan = merge_of(router)
     new = merged_router(router, plan, make).eval()
     context = RoutingContext(token_T=torch.arange(30), sequence_T=torch.zeros(30, dtype=torch.long))
     routing = new(torch.randn(30, 8), context)
     assert routing.experts == 3 and int(routing.expert_N.max()) < 3
 
 
-def test_comet_s_tree_is_refused():
-    plan = Merge(GROUPS, torch.ones(6), list(torch.arange(24).split(4)))
+@pytest.mark.parametrize("name", sorted(set(ROUTERS) - {"comet"}))
+def test_every_rule_is_that_of_a_tensor(name):
+    """A name that is misspelt would be found only with a checkpoint that has the tensor."""
+    seen = "gate_input" in ROUTERS[name].Options.declared()
+    found = set()
+    for options in [{"gate_input": kind} for kind in ("hidden", "both", "table")] if seen else [{}]:
+        router = ROUTERS[name](8, 6, vocabulary=Vocabulary(30, torch.ones(30), 5), **options)
+        found |= {key if key in router.merge_rules else key.split(".")[0] for key in router.state_dict()}
+    inherited = set() if seen else {"token_weight"}  # of a gate that sees the layer's input alone
+    assert found == set(ROUTERS[name].merge_rules) - inherited
+
+
+def test_a_tensor_without_a_rule_is_refused():
+    assert ROUTERS["comet"].merge_rules is None
     for name, tensor in ROUTERS["comet"](8, 6).state_dict().items():
-        with pytest.raises(MergeError, match="comet"):
-            plan.tensor("router." + name, tensor)
+        with pytest.raises(MergeError, match=f"a tensor {name} .* merge_rules"):
+            merge_of().tensor("router." + name, tensor)
+
+
+def test_a_token_s_experts_do_not_become_one():
+    router = HashRouter(8, 6, Vocabulary(30, torch.ones(30)), hashes=2)
+    with pytest.raises(MergeError, match="to 2 different experts"):
+        merge_of(router).tensor("router.table_V", router.table_V)
 
 
 def test_hyper_adapter_s_embeddings_are_summed():
     """A token that gets no member of a group lacks the sum of their embeddings."""
-    plan = Merge(
-        GROUPS, torch.tensor([1 / 3, 1 / 2, 1 / 3, 1 / 2, 1, 1 / 3]), list(torch.arange(24).split(4))
-    )
+    plan = merge_of()
     old = torch.randn(6, 7)
     found = plan.tensor("hyper_adapter.expert_embedding", old)
     assert torch.allclose(found, torch.stack([old[group].sum(0) for group in GROUPS]))

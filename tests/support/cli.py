@@ -9,7 +9,8 @@ changed as dictionaries::
 """
 
 import contextlib
-import importlib
+import importlib.machinery
+import importlib.util
 import io
 import json
 import logging
@@ -184,6 +185,14 @@ def call_hydra(path):
     with _fresh_process() as output:
         module._hydra_main(cfg)
     return Result(output.getvalue())
+
+
+def evomoe(*arguments):
+    """Run the ``evomoe`` script in this process."""
+    loader = importlib.machinery.SourceFileLoader("evomoe_script", str(USER_DIR / "bin" / "evomoe"))
+    module = importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader))
+    loader.exec_module(module)
+    module.main([str(argument) for argument in arguments])
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..assignment import balanced_assignment
+from ..merge_rule import MergeRule
 from ..ranks import Ranks
 from ..routing import Routing, RoutingContext
 from .registry import register_router
@@ -24,6 +25,7 @@ class CentroidRouter(Router):
     """
 
     one_expert = True
+    merge_rules = {"centroid_ED": MergeRule.mean}
 
     def __init__(self, dim: int, experts: int, **options: Any) -> None:
         super().__init__(dim, experts, **options)

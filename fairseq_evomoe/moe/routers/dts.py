@@ -111,6 +111,7 @@ class DenseToSparseRouter(LinearRouter):
     options: "DenseToSparseRouter.Options"
     stages = True
     anneals = True
+    experts_per_token = "hard_experts"
 
     def forward(self, x_TD: Tensor, context: RoutingContext) -> Routing:
         """Route tokens; see the class.  Losses: ``balance``, ``entropy``, ``z``."""

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..losses import mean, product_of_means
+from ..merge_rule import MergeRule
 from ..options import OptionError, loss_weight, option
 from ..routing import Routing, RoutingContext
 from ..statistics import Collector
@@ -102,6 +103,15 @@ class DynMoERouter(Collector, Router):
     options: "DynMoERouter.Options"
     resizes = True
     linear_gate = True
+    unit_weight = True
+    merge_rules = {
+        "weight": MergeRule.mean,
+        "threshold_E": MergeRule.mean,
+        "origin_E": MergeRule.numbers,
+        "used_E": MergeRule.sum,
+        "rejected_D": MergeRule.unchanged,
+        "updates": MergeRule.unchanged,
+    }
 
     def __init__(self, dim: int, experts: int, **options: Any) -> None:
         super().__init__(dim, experts, **options)

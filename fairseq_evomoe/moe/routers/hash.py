@@ -8,6 +8,7 @@ from typing import Any, Iterator, Optional
 import torch
 from torch import Tensor
 
+from ..merge_rule import MergeRule
 from ..options import OptionError, option
 from ..routing import Routing, RoutingContext, Vocabulary
 from .registry import register_router
@@ -75,6 +76,9 @@ class HashRouter(Router):
 
     needs_tokens = True
     one_expert = True  # with one hash
+    experts_per_token = "hashes"
+    unit_weight = True
+    merge_rules = {"table_V": MergeRule.table}
     table_V: Tensor
 
     def __init__(

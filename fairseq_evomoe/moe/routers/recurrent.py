@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
 from ..losses import product_of_means
+from ..merge_rule import MergeRule
 from ..options import OptionError, like, option
 from ..routing import Routing, RoutingContext, Vocabulary
 from .registry import register_router
@@ -63,6 +64,11 @@ class RecurrentRouter(TopKRouter):
 
     options: "RecurrentRouter.Options"  # type: ignore[assignment]
     linear_gate = False  # its logits are those of a state
+    merge_rules = {
+        "weight": MergeRule.mean,
+        "projection": MergeRule.unchanged,
+        "gru": MergeRule.unchanged,
+    }
 
     def __init__(
         self,

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..losses import mean_entropy, z_loss
+from ..merge_rule import MergeRule
 from ..options import OptionError, loss_weight, option
 from ..options import Options as BaseOptions
 from ..routing import Routing, RoutingContext, Vocabulary
@@ -30,6 +31,10 @@ class Router(nn.Module):
         stages: whether ``RoutingContext.hard`` makes a difference.
         anneals: whether ``RoutingContext.temperature`` does.
         linear_gate: whether the logits are products (or cosines) of a token and the rows of ``weight``.
+        experts_per_token: the option that says how many experts a token has, if there is one.
+        unit_weight: whether the weight of a single expert is 1, so that a layer with one needs no router.
+        merge_rules: what becomes of each tensor when experts are merged, by its name or that of the module
+            that it is in; ``None``: they cannot be.
 
     Attributes:
         dim: D, width of a token.
@@ -58,6 +63,9 @@ class Router(nn.Module):
     stages: ClassVar[bool] = False
     anneals: ClassVar[bool] = False
     linear_gate: ClassVar[bool] = False
+    experts_per_token: ClassVar[Optional[str]] = None
+    unit_weight: ClassVar[bool] = False
+    merge_rules: ClassVar[Optional[Dict[str, MergeRule]]] = None
 
     options: Any
 
@@ -197,6 +205,8 @@ class LinearRouter(Router):
         )
 
     linear_gate = True
+    unit_weight = True
+    merge_rules = {"weight": MergeRule.mean, "token_weight": MergeRule.mean}
     options: "LinearRouter.Options"
     weight: Optional[nn.Parameter]
     token_weight: Optional[nn.Parameter]

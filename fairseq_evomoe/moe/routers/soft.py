@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..merge_rule import MergeRule
 from ..options import option
 from ..routing import Routing, RoutingContext
 from ..slots import Slots
@@ -50,6 +51,7 @@ class SoftRouter(Router):
 
     options: "SoftRouter.Options"
     needs_whole_sequence = True
+    merge_rules = {"weight": MergeRule.mean, "scale": MergeRule.unchanged}
 
     def __init__(self, dim: int, experts: int, **options: Any) -> None:
         super().__init__(dim, experts, **options)

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from ..capacity import limit_load
 from ..losses import mean
+from ..merge_rule import MergeRule
 from ..options import loss_weight, option
 from ..ranks import ALONE, Ranks
 from ..routing import Routing, RoutingContext, Vocabulary
@@ -66,6 +67,12 @@ class StableRouter(CentroidRouter):
     options: "StableRouter.Options"
     needs_tokens = True
     stages = True
+    merge_rules = {
+        "centroid_ED": MergeRule.mean,
+        "light_centroid_EL": MergeRule.mean,
+        "embedding_VL": MergeRule.unchanged,
+        "table_V": MergeRule.table,
+    }
     table_V: Tensor
 
     def __init__(

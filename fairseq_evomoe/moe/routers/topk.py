@@ -80,6 +80,7 @@ class TopKRouter(LinearRouter):
                 )
 
     options: "TopKRouter.Options"
+    experts_per_token = "top_k"
 
     def forward(self, x_TD: Tensor, context: RoutingContext) -> Routing:
         """Route tokens; see the class."""
