@@ -11,7 +11,7 @@ from fairseq_evomoe.moe import RoutingContext
 from fairseq_evomoe.moe.losses import balance_loss, entropy, z_loss
 from fairseq_evomoe.moe.routers import ROUTERS, dts
 from fairseq_evomoe.moe.routers.dts import DenseToSparseRouter, gumbel
-from support.router_checks import dense, softmax
+from support.router_checks import close, dense, softmax
 
 
 def make(dim, experts, **options):
