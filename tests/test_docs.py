@@ -1,6 +1,7 @@
 """The documentation says what the code says.
 
-``python tests/test_docs.py`` writes the generated tables into ``fairseq_evomoe/config/README.md``.
+``python tests/test_docs.py`` writes what is generated: the tables of ``fairseq_evomoe/config/README.md``, and
+the router that ``fairseq_evomoe/README.md`` shows.
 """
 
 import dataclasses
@@ -11,7 +12,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
+PACKAGE = ROOT / "fairseq_evomoe" / "README.md"
 OPTIONS = ROOT / "fairseq_evomoe" / "config" / "README.md"
+PLUGIN = ROOT / "tests" / "support" / "plugin_router" / "__init__.py"
+ROUTER = r"(<!-- router: .*? -->\n```python\n)(.*?)(```\n<!-- /router -->)"
 MARKED = r"(<!-- {0} -->\n)(.*?)(<!-- /{0} -->)"
 FOLDERS = (".github", "examples", "fairseq_evomoe", "tests")
 PAGES = sorted([*ROOT.glob("*.md"), *(page for name in FOLDERS for page in (ROOT / name).rglob("*.md"))])
@@ -50,7 +54,7 @@ def _routers():
 
 
 def _defaults(name):
-    """The defaults of an option, each with the routers that have it; ``None`` if every model has the option."""
+    """The defaults of an option, each with the routers that have it; ``None``: every model has the option."""
     from fairseq_evomoe.config.config import declarations, owner
 
     if owner(name) is not None:
@@ -101,6 +105,21 @@ def test_options_tables_match_the_declarations(group):
     assert found.group(2) == options_table(group), "run: python tests/test_docs.py"
 
 
+def test_the_router_that_is_shown_is_the_one_that_is_tested():
+    found = re.search(ROUTER, PACKAGE.read_text(encoding="utf-8"), re.S)
+    assert found and found.group(2) == PLUGIN.read_text(encoding="utf-8"), "run: python tests/test_docs.py"
+    assert len(found.group(2).splitlines()) < 50
+
+
+def test_the_library_example_runs():
+    code = re.search(
+        r"## As a library.*?```python\n(.*?)```", PACKAGE.read_text(encoding="utf-8"), re.S
+    ).group(1)
+    names = {}
+    exec(code, names)
+    assert names["layer"].spawned and names["layer"].router.weight.grad is not None
+
+
 def test_every_option_is_in_one_table():
     from fairseq_evomoe.config.config import declarations
 
@@ -148,7 +167,7 @@ def test_every_preset_that_a_page_names_is_one():
 
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
-        named = set(re.findall(r"--moe-preset[= ]([a-z]\w*)", text))
+        named = set(re.findall(r"--moe-preset[= ]([a-z]\w*)(?![\w/.])", text))
         assert named <= set(presets.names()), page
 
 
@@ -167,3 +186,7 @@ if __name__ == "__main__":
         table = options_table(name)
         text = re.sub(MARKED.format(name), lambda m: m.group(1) + table + m.group(3), text, flags=re.S)  # noqa: B023
     OPTIONS.write_text(text, encoding="utf-8")
+    text, code = PACKAGE.read_text(encoding="utf-8"), PLUGIN.read_text(encoding="utf-8")
+    PACKAGE.write_text(
+        re.sub(ROUTER, lambda m: m.group(1) + code + m.group(3), text, flags=re.S), encoding="utf-8"
+    )

@@ -52,6 +52,7 @@ def state_of_all_experts(original: Original, trainer: Trainer) -> Dict[str, Any]
         gathered = run.gathered or checkpoints.gather_whole(trainer)
         gathered.fill(state, checkpoints.layout_of(trainer))
         run.forget_checkpoint()
+    checkpoints.note_layout(trainer, state)
     return state
 
 

@@ -173,7 +173,8 @@ MISMATCHES = [
     ({"moe_experts": 2}, ["has 4 experts", "--moe-experts is 2", "give --moe-experts 4"]),
     ({"moe_experts": 8}, ["has 4 experts", "--moe-experts is 8", "give --moe-experts 4"]),
     ({"decoder_ffn_embed_dim": 32}, ["hidden units in all", "the model's 128", "ffn-embed-dim"]),
-    ({"moe_router": "other"}, ["router", "--moe-router", "'bias'"]),
+    ({"moe_router": "other"}, ["router", "--moe-router", "'router.bias'"]),
+    ({"moe_gate_input": "table"}, ["the model's table", "give --moe-gate-input hidden.", "decoder.layers.1"]),
     ({"moe_freq": 1}, ["--moe-freq", "decoder.layers.1"]),
 ]
 
