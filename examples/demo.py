@@ -3,7 +3,7 @@
 
 Downloads the plays, trains fairseq's dense `transformer_lm` and `evomoe_lm` of the same size side by side
 with `fairseq-train` (one thread each), prints a table of both and evaluates both with `fairseq-eval-lm`.
-The gate is a learned table of the vocabulary (`--moe-preset evomoe_table`), which sees no context and is ours;
+The gate is a learned table of the vocabulary (`--moe-preset evomoe_table`), which sees no context: ours;
 without that flag it is EvoMoE's as published.
 """
 

@@ -9,7 +9,7 @@ from importlib.util import find_spec as _find_spec
 
 from . import evolution  # noqa: F401  (tells moe how experts spawn)
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 if _find_spec("fairseq") is not None:
     from . import compat

@@ -1,42 +1,133 @@
 """The documentation says what the code says.
 
-``python tests/test_docs.py`` writes the generated tables into README.md.
+``python tests/test_docs.py`` writes what is generated: the tables of ``fairseq_evomoe/config/README.md``, and
+the router that ``fairseq_evomoe/README.md`` shows.
 """
 
 import dataclasses
 import re
 from pathlib import Path
 
-README = Path(__file__).resolve().parent.parent / "README.md"
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+PACKAGE = ROOT / "fairseq_evomoe" / "README.md"
+OPTIONS = ROOT / "fairseq_evomoe" / "config" / "README.md"
+PLUGIN = ROOT / "tests" / "support" / "plugin_router" / "__init__.py"
+ROUTER = r"(<!-- router: .*? -->\n```python\n)(.*?)(```\n<!-- /router -->)"
 MARKED = r"(<!-- {0} -->\n)(.*?)(<!-- /{0} -->)"
+FOLDERS = (".github", "examples", "fairseq_evomoe", "tests")
+PAGES = sorted([*ROOT.glob("*.md"), *(page for name in FOLDERS for page in (ROOT / name).rglob("*.md"))])
+
+FIVE = ("preset", "router", "experts", "freq", "spawn_update")
+LOSSES = ("balance_form", "balance_choices")
 
 
-def options_table() -> str:
-    """The table of options, made from the dataclass that flags and YAML are made from."""
-    from fairseq_evomoe.config.options import MoEOptions, flag
-    from fairseq_evomoe.models.translation import EvoMoETransformerConfig
+def _groups():
+    """The names of the options of each table, in the order in which they are declared."""
+    from fairseq_evomoe.config.config import declarations, owner
 
-    rows = ["| option | default | what it does |", "|---|---|---|"]
-    for field in dataclasses.fields(MoEOptions):
-        if not field.name.startswith("moe_"):
+    routers = _routers()
+    groups = {name: [] for name in ("five", "gate", "spawn", "losses", "experts", "ranks")}
+    groups["five"] = list(FIVE)
+    of_owner = {"schedule": "spawn", "plateau": "spawn", "spawning": "spawn", "ranks": "ranks"}
+    for name, declared in declarations().items():
+        if name in FIVE:
             continue
-        choices = getattr(field.type, "__members__", None)
-        name = f"`{flag(field.name)}`"
-        if choices:
-            values = [member.value for member in choices.values()]
-            name += " {" + ", ".join(values) + "}"
-        default = "" if field.default is None else f"`{field.default}`"
-        other = EvoMoETransformerConfig.__dataclass_fields__[field.name].default
-        if other != field.default:
-            default += f" (`evomoe_transformer`: `{other}`)"
-        rows.append("| {} | {} | {} |".format(name, default, field.metadata["help"]))
+        if owner(name) is None and not any(name in cls.Options.declared() for cls in routers.values()):
+            continue  # of a router that a test has registered
+        if declared[0].loss or name in LOSSES:
+            groups["losses"].append(name)
+        elif owner(name) is None:
+            groups["gate"].append(name)
+        else:
+            groups[of_owner.get(owner(name), "experts")].append(name)
+    return groups
+
+
+def _routers():
+    """The routers of the package, by name."""
+    from fairseq_evomoe.moe import ROUTERS
+
+    return {name: cls for name, cls in ROUTERS.items() if cls.__module__.startswith("fairseq_evomoe.")}
+
+
+def _defaults(name):
+    """The defaults of an option, each with the routers that have it; ``None``: every model has the option."""
+    from fairseq_evomoe.config.config import declarations, owner
+
+    if owner(name) is not None:
+        return [(declarations()[name][0].default, None)]
+    found = {}
+    for router, cls in _routers().items():
+        if name in cls.Options.declared():
+            found.setdefault(cls.Options.declared()[name].default, []).append(router)
+    return list(found.items())
+
+
+def _word(default):
+    value = getattr(default, "value", default)
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def options_table(group):
+    """One table of options, made from the declarations that flags and YAML are made from."""
+    from fairseq_evomoe.config.config import declarations
+    from fairseq_evomoe.config.errors import PREFIX, flag
+    from fairseq_evomoe.config.options import MoEOptions, common_help
+
+    known = declarations()
+    rows = ["| option | default | what it does |", "|---|---|---|"]
+    for name in _groups()[group]:
+        shown, default = f"`{flag(PREFIX + name)}`", ""
+        if name in known:
+            words = [word for item in known[name] for word in item.choices]
+            shown += f" {{{', '.join(dict.fromkeys(words))}}}" if words else ""
+            parts = []
+            for value, routers in _defaults(name):
+                of = f" ({', '.join(routers)})" if routers else ""
+                parts.append((f"`{_word(value)}`" if value is not None else "") + of)
+            default, text = ", ".join(parts).strip(), common_help(known[name])
+        else:
+            fields = {field.name: field for field in dataclasses.fields(MoEOptions)}
+            text = fields[PREFIX + name].metadata["help"]
+            if name == "router":
+                shown, default = f"{shown} {{{', '.join(_routers())}}}", "`dts`"
+        rows.append(f"| {shown} | {default} | {text} |")
     return "\n".join(rows) + "\n"
 
 
-def test_options_table_matches_the_dataclasses():
-    found = re.search(MARKED.format("options"), README.read_text(encoding="utf-8"), re.S)
-    assert found, "README.md has no marked options table"
-    assert found.group(2) == options_table(), "run: python tests/test_docs.py"
+@pytest.mark.parametrize("group", ["five", "gate", "spawn", "losses", "experts", "ranks"])
+def test_options_tables_match_the_declarations(group):
+    found = re.search(MARKED.format(group), OPTIONS.read_text(encoding="utf-8"), re.S)
+    assert found, f"{OPTIONS} has no marked table {group}"
+    assert found.group(2) == options_table(group), "run: python tests/test_docs.py"
+
+
+def test_the_router_that_is_shown_is_the_one_that_is_tested():
+    found = re.search(ROUTER, PACKAGE.read_text(encoding="utf-8"), re.S)
+    assert found and found.group(2) == PLUGIN.read_text(encoding="utf-8"), "run: python tests/test_docs.py"
+    assert len(found.group(2).splitlines()) < 50
+
+
+def test_the_library_example_runs():
+    code = re.search(
+        r"## As a library.*?```python\n(.*?)```", PACKAGE.read_text(encoding="utf-8"), re.S
+    ).group(1)
+    names = {}
+    exec(code, names)
+    assert names["layer"].spawned and names["layer"].router.weight.grad is not None
+
+
+def test_every_option_is_in_one_table():
+    from fairseq_evomoe.config.config import declarations
+
+    listed = [name for names in _groups().values() for name in names]
+    assert len(listed) == len(set(listed))
+    options = {name for cls in _routers().values() for name in cls.Options.declared()}
+    missing = (set(declarations()) & (options | set(listed))) - set(listed)
+    assert not missing
 
 
 def test_every_option_has_a_help_text_in_full_sentences():
@@ -56,15 +147,46 @@ def test_files_that_the_readme_names_exist():
     assert not missing
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    """Links to files of the repository, and to headings of them."""
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        if "://" in target or target.startswith("mailto:"):
+            continue
+        path, _, heading = target.partition("#")
+        found = (page.parent / path).resolve() if path else page
+        assert found.exists(), target
+        if heading:
+            headings = re.findall(r"^#+ (.*)$", found.read_text(encoding="utf-8"), re.MULTILINE)
+            anchors = [re.sub(r"[^\w -]", "", text.lower()).replace(" ", "-") for text in headings]
+            assert heading in anchors, target
+
+
+def test_every_preset_that_a_page_names_is_one():
+    from fairseq_evomoe.config import presets
+
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        named = set(re.findall(r"--moe-preset[= ]([a-z]\w*)(?![\w/.])", text))
+        assert named <= set(presets.names()), page
+
+
 def test_versions_agree():
     import fairseq_evomoe
 
-    changelog = (README.parent / "CHANGELOG.md").read_text(encoding="utf-8")
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
     assert f"## {fairseq_evomoe.__version__}" in changelog
+    assert f"\nversion: {fairseq_evomoe.__version__}\n" in citation
 
 
 if __name__ == "__main__":
-    text = README.read_text(encoding="utf-8")
-    table = options_table()
-    new = re.sub(MARKED.format("options"), lambda m: m.group(1) + table + m.group(3), text, flags=re.S)
-    README.write_text(new, encoding="utf-8")
+    text = OPTIONS.read_text(encoding="utf-8")
+    for name in _groups():
+        table = options_table(name)
+        text = re.sub(MARKED.format(name), lambda m: m.group(1) + table + m.group(3), text, flags=re.S)  # noqa: B023
+    OPTIONS.write_text(text, encoding="utf-8")
+    text, code = PACKAGE.read_text(encoding="utf-8"), PLUGIN.read_text(encoding="utf-8")
+    PACKAGE.write_text(
+        re.sub(ROUTER, lambda m: m.group(1) + code + m.group(3), text, flags=re.S), encoding="utf-8"
+    )

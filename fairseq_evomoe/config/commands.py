@@ -6,7 +6,7 @@ Arguments are parsed before torch is imported, and fairseq is not imported at al
 import argparse
 import math
 import textwrap
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Iterator, List, Optional, Sequence, Tuple
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ def described(name: str, sizes: Sizes) -> str:
     config = sizes.resolve(preset=name)
     default = sizes.resolve(router=config.router).flat()
     values = {option: value for option, value in config.flat().items() if option != "preset"}
-    for _, idle in rules.idle(config, list(values)):
+    for _, idle in rules.idle(replace(config, given=frozenset(values))):
         values = {option: value for option, value in values.items() if option not in idle}
     differing: List[Row] = [
         (flag(PREFIX + option), _word(value), f"default {_word(default[option])}")

@@ -4,6 +4,7 @@ All of them are ``None`` unless they are given, so that what was given can be to
 ``resolve.py`` decides the rest.
 """
 
+from collections import Counter
 from contextlib import nullcontext
 from dataclasses import field, make_dataclass
 from typing import Any, List, Optional, Sequence, Tuple
@@ -69,7 +70,7 @@ def _type(declared: Sequence[Declaration]) -> Any:
 
 def help_text(name: str, declared: Sequence[Declaration]) -> str:
     """The help of an option with its default, or that of each router that has another one."""
-    text = declared[0].help
+    text = common_help(declared)
     if owner(name) is not None:
         default = _default(declared[0])
         return text if default is None else f"{text} Default: {default}."
@@ -83,6 +84,11 @@ def help_text(name: str, declared: Sequence[Declaration]) -> str:
         return f"{text} Default: {next(iter(defaults))}."
     parts = [f"{default} ({', '.join(routers)})" for default, routers in defaults.items()]
     return f"{text} Default: {', '.join(parts)}."
+
+
+def common_help(declared: Sequence[Declaration]) -> str:
+    """What most of the routers that have an option say of it; of two the first."""
+    return Counter(declaration.help for declaration in declared).most_common(1)[0][0]
 
 
 def _default(declaration: Declaration) -> Optional[str]:

@@ -11,6 +11,7 @@ from fairseq.criterions.sentence_prediction import (
     SentencePredictionConfig,
     SentencePredictionCriterion,
 )
+from fairseq.tasks import FairseqTask
 
 from .moe import MoECriterion
 
@@ -33,3 +34,12 @@ class EvoMoEMaskedLm(MoECriterion, MaskedLmLoss):
 @register_criterion("evomoe_sentence_prediction", dataclass=SentencePredictionConfig)
 class EvoMoESentencePrediction(MoECriterion, SentencePredictionCriterion):
     """``sentence_prediction`` for models with MoE layers."""
+
+    def __init__(self, cfg: SentencePredictionConfig, task: FairseqTask) -> None:
+        try:
+            super().__init__(cfg, task)
+        except AttributeError as error:  # of the task, which may be of any class
+            raise ValueError(
+                "--criterion evomoe_sentence_prediction needs a task that classifies, with a "
+                f"label_dictionary ({error}): use --task sentence_prediction, or another criterion."
+            ) from error

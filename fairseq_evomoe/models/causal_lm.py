@@ -16,6 +16,7 @@ from ..config.options import MoEOptions, complete, set_defaults
 from .build import add_experts
 from .feed_forward import MoEModel
 from .registration import options_of
+from .requirements import check_task
 
 
 @dataclass
@@ -31,6 +32,7 @@ class EvoMoELanguageModel(MoEModel, TransformerLanguageModel):
     def build_model(cls, cfg, task):
         """Build the model that the configuration describes."""
         cfg = complete(cfg, options_of(cls))
+        check_task(cls, cfg, task)
         config = resolve_model(cfg, ffn_dims=[cfg.decoder_ffn_embed_dim])
         model = super().build_model(cfg, task)
         add_experts(cfg, config, {"decoder": model.decoder})

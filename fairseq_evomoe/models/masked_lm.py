@@ -14,6 +14,7 @@ from .build import add_experts
 from .feed_forward import MoEModel
 from .flat_config import config_from_parser, to_namespace
 from .registration import options_of
+from .requirements import check_task, positions_of
 
 
 def _defaults() -> dict:
@@ -52,10 +53,11 @@ class EvoMoERoberta(MoEModel, RobertaModel):
     def build_model(cls, cfg, task):
         """Build the model that the configuration describes."""
         cfg = complete(cfg, options_of(cls))
+        check_task(cls, cfg, task)
         config = resolve_model(cfg, ffn_dims=[cfg.encoder_ffn_embed_dim], masked=True)
         args = to_namespace(cfg)
-        if args.max_positions is None:  # fairseq 0.12.2's masked_lm does not tell max_positions()
-            args.max_positions = task.max_positions() or task.cfg.tokens_per_sample
+        if args.max_positions is None:
+            args.max_positions = positions_of(cfg, task)
         args.checkpoint_activations = args.checkpoint_activations or args.offload_activations
         model = super().build_model(args, task)
         add_experts(args, config, {"encoder": model.encoder.sentence_encoder}, init=init_bert_params)

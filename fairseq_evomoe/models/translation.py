@@ -21,6 +21,7 @@ from .build import add_experts
 from .feed_forward import MoEModel
 from .flat_config import config_from_parser, to_namespace
 from .registration import options_of
+from .requirements import check_task
 
 
 def _defaults() -> dict:
@@ -57,6 +58,7 @@ class EvoMoETransformer(MoEModel, TransformerModel):
     def build_model(cls, cfg, task):
         """Build the model that the configuration describes."""
         cfg = complete(cfg, options_of(cls))
+        check_task(cls, cfg, task)
         ffn_dims = [cfg.encoder_ffn_embed_dim, cfg.decoder_ffn_embed_dim]
         config = resolve_model(cfg, ffn_dims=ffn_dims, experts=4)
         args = to_namespace(cfg)

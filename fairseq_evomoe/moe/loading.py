@@ -144,10 +144,11 @@ def _check_router(moe: "SpawningLayer", router: Router, found: Dict[str, Tensor]
             )
     if same:
         return  # PyTorch names the sizes
+    theirs, ours = (sorted(f"router.{key}" for key in state) for state in (found, expected))
     raise StateMismatch(
         "router",
-        f"The checkpoint's router in {_name(prefix)} has the parameters {sorted(found)}, but that of "
-        f"`router` {name_of(type(router))} has {sorted(expected)}: give the `router` that it was "
+        f"The checkpoint's router in {_name(prefix)} has the parameters {theirs}, but that of `router` "
+        f"{name_of(type(router))} has {ours}: give the `router` that it was "
         "trained with.",
     )
 

@@ -9,6 +9,7 @@ import sys
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import torch
+from fairseq import options
 from fairseq.criterions import FairseqCriterion
 from fairseq.dataclass.configs import DistributedTrainingConfig, FairseqConfig
 from fairseq.models import ARCH_MODEL_REGISTRY, BaseFairseqModel
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from ..checkpoints import whole as checkpoints
 from ..models.feed_forward import MoEModel, moe_layers
+from ..models.requirements import check_batch, check_names
 from ..moe import Router, record
 from ..moe.recorder import Record
 from ..patching import Patches, wrap
@@ -72,7 +74,22 @@ def begin_run(
         ranks.attach_ranks(cfg, model)
     original(trainer, cfg, task, model, criterion, *args, **kwargs)
     if layers:
-        check_run(trainer.cfg, layers, criterion)
+        check_run(trainer.cfg, model, layers, criterion)
+
+
+@patches.replaces(options, "parse_args_and_arch")
+def check_flags(original: Original, *args: Any, **kwargs: Any) -> Any:
+    """Flags of parts that do not go together would end in an error of omegaconf's."""
+    flags = original(*args, **kwargs)
+    check_names(flags[0] if isinstance(flags, tuple) else flags)
+    return flags
+
+
+@patches.replaces(Trainer, "reset_dummy_batch")
+def check_first_batch(original: Original, trainer: Trainer, batch: Any) -> None:
+    """It is given the first batch before anything is trained."""
+    check_batch(trainer.get_model(), trainer.cfg.model, trainer.task, batch)
+    original(trainer, batch)
 
 
 @patches.replaces(Trainer, "train_step")

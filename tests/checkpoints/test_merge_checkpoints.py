@@ -21,7 +21,7 @@ from fairseq_evomoe.checkpoints.observe import observe
 from fairseq_evomoe.checkpoints.saved_optimizer import LAYOUT, Layout, parameter_keys
 from fairseq_evomoe.checkpoints.saved_options import SavedOptions
 from fairseq_evomoe.config.config import declarations
-from fairseq_evomoe.config.resolve import given_options, resolve
+from fairseq_evomoe.config.resolve import resolve
 from fairseq_evomoe.evolution.merge import plan_merge, weight_similarity
 from fairseq_evomoe.moe import ROUTERS
 from support.cli import LM, TRANSLATION, USER_DIR, build, call, evomoe
@@ -175,7 +175,8 @@ def test_options_describe_what_was_merged(lm, changes, experts, expected):
     options = state["cfg"]["model"]
     assert {name: options[name] for name in {**changes, **expected}} == {**changes, **expected}
     assert options["moe_experts"] == experts
-    assert resolve(given_options(Namespace(**options)), max_update=14).widths(48) == plans[0].merge.widths
+    given = {name[4:]: value for name, value in options.items() if name.startswith("moe_")}
+    assert resolve(given).widths(48) == plans[0].merge.widths
 
 
 def test_layers_in_which_dynmoe_has_fewer_experts_stay(lm_data, tmp_path, capsys):

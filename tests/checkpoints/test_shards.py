@@ -14,6 +14,8 @@ from support.cli import assert_equal, call, evomoe, run
 from support.parallel import RANKS, SENTENCES
 from support.rank_jobs import largest_difference, state_of, train_on_all_batches, train_on_ranks
 
+pytestmark = pytest.mark.ranks
+
 SETTINGS = {**SENTENCES, "moe_balance_weight": 0.1, "save_interval_updates": 5}
 EMA = {"store_ema": True, "ema_fp32": True}
 TWO = {**SETTINGS, "moe_expert_parallel": 2}

@@ -2,7 +2,7 @@
 
 It was run with the code of that time, and is kept so that one can see how the data came about::
 
-    OMP_NUM_THREADS=1 python tests/golden/make.py
+    OMP_NUM_THREADS=1 PYTHONPATH=tests:. python tests/golden/make.py
 
 Run again, it would pin the code that it is run with, which is not what the data is for.
 """
@@ -17,10 +17,9 @@ from pathlib import Path
 import torch
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-import golden
-from conftest import sentences, translated
+from support import golden
+from support.data import sentences, translated
 
 
 def write_text():

@@ -1,4 +1,4 @@
-"""What must not change while the package is rearranged: see ``make.py`` and ``golden.py`` beside this file.
+"""What must not change while the package is rearranged: see ``make.py`` and ``support/golden.py``.
 
 Checkpoints of version 0.1 load by their own configuration and say the same.  Trained on with all options
 given, their next update is the same: bit for bit on a machine like that of the data, and nearly elsewhere.
@@ -6,9 +6,10 @@ given, their next update is the same: bit for bit on a machine like that of the 
 
 import importlib
 
-import golden
 import pytest
 import torch
+
+from support import golden
 
 EXPECTED = golden.load_json("expected.json.xz")
 EXACT = EXPECTED["platform"] == golden.platform_of()

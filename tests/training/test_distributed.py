@@ -11,6 +11,7 @@ from support.processes import free_port, run_side_by_side
 from support.rank_jobs import CPU_RANKS, launch
 
 
+@pytest.mark.ranks
 @pytest.mark.skipif(fairseq.__version__ < "0.12.3", reason="0.12.2 takes the world size from torchrun")
 def test_torchrun_without_world_size_is_refused(lm_data, tmp_path):
     arguments = flags(lm_data, **LM, cpu=True, save_dir=tmp_path)
@@ -33,6 +34,7 @@ def test_more_processes_than_gpus_without_torchrun_are_refused(lm_data, tmp_path
     assert "--distributed-world-size 2" in str(error.value)
 
 
+@pytest.mark.ranks
 def test_the_ranks_of_a_slurm_job_find_each_other(lm_data, tmp_path):
     """With a stand-in for scontrol, of which fairseq asks where the first rank is."""
     scontrol = tmp_path / "bin" / "scontrol"

@@ -182,6 +182,7 @@ def test_it_can_be_switched_off(lm_data, tmp_path, never_used):
     assert state["decoder.layers.1.moe.experts.b2"].shape[0] == 4
 
 
+@pytest.mark.ranks
 def test_two_processes_decide_together(lm_data, tmp_path):
     settings = {**DYNMOE, "max_update": 8, "save_interval_updates": 5}
     (result,) = train_on_ranks(

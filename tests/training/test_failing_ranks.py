@@ -11,6 +11,8 @@ from support.cli import LM, assert_equal, flags, parameters
 from support.processes import free_port, run_side_by_side
 from support.rank_jobs import CPU_RANKS, train_on_ranks
 
+pytestmark = pytest.mark.ranks
+
 RANKS = 2
 # from the failure until the last process is gone
 SECONDS = 60

@@ -78,6 +78,7 @@ def losses(result):
     return [log["loss"] for log in result.log("train_inner")]
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("name", EXACT_JOBS)
 def test_ranks_equal_one_process(name, trained, tmp_path, request):
     folder, results = trained
@@ -90,6 +91,7 @@ def test_ranks_equal_one_process(name, trained, tmp_path, request):
     assert largest_difference(last(folder, name), expected) < TOLERANCE
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("name", P1_JOBS)
 def test_shared_experts_equal_experts_on_every_rank(name, trained):
     folder, results = trained
@@ -106,6 +108,7 @@ def test_shared_experts_equal_experts_on_every_rank(name, trained):
         assert largest_difference(*({k: x for k, x in e.items() if "_float_" not in k} for e in ema)) < 1e-5
 
 
+@pytest.mark.ranks
 def test_the_bytes_on_the_way_are_reported(trained):
     results = trained[1]
     sent = {name: [log["moe_a2a_mb"] for log in results[name].log("train_inner")[6:]] for name in ("dts",)}
@@ -117,6 +120,7 @@ def test_the_bytes_on_the_way_are_reported(trained):
     assert 0.5 < sum(half) / sum(sent["dts"]) < 0.6
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("name", OTHER_JOBS)
 def test_less_on_the_way_trains_nearly_the_same(name, trained):
     results = trained[1]

@@ -375,6 +375,7 @@ def test_yaml(lm_data, tmp_path):
     assert_equal(flags, yaml)
 
 
+@pytest.mark.ranks
 def test_ranks_decide_as_one_process_does(lm_data, tmp_path):
     """Sentences of very different lengths, and at the end of an epoch one rank without any."""
     options = {**SENTENCES, **PLATEAU, "moe_spawn_plateau": 0.8, "max_update": 40}

@@ -1,4 +1,4 @@
-"""What ``make.py`` writes down of a model and what ``test_golden.py`` compares with it: the same functions.
+"""What ``golden/make.py`` writes down of a model and ``test_golden.py`` compares with it: the same functions.
 
 Only public ways in are used: fairseq's command lines and loaders, and ``--moe-*`` options by their names.
 What is imported from the tests' own helpers is imported here, but for the grammar in ``make.py``.
@@ -13,25 +13,19 @@ import logging
 import lzma
 import platform
 import re
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from unittest import mock
 
 import torch
+from fairseq import checkpoint_utils, options, tasks
+from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+from fairseq.models import ARCH_MODEL_REGISTRY
 
-HERE = Path(__file__).resolve().parent
-DATA = HERE / "data"
-for _folder in (HERE.parent, HERE.parent.parent):
-    if str(_folder) not in sys.path:
-        sys.path.insert(0, str(_folder))
+from support.cli import call
+from support.rank_jobs import train_on_ranks
 
-from fairseq import checkpoint_utils, options, tasks  # noqa: E402
-from fairseq.dataclass.utils import convert_namespace_to_omegaconf  # noqa: E402
-from fairseq.models import ARCH_MODEL_REGISTRY  # noqa: E402
-
-from support.cli import call  # noqa: E402
-from support.rank_jobs import train_on_ranks  # noqa: E402
+DATA = Path(__file__).resolve().parents[1] / "golden" / "data"
 
 TRAINING = {
     "optimizer": "adam",
