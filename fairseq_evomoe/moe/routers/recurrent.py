@@ -92,6 +92,7 @@ class RecurrentRouter(TopKRouter):
     @torch.no_grad()
     def initialize(self, generator: torch.Generator) -> None:
         """Fill as ``nn.Linear`` and ``nn.GRUCell`` would; the GRU is filled by the router that made it."""
+        assert self.weight is not None
         fill_uniform(self.weight, self.recurrent_dim**-0.5, generator)
         fill_uniform(self.projection, self.dim**-0.5, generator)
         if self._made_gru:
@@ -118,10 +119,10 @@ class RecurrentRouter(TopKRouter):
         load_E = torch.bincount(expert_TK.flatten(), minlength=self.experts).to(probability_TE.dtype)
         sums = (load_E, probability_TE.sum(0), probability_TE.shape[0])
         before = context.memory.get("recurrent_balance")
-        after = sums if before is None else tuple(a + b for a, b in zip(before, sums))
+        after = sums if before is None else (before[0] + sums[0], before[1] + sums[1], before[2] + sums[2])
         context.memory["recurrent_balance"] = after
-        loss = product_of_means(*after, context.ranks)
-        return loss if before is None else loss - product_of_means(*before, context.ranks)
+        loss = product_of_means(*after, ranks=context.ranks)
+        return loss if before is None else loss - product_of_means(*before, ranks=context.ranks)
 
     def _state(self, x_TP: Tensor, memory: Dict[str, Tensor]) -> Tensor:
         """The state that the layer before has left; zeros if there was none."""
