@@ -140,6 +140,6 @@ class RecurrentRouter(TopKRouter):
 
 
 def _balance(sums: Tuple[Tensor, Tensor, int], ranks: Ranks) -> Tensor:
-    """The load-balance loss of sums over tokens: how often each expert was chosen, its probability, tokens."""
+    """The load-balance loss of sums over tokens: loads, probabilities and the number of tokens."""
     load_E, probability_E, tokens = sums
     return product_of_means(load_E, probability_E, tokens, ranks)
