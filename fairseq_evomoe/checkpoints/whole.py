@@ -25,7 +25,8 @@ from .saved_optimizer import LAYOUT, Layout, replace
 
 logger = logging.getLogger(__name__)
 
-_T, _Result = TypeVar("_T"), TypeVar("_Result")
+_T = TypeVar("_T")
+_Result = TypeVar("_Result")
 
 
 class WholeExperts(shards.Shard):

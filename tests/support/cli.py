@@ -118,6 +118,28 @@ class Result:
         return [line for line in self.output.splitlines() if text in line]
 
 
+@dataclass
+class Run:
+    """A training that has ended: the folder of its checkpoints, and what it printed."""
+
+    folder: Path
+    result: Result
+
+    @property
+    def last(self):
+        """The last checkpoint."""
+        return self.folder / "checkpoint_last.pt"
+
+    def at(self, update):
+        """The checkpoint of an update."""
+        (path,) = self.folder.glob(f"checkpoint_*_{update}.pt")
+        return path
+
+    def log(self, tag):
+        """As that of the result."""
+        return self.result.log(tag)
+
+
 def _number(value):
     try:
         return float(value)
