@@ -6,7 +6,7 @@ import torch
 from fairseq_evomoe.config.config import declarations
 from fairseq_evomoe.config.errors import ConfigError
 from support.cli import LM, build, call, call_hydra, help_of, parameters
-from support.hydra import MODEL_NAMES, write_yaml
+from support.hydra import write_yaml
 from support.tasks import DATA, TASKS
 
 SHORT = {"max_update": 20, "disable_validation": True}
@@ -174,10 +174,10 @@ def test_a_checkpoint_s_options_make_the_same_model(lm_data, tmp_path):
     assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.mark.parametrize("arch", MODEL_NAMES)
-def test_help_has_every_option(arch):
+@pytest.mark.parametrize("settings", TASKS)
+def test_help_has_every_option(settings):
     """Percent signs and all: it is formatted by argparse."""
-    text = help_of("data", user_dir=LM["user_dir"], arch=arch)
+    text = help_of("data", **without_moe(settings))
     for name in ("preset", "router", *declarations()):
         assert "--moe-" + name.replace("_", "-") + " " in text
-    assert "10% of max-update" in text
+    assert "10% of max-update" in text and "(i + 1) % moe-freq is 0" in text
