@@ -249,7 +249,7 @@ def test_every_token_is_routed(tokens, experts, threshold, temperature, training
 def test_the_balance_loss_in_evaluation_is_that_of_switch():
     """As in the authors' code: of the best experts and the probabilities of all."""
     torch.manual_seed(3)
-    router = make("dts", 6, 4).eval()
+    router = make(6, 4).eval()
     x = torch.randn(50, 6, dtype=torch.float64)
     probability = (x @ router.weight.t()).softmax(-1)
     share = [(probability.argmax(-1) == e).double().mean() for e in range(4)]
