@@ -91,16 +91,15 @@ def test_a_masked_model_and_yaml(lm_data, tmp_path):
 
 
 def test_a_translation_model_generates(translation_data, tmp_path):
-    settings = {**TRANSLATION, **NO_GATE, **ROUTER, "max_update": 40, "lr": 0.01}
+    settings = {**TRANSLATION, **NO_GATE, **ROUTER, "max_update": 14}
     call("fairseq-train", translation_data, save_dir=tmp_path, **settings)
-    options = {"user_dir": PLUGIN, "batch_size": 8, "gen_subset": "valid", "remove_bpe": "sentencepiece"}
-    found = [
-        hypotheses(
-            call("fairseq-generate", translation_data, path=tmp_path / "checkpoint_last.pt", **o).output
-        )
-        for o in (options, {**options, "batch_size": 1})
-    ]
-    assert any(found[0].values()) and found[0] == found[1]
+    options = {"user_dir": PLUGIN, "beam": 2, "max_len_b": 12, "num_workers": 0, "gen_subset": "valid"}
+    options.update(path=tmp_path / "checkpoint_last.pt", required_batch_size_multiple=1)
+    one, many = (
+        hypotheses(call("fairseq-generate", translation_data, batch_size=size, **options).output)
+        for size in (1, 16)
+    )
+    assert len(one) == 12 and any(one.values()) and one == many
 
 
 def test_it_is_merged(trained, lm_data, tmp_path):
