@@ -16,6 +16,7 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     packages=find_packages(include=["fairseq_evomoe", "fairseq_evomoe.*"]),
+    package_data={"fairseq_evomoe": ["py.typed", "config/presets/*.yaml"]},
     scripts=["fairseq_evomoe/bin/evomoe"],
     python_requires=">=3.9",
     install_requires=[
@@ -25,6 +26,7 @@ setup(
         've-fairseq==0.12.3; python_version >= "3.11"',
         "hydra-core>=1.0.7,<1.4",
         "numpy",
+        "PyYAML",
         "sacrebleu",
         "scipy",
         "sentencepiece",
@@ -32,7 +34,7 @@ setup(
     extras_require={
         "benchmark": ["fairscale", "matplotlib", "mixture-of-experts", "st-moe-pytorch", "transformers"],
         "examples": ["matplotlib", "tqdm"],
-        "test": ["hypothesis", "matplotlib", "pytest", "pytest-xdist", "ruff", "tqdm"],
+        "test": ["coverage", "hypothesis", "matplotlib", "mypy", "pytest", "pytest-xdist", "ruff", "tqdm"],
     },
     classifiers=[
         "Development Status :: 3 - Alpha",

@@ -142,7 +142,7 @@ def reshard(args: argparse.Namespace) -> None:
     if not 1 < args.parts <= fewest:
         raise CommandError(f"`parts` must be from 2 to the {fewest} experts of a layer, but is {args.parts}.")
     files = shards.files_of(state, {layer.name: layer.widths for layer in layers}, args.parts, args.out)
-    paths = []
+    paths: List[str] = []
     for path, content in files:
         save(content, path)
         paths.insert(0, path)

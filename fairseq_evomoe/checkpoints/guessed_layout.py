@@ -11,8 +11,9 @@ from torch import Tensor
 
 # In a checkpoint under names of their own, but no parameters: fairseq's, those of routers and of what decides
 # on the spawn.
-_BUFFERS = ("_float_tensor", "version", "table_V", "origin_E", "used_E", "rejected_D", "rejected", "updates")
-_BUFFERS += ("magnitude_H", "losses")
+_BUFFERS = (
+    "_float_tensor version table_V origin_E used_E rejected_D rejected updates magnitude_H losses".split()
+)
 
 
 def guessed_keys(model: Dict[str, Tensor]) -> List[str]:

@@ -4,11 +4,14 @@ from typing import Any, Dict, Iterator, Tuple
 
 import torch
 from fairseq import checkpoint_utils, utils
+from fairseq.dataclass.configs import FairseqConfig
+from fairseq.models import BaseFairseqModel
+from fairseq.tasks import FairseqTask
 from torch import Tensor
 
 from ..evolution.merge import output_products
 from ..models.layers import moe_layers
-from ..moe import MoELayer, Routing
+from ..moe import MoELayer, Router, Routing, RoutingContext
 from .merge import Observed
 
 _CHUNK = 256
@@ -18,15 +21,15 @@ _CHUNK = 256
 class _Watch:
     """Runs all experts of a layer on what its router is given, until there are enough tokens."""
 
-    def __init__(self, moe: MoELayer, tokens: int) -> None:
+    def __init__(self, moe: MoELayer, router: Router, tokens: int) -> None:
         self.moe = moe
         self.wanted = tokens
         self.rows = 0
         self.load_E = torch.zeros(moe.num_experts, dtype=torch.float64)
         self.similarity_EE = torch.zeros(moe.num_experts, moe.num_experts, dtype=torch.float64)
-        moe.router.register_forward_hook(self._see)
+        router.register_forward_hook(self._see)
 
-    def _see(self, router: torch.nn.Module, inputs: Tuple, routing: Routing) -> None:
+    def _see(self, router: Router, inputs: Tuple[Tensor, RoutingContext], routing: Routing) -> None:
         self.load_E += routing.load_E().double()
         x_TD = inputs[0] if routing.slots is None else routing.slots.mix(inputs[0])
         for part_TD in x_TD[: self.wanted - self.rows].split(_CHUNK):
@@ -62,7 +65,9 @@ def observe(path: str, data: str, subset: str = "valid", tokens: int = 4096) -> 
     models, cfg, task = checkpoint_utils.load_model_ensemble_and_task([path], arg_overrides={"data": data})
     model = models[0].eval()
     watches = {
-        name: _Watch(layer.moe, tokens) for name, layer in moe_layers(model) if layer.moe.router is not None
+        name: _Watch(layer.moe, layer.moe.router, tokens)
+        for name, layer in moe_layers(model)
+        if layer.moe.router is not None
     }
     for batch in _batches(cfg, task, model, subset):
         model(**batch["net_input"])
@@ -71,7 +76,9 @@ def observe(path: str, data: str, subset: str = "valid", tokens: int = 4096) -> 
     return {name: watch.result() for name, watch in watches.items()}
 
 
-def _batches(cfg: Any, task: Any, model: torch.nn.Module, subset: str) -> Iterator[Dict[str, Any]]:
+def _batches(
+    cfg: FairseqConfig, task: FairseqTask, model: BaseFairseqModel, subset: str
+) -> Iterator[Dict[str, Any]]:
     task.load_dataset(subset)
     iterator = task.get_batch_iterator(
         task.dataset(subset),

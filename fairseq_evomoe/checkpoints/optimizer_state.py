@@ -13,6 +13,10 @@ import torch
 from fairseq.optim import FairseqOptimizer
 from torch import Tensor
 
+from .saved_optimizer import has_rows
+
+Change = Callable[[Tensor], Tensor]
+
 
 @dataclass
 class ParameterState:
@@ -26,7 +30,7 @@ class ParameterState:
     statistics: Dict[str, Any] = field(default_factory=dict)
     master: Optional[Tensor] = None
 
-    def apply(self, weights: Callable, statistics: Optional[Callable]) -> "ParameterState":
+    def apply(self, weights: Change, statistics: Optional[Change]) -> "ParameterState":
         """The state of a parameter that was made from this one.
 
         Args:
@@ -35,10 +39,9 @@ class ParameterState:
                 new parameter has none.
         """
         inherited = {}
-        for name, value in self.statistics.items() if statistics is not None else ():
-            # Adafactor's column statistics have no rows that belong to an expert
-            by_row = torch.is_tensor(value) and value.dim() > 0 and name != "exp_avg_sq_col"
-            inherited[name] = statistics(value) if by_row else value
+        if statistics is not None:
+            for name, value in self.statistics.items():
+                inherited[name] = statistics(value) if has_rows(name, value) else value
         return ParameterState(inherited, None if self.master is None else weights(self.master))
 
 
@@ -114,7 +117,8 @@ def write(optimizer: FairseqOptimizer, states: Dict[Tensor, ParameterState]) -> 
                     whole[part] = value.reshape(-1)
                 else:
                     state[flat][name] = value
-            flat[part] = found.master.reshape(-1)
+            if found.master is not None:
+                flat[part] = found.master.reshape(-1)
     if masters is not None:
         optimizer._sync_fp32_params_to_fp16()
 
@@ -146,7 +150,8 @@ def gradients(optimizer: FairseqOptimizer) -> Iterator[Tuple[Tensor, Tensor]]:
     masters = _masters(optimizer)
     if isinstance(masters, dict):
         for parameter, flat, part in _flat_slices(optimizer):
-            yield parameter, flat.grad[part]
+            if flat.grad is not None:
+                yield parameter, flat.grad[part]
         return
     parameters = _parameters(optimizer) if masters is None else optimizer.fp16_params
     for parameter, holder in zip(parameters, parameters if masters is None else masters):

@@ -60,7 +60,7 @@ class Layout:
         if any(model[key].numel() != size for key, size in zip(self.keys, self.sizes) if key in model):
             return False
         for number, statistics in optimizer.get("state", {}).items():
-            tensors = [x for name, x in statistics.items() if _by_row(name, x)]
+            tensors = [x for name, x in statistics.items() if has_rows(name, x)]
             if self.flat:
                 fit = all(x.numel() == sum(self.sizes) for x in tensors)
             else:
@@ -156,7 +156,7 @@ def replace_rows(
     def change_statistic(key: str, name: str, statistic: Tensor) -> Tensor:
         if key in gone:
             return statistic.new_empty(0)
-        if key not in model or not _by_row(name, statistic):
+        if key not in model or not has_rows(name, statistic):
             return statistic
         return change(key, statistic.view(model[key].shape) if layout.flat else statistic)
 
@@ -176,5 +176,6 @@ def _without(state_dict: Dict[str, Any], layout: Layout, gone: Collection[str]) 
     return dict(state_dict, param_groups=groups, state=state)
 
 
-def _by_row(name: str, statistic: Any) -> bool:
+def has_rows(name: str, statistic: Any) -> bool:
+    """Whether a statistic of that name has a row for each row of its parameter."""
     return torch.is_tensor(statistic) and statistic.dim() > 0 and name not in _BY_COLUMN

@@ -1,4 +1,4 @@
-"""A checkpoint in several files, one for each rank that shares the experts.
+"""A checkpoint in several files, one for each of the ranks that the experts are sharded among.
 
 ``checkpoint_last.pt`` is a checkpoint of fairseq's without experts, with an index of the set and the experts
 of the first rank; ``checkpoint_last-experts1.pt`` has those of the second rank, and so on.  The index names
@@ -78,8 +78,8 @@ class Shard:
     Attributes:
         model: weights by their key in the model.
         optimizer: an optimizer's statistics by key and name.
-        ema: weights of fairseq's EMA.
-        ema_fp32: its float32 weights.
+        ema: weights of fairseq's EMA, if there is one.
+        ema_fp32: its float32 weights, if it has any.
     """
 
     model: Dict[str, Tensor] = field(default_factory=dict)

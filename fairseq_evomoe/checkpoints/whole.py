@@ -1,4 +1,4 @@
-"""Checkpoints of a fairseq ``Trainer`` whose experts are shared out among ranks.
+"""Checkpoints of a fairseq ``Trainer`` whose experts are sharded: each rank has some of them.
 
 A checkpoint has all experts, in one file or in several, so that any number of ranks can load it.
 """
@@ -8,8 +8,7 @@ import logging
 import math
 import os
 import uuid
-from dataclasses import dataclass, field
-from typing import Any, Callable, Dict, Iterator, Optional
+from typing import Any, Callable, Dict, Iterator, List, Optional, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -26,22 +25,12 @@ from .saved_optimizer import LAYOUT, Layout, replace
 
 logger = logging.getLogger(__name__)
 
+_T = TypeVar("_T")
+_Result = TypeVar("_Result")
 
-@dataclass
-class WholeExperts:
-    """All experts, gathered on the rank that writes checkpoints, on the CPU.
 
-    Attributes:
-        model: weights by their key in the model.
-        optimizer: an optimizer's statistics by key and name.
-        ema: weights of fairseq's EMA, if there is one.
-        ema_fp32: its float32 weights, if it has any.
-    """
-
-    model: Dict[str, Tensor] = field(default_factory=dict)
-    optimizer: Dict[str, Dict[str, Tensor]] = field(default_factory=dict)
-    ema: Dict[str, Tensor] = field(default_factory=dict)
-    ema_fp32: Dict[str, Tensor] = field(default_factory=dict)
+class WholeExperts(shards.Shard):
+    """All experts, gathered on the rank that writes checkpoints, on the CPU."""
 
     def fill(self, state: Dict[str, Any], layout: Layout) -> None:
         """Replace this rank's experts in a state of fairseq's Trainer by all experts.
@@ -210,11 +199,11 @@ def _heal(path: str) -> str:
     return whole
 
 
-def _of_first_rank(trainer: Trainer, function: Callable[[Any], Any], argument: Any) -> Any:
+def _of_first_rank(trainer: Trainer, function: Callable[[_T], _Result], argument: _T) -> _Result:
     """What a function returns on the first rank, on all ranks, which must all call this."""
     if trainer.data_parallel_world_size == 1:
         return function(argument)
-    result = [function(argument) if trainer.data_parallel_rank == 0 else None]
+    result: List[Any] = [function(argument) if trainer.data_parallel_rank == 0 else None]
     dist.broadcast_object_list(result, src=0, group=trainer.data_parallel_process_group)
     return result[0]
 

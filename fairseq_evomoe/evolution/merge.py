@@ -113,8 +113,9 @@ class Merge:
         return new.reshape((-1,) + old.shape[1:]).to(old.dtype)
 
     def _units(self, old: Tensor) -> Tensor:
+        zero = old.new_zeros((), dtype=torch.float64)
         parts = [
-            sum(old[self.unit_EK[e].to(old.device)].double() * self.share_E[e].item() for e in group)
+            sum((old[self.unit_EK[e].to(old.device)].double() * self.share_E[e].item() for e in group), zero)
             for group in self.groups
         ]
         return torch.cat(parts).to(old.dtype)
@@ -168,7 +169,7 @@ def plan_merge(
     if load_E is not None:
         share_E = load_E.double().cpu().clone()
     unit_EK = list(torch.arange(sum(widths)).split(list(widths)))
-    features_EKF = unit_features(tensors, widths) if align else None
+    features_EKF = unit_features(tensors, widths) if align else []
     for group in groups:
         members = list(group)
         if share_E[members].sum() == 0:
@@ -176,7 +177,7 @@ def plan_merge(
         share_E[members] /= share_E[members].sum()
         first = max(members, key=lambda e: (share_E[e].item(), -e))
         for e in members:
-            if align and e != first:
+            if features_EKF and e != first:
                 unit_EK[e] = unit_EK[e][match_units(features_EKF[first], features_EKF[e])]
     return Merge(groups, share_E, unit_EK, router_rules or {})
 

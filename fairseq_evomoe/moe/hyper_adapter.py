@@ -1,6 +1,6 @@
 """What the unselected experts contribute: HyperMoE (arXiv 2402.12656)."""
 
-from typing import Dict, Tuple
+from typing import Any, Dict, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -60,10 +60,12 @@ class HyperAdapter(nn.Module):
         shared: where the layers of a stack keep the one hypernetwork.
     """
 
-    def __init__(self, dim: int, experts: int, shared: Dict[str, nn.Module]) -> None:
+    def __init__(self, dim: int, experts: int, shared: Dict[str, Any]) -> None:
         super().__init__()
         self.first = "hyper_network" not in shared
-        self.network = shared.setdefault("hyper_network", HyperNetwork(dim))
+        if self.first:
+            shared["hyper_network"] = HyperNetwork(dim)
+        self.network: HyperNetwork = shared["hyper_network"]
         self.expert_embedding = nn.Parameter(torch.empty(experts, EXPERT_EMBEDDING))
         self.layer_embedding = nn.Parameter(torch.empty(LAYER_EMBEDDING))
 

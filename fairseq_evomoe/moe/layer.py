@@ -1,7 +1,7 @@
 """The Mixture-of-Experts layer: router -> dispatch -> experts -> combine."""
 
 from dataclasses import replace
-from typing import List, Optional
+from typing import Any, Dict, List, Optional
 
 import torch
 from torch import Tensor
@@ -80,14 +80,15 @@ class MoELayer(SpawningLayer):
                 None if embeddings is None else embeddings.reshape(-1, embeddings.shape[-1]), keep_T
             ),
         )
-        y_TD = self._all_experts(_select(x_TD, keep_T), context)
+        kept_TD = x_TD if keep_T is None else x_TD.index_select(0, keep_T)
+        y_TD = self._all_experts(kept_TD, context)
         if keep_T is not None:
             y_TD = torch.zeros_like(x_TD).index_copy(0, keep_T, y_TD)
         return y_TD.view_as(x)
 
     def _complete(self, context: RoutingContext, **of_tokens: Optional[Tensor]) -> RoutingContext:
         """What the router is told: what holds for the pass, this layer's ranks, what there is of tokens."""
-        given = {name: value for name, value in of_tokens.items() if value is not None}
+        given: Dict[str, Any] = {name: value for name, value in of_tokens.items() if value is not None}
         if self.heads is not None:
             given = {name: self.heads.repeat(value) for name, value in given.items()}
         # in evaluation ranks may have different numbers of batches

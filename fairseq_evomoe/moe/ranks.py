@@ -7,7 +7,7 @@ replicas of each other.
 """
 
 from dataclasses import dataclass
-from typing import Any, List, Optional, Sequence, Union
+from typing import Any, List, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.distributed as dist
@@ -153,7 +153,7 @@ class _AllReduce(torch.autograd.Function):
     """A sum over ranks: the gradient of each rank's part is the sum of the ranks' gradients of the sum."""
 
     @staticmethod
-    def forward(ctx, flat: Tensor, group: Any) -> Tensor:
+    def forward(ctx: Any, flat: Tensor, group: Any) -> Tensor:
         ctx.group = group
         flat = flat.clone()
         dist.all_reduce(flat, group=group)
@@ -161,7 +161,7 @@ class _AllReduce(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> Tuple[Tensor, None]:
         grad = grad.clone()
         dist.all_reduce(grad, group=ctx.group)
         return grad, None

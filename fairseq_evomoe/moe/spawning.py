@@ -69,7 +69,7 @@ class SpawningLayer(nn.Module):
         router_options: see the router's class.
 
     Raises:
-        OptionError: there is no such router.
+        OptionError: there is no such router, or its options are none that it can have.
     """
 
     router: Optional[Router]
@@ -104,6 +104,7 @@ class SpawningLayer(nn.Module):
         super().__init__()
         self.router_class = _router_class(router)
         self.router_options = router_options
+        _check_options(self.router_class, router_options, experts)
         self.num_experts = experts
         self.widths = None if widths is None else list(widths)
         if spawner is None:
@@ -165,8 +166,8 @@ class SpawningLayer(nn.Module):
                 where this layer does.
         """
         shared = self.of_stack if of_stack is None else of_stack
-        known = {"vocabulary": self.vocabulary, "shared": shared}
-        return self.router_class(self.experts.dim, self.num_experts, **known, **self.router_options)
+        sizes = self.experts.dim, self.num_experts
+        return self.router_class(*sizes, vocabulary=self.vocabulary, shared=shared, **self.router_options)
 
     def make_router(self, of_stack: Optional[Dict[str, Any]] = None) -> Router:
         """A router of this layer with initial weights; see ``build_router``."""
@@ -326,3 +327,9 @@ def _router_class(router: Union[str, Type[Router]]) -> Type[Router]:
             "router", f"There is no `router` {router}: choose one of {', '.join(sorted(ROUTERS))}."
         )
     return ROUTERS[router]
+
+
+def _check_options(router: Type[Router], options: Dict[str, Any], experts: int) -> None:
+    """Refuse now what the router would refuse when the experts spawn."""
+    for error in router.Options.given(options).contradictions(experts):
+        raise error

@@ -3,7 +3,7 @@
 Suffixes: see ``routing.py``.
 """
 
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 from torch import Tensor, nn
@@ -42,12 +42,12 @@ class Collector(nn.Module):
         """Take the sums of one update, over all processes, into the buffers."""
         raise NotImplementedError
 
-    def _apply(self, fn, *args, **kwargs):
+    def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> "Collector":
         before = dict(self._buffers)
         super()._apply(fn, *args, **kwargs)
         for name, old in before.items():
             new = self._buffers[name]
-            if old is not None and old.dtype != new.dtype:
+            if old is not None and new is not None and old.dtype != new.dtype:
                 self._buffers[name] = old.to(new.device)
         return self
 
@@ -68,6 +68,8 @@ class Activity(Collector):
 
     STRIDE = 16
     DECAY = 0.99
+
+    magnitude_H: Tensor
 
     def __init__(self, units: int) -> None:
         super().__init__()

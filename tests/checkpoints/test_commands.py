@@ -117,3 +117,20 @@ def test_a_full_disk_is_one_sentence(lm, tmp_path, monkeypatch, capsys):
     assert stopped.value.code == 2
     assert error == f"evomoe merge: The checkpoint cannot be written to {tmp_path / 'small.pt'}: stopped."
     assert not list(tmp_path.iterdir())
+
+
+def test_a_router_of_somebody_else_s_is_merged(lm, tmp_path):
+    """Its class says how; the command is told where it is."""
+    state = torch.load(lm)
+    state["cfg"]["model"]["moe_router"] = "nearest"  # which has a weight of the same shape
+    torch.save(state, tmp_path / "nearest.pt")
+    plugin = Path(__file__).parent.parent / "support" / "plugin_router"
+    arguments = ["merge", tmp_path / "nearest.pt", "--out", tmp_path / "small.pt", "--experts"]
+    done = run(*arguments, 2)
+    assert done.returncode == 2 and "--user-dir" in done.stderr
+    done = run(*arguments, 1, "--user-dir", plugin)  # whose weights for one expert are not 1
+    assert done.returncode == 2 and "--moe-router nearest" in done.stderr
+    done = run(*arguments, 2, "--user-dir", plugin)
+    assert done.returncode == 0, done.stderr
+    model = torch.load(tmp_path / "small.pt")["model"]
+    assert model["decoder.layers.1.moe.router.weight"].shape == (2, 32)

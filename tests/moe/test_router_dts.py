@@ -11,7 +11,7 @@ from fairseq_evomoe.moe import RoutingContext
 from fairseq_evomoe.moe.losses import balance_loss, entropy, z_loss
 from fairseq_evomoe.moe.routers import ROUTERS, dts
 from fairseq_evomoe.moe.routers.dts import DenseToSparseRouter, gumbel
-from support.router_checks import dense, softmax
+from support.router_checks import close, dense, softmax
 
 
 def make(dim, experts, **options):
@@ -244,3 +244,16 @@ def test_every_token_is_routed(tokens, experts, threshold, temperature, training
     assert routing.load_E().sum() == routing.token_N.shape[0]
     assert (routing.weight_N >= 0).all() and (routing.weight_N <= 1).all()
     assert torch.isfinite(routing.losses["balance"])
+
+
+def test_the_balance_loss_in_evaluation_is_that_of_switch():
+    """As in the authors' code: of the best experts and the probabilities of all."""
+    torch.manual_seed(3)
+    router = make(6, 4).eval()
+    x = torch.randn(50, 6, dtype=torch.float64)
+    probability = (x @ router.weight.t()).softmax(-1)
+    share = [(probability.argmax(-1) == e).double().mean() for e in range(4)]
+    expected = 4 * sum(share[e] * probability[:, e].mean() for e in range(4))
+    assert close(router(x, RoutingContext(hard=True)).losses["balance"], expected)
+    published = router.train()(x, RoutingContext(hard=True)).losses["balance"]
+    assert not close(published, expected)

@@ -291,6 +291,13 @@ def build(*values, common=None, **settings):
     return Setup(cfg, task, task.build_model(cfg.model), task.build_criterion(cfg.criterion))
 
 
+def help_of(*values, **settings):
+    """What ``--help`` would print of all options, if fairseq did not answer it before it adds the model's."""
+    parser = options.get_training_parser()
+    options.parse_args_and_arch(parser, flags(*values, **settings))
+    return " ".join(parser.format_help().split())
+
+
 def parameters(path):
     """The model's tensors of a checkpoint, without one that fairseq 0.12.2 saves uninitialised."""
     state = torch.load(path)["model"]

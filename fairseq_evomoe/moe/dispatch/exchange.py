@@ -144,6 +144,7 @@ class _BucketMeans:
     def __init__(
         self, x_TD: Tensor, routing: Routing, experts: Experts, ranks: Ranks, transport: Transport
     ) -> None:
+        assert transport.lsh is not None
         self.experts, self.like = experts, x_TD
         plan = _destinations(tuple(experts.widths), ranks.parallel, x_TD.device)
         expert_N, order_N = plan.sort(routing.expert_N)
@@ -360,13 +361,13 @@ class _Start(torch.autograd.Function):
     """The rows in the dtype of the trip; the last of the backward pass of an exchange."""
 
     @staticmethod
-    def forward(ctx, rows: Tensor, trip: _Trip) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, trip: _Trip) -> Tensor:
         ctx.trip, ctx.dtype = trip, rows.dtype
         return rows.view_as(rows) if trip.dtype in (None, rows.dtype) else rows.to(trip.dtype)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> Tuple[Tensor, None]:
         # begun by _Finish.backward; nothing has read it yet
         ctx.trip.wait()
         return grad.to(ctx.dtype), None
@@ -376,12 +377,12 @@ class _Finish(torch.autograd.Function):
     """What has come for the rows that were sent; the first of the backward pass of an exchange."""
 
     @staticmethod
-    def forward(ctx, sent: Tensor, coming: Tensor, trip: _Trip) -> Tensor:
+    def forward(ctx: Any, sent: Tensor, coming: Tensor, trip: _Trip) -> Tensor:
         ctx.trip = trip
         trip.wait()
         return coming.view_as(coming)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> Tuple[Tensor, None, None]:
         return ctx.trip.exchange(grad, forward=False), None, None

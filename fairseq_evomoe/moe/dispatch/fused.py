@@ -5,7 +5,7 @@ place, and touch fresh memory for each intermediate result, which on a CPU costs
 Here every product writes to its place, one group of experts after another in buffers that stay in the cache.
 """
 
-from typing import Any, Dict, Iterator, List, Optional, Sequence
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -107,7 +107,21 @@ def fused_experts(
 
 class _FusedExperts(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, w1, b1, w2, b2, w3, token, counts, widths, activation, keep):
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        w1: Tensor,
+        b1: Tensor,
+        w2: Tensor,
+        b2: Tensor,
+        w3: Optional[Tensor],
+        token: Tensor,
+        counts: List[int],
+        widths: List[int],
+        activation: Any,
+        keep: bool,
+    ) -> Tensor:
         sums = torch.float64 if x.dtype == torch.float64 else torch.float32
         y = torch.zeros(x.shape, dtype=sums, device=x.device)
         size = sum(n * h for n, h in zip(counts, widths))
@@ -116,12 +130,12 @@ class _FusedExperts(torch.autograd.Function):
         scratch = _Scratch(x)
         for group in _groups(token, counts, widths, x.shape[0]):
             rows, width = group.shape
-            pre = saved[group.kept].view(rows, width) if keep else scratch.get("pre", rows, width)
+            pre = scratch.get("pre", rows, width) if saved is None else group.part(saved)
             own_x = group.gather(x, scratch)
             group.rows_by_expert(b1, own_x, w1, pre)
             hidden = activation.forward(pre, pre if activation.in_place else scratch.get("act", rows, width))
             if w3 is not None:
-                factor = saved3[group.kept].view(rows, width) if keep else scratch.get("factor", rows, width)
+                factor = scratch.get("factor", rows, width) if saved3 is None else group.part(saved3)
                 group.rows_by_expert(None, own_x, w3, factor)
                 hidden = torch.mul(hidden, factor, out=scratch.get("hidden", rows, width))
             out = group.rows_by_unit(b2, hidden, w2, scratch.get("out", rows, x.shape[1]))
@@ -132,28 +146,29 @@ class _FusedExperts(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
         x, weight, w1, b1, w2, b2, w3, token, saved, saved3 = ctx.saved_tensors
         activation = ctx.activation
         grad = grad.to(x.dtype)
         grad_x = torch.zeros_like(x)
-        grad_weight = expert = None
+        grad_weight: Optional[Tensor] = None
         if ctx.needs_input_grad[1]:
             grad_weight = torch.empty_like(weight)
             expert = torch.arange(len(ctx.counts)).repeat_interleave(
                 torch.tensor(ctx.counts, dtype=torch.long)
             )
-        grad_w1, grad_b1, grad_w2, grad_b2, grad_w3 = (
-            None if p is None else memory.empty(*p.shape, like=p, reuse=True) for p in (w1, b1, w2, b2, w3)
+        grad_w1, grad_b1, grad_w2, grad_b2 = (
+            memory.empty(*p.shape, like=p, reuse=True) for p in (w1, b1, w2, b2)
         )
+        grad_w3 = None if w3 is None else memory.empty(*w3.shape, like=w3, reuse=True)
         scratch = _Scratch(x)
         for group in _groups(token, ctx.counts, ctx.widths, x.shape[0]):
             rows, width = group.shape
-            kept = saved[group.kept].view(rows, width)
+            kept = group.part(saved)
             act = kept if activation.in_place else activation.forward(kept, scratch.get("act", rows, width))
             hidden = act
             if w3 is not None:
-                factor = saved3[group.kept].view(rows, width)
+                factor = group.part(saved3)
                 hidden = torch.mul(act, factor, out=scratch.get("hidden", rows, width))
             g = group.gather(grad, scratch)
             # d loss / d hidden before the weight, from which the weight's own gradient follows
@@ -166,7 +181,7 @@ class _FusedExperts(torch.autograd.Function):
             group.sum(g, grad_b2[group.experts])
             g_hidden.mul_(own_weight)
             own_x, g_x = group.gather(x, scratch), scratch.get("out", *g.shape)
-            if w3 is not None:
+            if grad_w3 is not None:
                 g_factor = torch.mul(g_hidden, act, out=hidden)
                 group.outer(g_factor, own_x, grad_w3)
                 group.scatter(grad_x, group.rows_by_unit(None, g_factor, w3, g_x))
@@ -203,6 +218,10 @@ class _Group:
         self.kept = slice(kept, kept + rows * width)
         self.token: Optional[Tensor] = None
 
+    def part(self, hidden: Tensor) -> Tensor:
+        """The group's rows of hidden units in the flat tensor of all that are kept."""
+        return hidden[self.kept].view(self.shape)
+
     def gather(self, x: Tensor, scratch: "_Scratch") -> Tensor:
         """The group's rows of x, in a buffer that the next call overwrites."""
         if self.token is None:
@@ -237,9 +256,11 @@ class _Group:
                 torch.baddbmm(bias.unsqueeze(1), x, w, out=y)
             return out
         for e, (x_, w_, y) in enumerate(zip(self._parts(x), w.unbind(), self._parts(out))):
-            if x_.shape[0] and bias is None:
+            if not x_.shape[0]:
+                continue
+            if bias is None:
                 torch.mm(x_, w_, out=y)
-            elif x_.shape[0]:
+            else:
                 torch.addmm(bias[e], x_, w_, out=y)
         return out
 

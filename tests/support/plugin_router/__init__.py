@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import fairseq_evomoe  # noqa: F401  (registers the models)
+from fairseq_evomoe.moe.merge_rule import MergeRule
 from fairseq_evomoe.moe.options import loss_weight, option
 from fairseq_evomoe.moe.routers import Router, register_router
 from fairseq_evomoe.moe.routers.router import fill_uniform, linear32, top1_routing
@@ -26,6 +27,7 @@ class NearestRouter(Router):
 
     options: "NearestRouter.Options"
     one_expert = True
+    merge_rules = {"weight": MergeRule.mean}
 
     def __init__(self, dim: int, experts: int, **options: Any) -> None:
         super().__init__(dim, experts, **options)
