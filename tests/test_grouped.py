@@ -92,8 +92,21 @@ def test_bfloat16_is_as_exact_as_by_the_other_way(interpreter):
         assert [tensor.dtype for tensor in got[:2]] == [torch.bfloat16] * 2
         pairs = zip(got, expected)
         errors.append([float((a.double() - b).norm() / b.norm()) for a, b in pairs])
-    assert all(ours < 1.5 * other for ours, other in zip(*errors)), errors
+    assert all(ours < 2 * other for ours, other in zip(*errors)), errors
     assert max(errors[0]) < 0.02
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("activation", [torch.relu, F.gelu, F.silu])
+@pytest.mark.parametrize("tokens, counts", [(1, [0, 1, 0]), (3, [2, 0, 3])])
+def test_few_pairs_without_gradients(tokens, counts, activation, gated, interpreter):
+    torch.manual_seed(0)
+    experts = make_experts(8, [16] * 3, Hidden(activation), gated, torch.float32)
+    routing, x = routing_of(tokens, counts, torch.float32), torch.randn(tokens, 8)
+    interpreter.setattr(kernels, "sort_pairs", None)
+    with torch.no_grad():
+        got = dispatch(x, routing, experts)
+        assert torch.allclose(got.double(), slow(x.double(), routing, experts.double()), atol=1e-4)
 
 
 @pytest.mark.parametrize("tokens, pairs, experts", [(1, 1, 1), (5, 300, 3), (400, 1000, 70), (1000, 129, 2)])

@@ -25,6 +25,7 @@ from .routing import Routing
 without: Set[str] = set()
 """Ways not to take, of ``kernels`` and ``grouped``: for tests and benchmarks that compare them."""
 
+_FEW = 16  # pairs for which sorting takes longer than the work
 _ALIGNMENT = 16  # bytes that every row of a grouped product must be a multiple of
 
 
@@ -161,11 +162,16 @@ def _by_kernels(
 ) -> Tensor:
     """``sum_of_outputs``, in ``dtype``, where ``_can_use_kernels`` holds."""
     count, like = len(experts.own), _autocast_dtype(x_TD) or x_TD.dtype
+    if token_N.shape[0] <= _FEW and not torch.is_grad_enabled() and like == experts.w1.dtype:
+        name = _name_of_activation(experts)
+        if name is not None:
+            weights = experts.w1, experts.b1, experts.w2, experts.b2, experts.w3
+            given = (t.contiguous() for t in (x_TD.to(like), token_N, expert_N, weight_N))
+            return kernels.few_pairs(*given, weights, name).to(dtype)
     pairs = kernels.sort_pairs(token_N.contiguous(), expert_N.contiguous(), x_TD.shape[0], count)
-    hidden = experts.hidden
 
     def rows(x_SD: Tensor) -> Tensor:
-        name = kernels.ACTIVATIONS.get(hidden.activation) if hidden.only_activation else None
+        name = _name_of_activation(experts)
         if name is None:  # dropout, a normalisation or another function is between the products
             expert_S = expert_N[pairs.pair_S]
             return grouped_experts(x_SD, expert_S, experts, with_b2=False)
@@ -174,6 +180,12 @@ def _by_kernels(
         return grouped.products(x_SD, w1, experts.b1.view(count, -1), w2, w3, pairs.end_E, name)
 
     return grouped.sum_of_experts(x_TD.to(like), pairs, weight_N, experts.b2, rows, dtype)
+
+
+def _name_of_activation(experts: Experts) -> Optional[str]:
+    """What the kernels call all that happens between the products; ``None`` if they do not know it."""
+    hidden = experts.hidden
+    return kernels.ACTIVATIONS.get(hidden.activation) if hidden.only_activation else None
 
 
 def grouped_experts(x_ND: Tensor, expert_N: Tensor, experts: Experts, with_b2: bool = True) -> Tensor:
