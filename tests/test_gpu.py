@@ -267,7 +267,7 @@ def test_translations_are_those_of_the_cpu(fp16, translation_data, tmp_path):
     exact = hypotheses(call("fairseq-generate", translation_data, **options, **CPU).output)
     ours = hypotheses(run("fairseq-generate", translation_data, fp16=fp16, **options).output)
     assert len(exact) == 40 and exact.keys() == ours.keys()
-    assert sum(exact[i] == ours[i] for i in exact) >= (36 if fp16 else 39)
+    assert sum(exact[i] == ours[i] for i in exact) >= (32 if fp16 else 39)
 
 
 def test_experts_spawn_by_themselves_on_a_plateau(lm_data, tmp_path):

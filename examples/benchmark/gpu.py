@@ -217,7 +217,7 @@ def one_token(size: Size, repeats: int) -> dict[str, Any]:
 
 
 def measure_layer(results: Results, size: Size, args: argparse.Namespace) -> None:
-    for tokens in (size.tokens, size.tokens // 4, 4 * size.tokens):
+    for tokens in (size.tokens,) if args.quick else (size.tokens, size.tokens // 4, 4 * size.tokens):
         for name in MASKS:
             if tokens > size.tokens and name.endswith("8 of 8"):
                 continue  # half a million rows
@@ -231,7 +231,7 @@ def measure_layer(results: Results, size: Size, args: argparse.Namespace) -> Non
             key = "layer, one token, E = 64, with its gate"
             results.measure(key, "layer", lambda: one_token(size, args.repeats))
     for kind, names in OTHERS.items():
-        for name in names:
+        for name in names[:1] if args.quick else names:
             of = replace(size, dtype="float32")
             key = "layer, {}, T = {}, {}".format(kind, size.tokens, name)
             mixed = kind == "autocast"
@@ -243,7 +243,7 @@ def measure_layer(results: Results, size: Size, args: argparse.Namespace) -> Non
 
 
 def measure_routers(results: Results, size: Size, args: argparse.Namespace) -> None:
-    for name in ROUTERS:
+    for name in list(ROUTERS)[:2] if args.quick else ROUTERS:
 
         def one(name: str = name) -> dict[str, Any]:
             functions = {
@@ -251,19 +251,25 @@ def measure_routers(results: Results, size: Size, args: argparse.Namespace) -> N
                 "floor": layers.dense(size, size.tokens),
             }
             target = 1.0 if name == "base" else 0.25
-            return {"target": target, "size": str(size), **figures(functions, "floor", args.repeats // 2)}
+            return {
+                "target": target,
+                "size": str(size),
+                **figures(functions, "floor", max(args.repeats // 2, 2)),
+            }
 
         results.measure("router, {}".format(name), "routers", one)
 
 
 def measure_peers(results: Results, size: Size, args: argparse.Namespace) -> None:
     builders = {name: build for group in peers.GROUPS for name, build in group.items()}
-    for experts, k in ((8, 1), (64, 1), (32, 2)):
+    for experts, k in ((8, 1),) if args.quick else ((8, 1), (64, 1), (32, 2)):
         for names in PEERS:
 
             def one(experts: int = experts, k: int = k, names: list[str] = names) -> dict[str, Any]:
                 problem = peers.Problem.make(size, experts, k)
-                rows = peers.compare(problem, {name: builders[name] for name in names}, args.repeats // 4)
+                rows = peers.compare(
+                    problem, {name: builders[name] for name in names}, max(args.repeats // 4, 2)
+                )
                 for row in rows:
                     row.pop("times", None)
                 brief = {r["name"]: round(r["ratio"]["median"], 2) if "ratio" in r else "-" for r in rows}
@@ -311,7 +317,7 @@ def profile(step: Step, steps: int = 3) -> dict[str, Any]:
 
 
 def measure_profile(results: Results, size: Size, args: argparse.Namespace) -> None:
-    for name in PROFILED:
+    for name in PROFILED[:1] if args.quick else PROFILED:
 
         def one(name: str = name, old: bool = False) -> dict[str, Any]:
             step = layers.sparse(size, MASKS[name][1](size))
@@ -326,7 +332,7 @@ def measure_profile(results: Results, size: Size, args: argparse.Namespace) -> N
         if name == TOP_1:
             results.measure("profile, floor of {}".format(name), "profile", floor)
     results.measure("profile, one token", "profile", lambda: profile(layers.decoding(size)[0], 1))
-    for name in ROUTERS:
+    for name in list(ROUTERS)[:1] if args.quick else ROUTERS:
         results.measure(
             "profile, router {}".format(name),
             "profile",
@@ -409,7 +415,7 @@ def main() -> int:
     results = Results(args.out, args.seconds)
     size = Size(16384, 1024, 4096, args.device, "bfloat16")
     if args.quick:
-        size, args.repeats = Size(64, 16, 32, args.device, "bfloat16"), 4
+        size, args.repeats = Size(64, 16, 32, args.device, "bfloat16"), 2
     results.measure("machine", "machine", lambda: {"machine": machine(torch.get_num_threads())})
     functions = {
         "profile": measure_profile,

@@ -161,25 +161,22 @@ def _by_kernels(
     dtype: torch.dtype,
 ) -> Tensor:
     """``sum_of_outputs``, in ``dtype``, where ``_can_use_kernels`` holds."""
-    count, like = len(experts.own), _autocast_dtype(x_TD) or x_TD.dtype
-    if token_N.shape[0] <= _FEW and not torch.is_grad_enabled() and like == experts.w1.dtype:
-        name = _name_of_activation(experts)
-        if name is not None:
-            weights = experts.w1, experts.b1, experts.w2, experts.b2, experts.w3
-            given = (t.contiguous() for t in (x_TD.to(like), token_N, expert_N, weight_N))
-            return kernels.few_pairs(*given, weights, name).to(dtype)
-    pairs = kernels.sort_pairs(token_N.contiguous(), expert_N.contiguous(), x_TD.shape[0], count)
+    like, name = _autocast_dtype(x_TD) or x_TD.dtype, _name_of_activation(experts)
+    token_N, expert_N, weight_N = token_N.contiguous(), expert_N.contiguous(), weight_N.contiguous()
+    w1, w2, w3 = experts.w1.to(like), experts.w2.to(like), experts.w3
+    weights = w1, experts.b1, w2, experts.b2, None if w3 is None else w3.to(like)
+    x_TD = x_TD.to(like)
+    if name is not None and token_N.shape[0] <= _FEW and not torch.is_grad_enabled():
+        return kernels.few_pairs(x_TD.contiguous(), token_N, expert_N, weight_N, weights, name).to(dtype)
+    pairs = kernels.sort_pairs(token_N, expert_N, x_TD.shape[0], len(experts.own))
+    if name is not None:
+        return grouped.sum_of_experts(x_TD, pairs, weight_N, weights, name, dtype)
 
     def rows(x_SD: Tensor) -> Tensor:
-        name = _name_of_activation(experts)
-        if name is None:  # dropout, a normalisation or another function is between the products
-            expert_S = expert_N[pairs.pair_S]
-            return grouped_experts(x_SD, expert_S, experts, with_b2=False)
-        w1, w2 = (w.view(count, -1, experts.dim).to(like) for w in (experts.w1, experts.w2))
-        w3 = None if experts.w3 is None else experts.w3.view(count, -1, experts.dim).to(like)
-        return grouped.products(x_SD, w1, experts.b1.view(count, -1), w2, w3, pairs.end_E, name)
+        """With dropout, a normalisation or another function between the products."""
+        return grouped_experts(x_SD, expert_N[pairs.pair_S], experts, with_b2=False)
 
-    return grouped.sum_of_experts(x_TD.to(like), pairs, weight_N, experts.b2, rows, dtype)
+    return grouped.sum_of_outputs(x_TD, pairs, weight_N, experts.b2, rows, dtype)
 
 
 def _name_of_activation(experts: Experts) -> Optional[str]:

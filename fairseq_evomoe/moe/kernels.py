@@ -8,7 +8,7 @@ Suffixes: see ``routing.py``; besides, M hidden units of one expert (all have as
 sorted by expert.
 """
 
-from typing import Any, Dict, NamedTuple, Optional, Tuple
+from typing import Any, Dict, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -33,6 +33,38 @@ _LIST = 16  # pairs of a token that are looked at together
 def usable(x: Tensor) -> bool:
     """Whether the kernels run where ``x`` is: on a GPU, with Triton, and not while PyTorch compiles."""
     return triton is not None and x.device.type == "cuda" and not torch.compiler.is_compiling()
+
+
+_compiled: Dict[Tuple, Any] = {}
+
+
+def _launch(
+    kernel: Any,
+    grid: Tuple[int, int],
+    tensors: Sequence[Optional[Tensor]],
+    sizes: Tuple[int, ...],
+    constants: Tuple,
+) -> None:
+    """Run a kernel; what Triton has compiled is found by what it may depend on, much sooner than by Triton."""
+    first = tensors[0]
+    assert first is not None
+    if not first.is_cuda:  # the interpreter
+        kernel[grid](*tensors, *sizes, *constants)
+        return
+    device = first.device.index
+    if device != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            return _launch(kernel, grid, tensors, sizes, constants)
+    key = (
+        *(id(kernel), device, constants),
+        *[None if t is None else (t.dtype, t.data_ptr() % 16) for t in tensors],
+        *[n if n == 1 else (n % 16 == 0, n < 2**31) for n in sizes],
+    )
+    found = _compiled.get(key)
+    if found is None:
+        _compiled[key] = kernel[grid](*tensors, *sizes, *constants)
+    else:
+        found[(*grid, 1)](*tensors, *sizes, *constants)
 
 
 class Pairs(NamedTuple):
@@ -75,11 +107,15 @@ def sort_pairs(token_N: Tensor, expert_N: Tensor, tokens: int, experts: int) -> 
     count = torch.zeros(experts * blocks + tokens, **like)
     slot_N, row_N, pair_S, token_S, list_N = torch.empty(5, pairs, **like)
     end_E, start_T = torch.empty(experts, **like), torch.empty(tokens, **like)
-    _count[(blocks,)](token_N, expert_N, count, slot_N, pairs, blocks, experts * blocks, _PAIRS)
+    tensors, sizes = (token_N, expert_N, count, slot_N), (pairs, blocks, experts * blocks)
+    _launch(_count, (blocks, 1), tensors, sizes, (_PAIRS,))
     total = count.cumsum(0, dtype=torch.int32)
-    _place[(max(blocks, triton.cdiv(tokens, _PAIRS)),)](
-        *(token_N, expert_N, count, total, slot_N, row_N, pair_S, token_S, list_N, end_E, start_T),
-        *(pairs, blocks, tokens, experts, _PAIRS, triton.next_power_of_2(experts)),
+    _launch(
+        _place,
+        (max(blocks, triton.cdiv(tokens, _PAIRS)), 1),
+        (token_N, expert_N, count, total, slot_N, row_N, pair_S, token_S, list_N, end_E, start_T),
+        (pairs, blocks, tokens, experts),
+        (_PAIRS, triton.next_power_of_2(experts)),
     )
     return Pairs(
         *(token_N, expert_N, end_E, row_N, pair_S, token_S, list_N, start_T, count[experts * blocks :])
@@ -108,10 +144,13 @@ def add_up(
     tokens, dim = pairs.count_T.shape[0], row_SD.shape[1]
     y_TD = torch.empty(tokens, dim, dtype=dtype, device=row_SD.device)
     block = min(triton.next_power_of_2(dim), _CHUNK)
-    _add_up[(tokens, triton.cdiv(dim, block))](
-        *(row_SD, weight_N, bias_ED, pairs.expert_N, pairs.row_N, pairs.list_N),
-        *(pairs.start_T, pairs.count_T, y_TD, dim),
-        *(weight_N is not None, bias_ED is not None, block, _LIST),
+    tensors = row_SD, weight_N, bias_ED, pairs.expert_N, pairs.row_N, pairs.list_N
+    _launch(
+        _add_up,
+        (tokens, triton.cdiv(dim, block)),
+        (*tensors, pairs.start_T, pairs.count_T, y_TD),
+        (dim,),
+        (weight_N is not None, bias_ED is not None, block, _LIST),
     )
     return y_TD
 
@@ -124,10 +163,8 @@ def spread(
     grad_SD = torch.empty_like(row_SD)
     grad_N = torch.empty_like(weight_N) if of_weight else None
     block = min(triton.next_power_of_2(dim), _CHUNK)
-    _spread[(rows,)](
-        *(grad_TD, row_SD, weight_N, bias_ED, pairs.expert_N, pairs.pair_S, pairs.token_S),
-        *(grad_SD, grad_N, dim, of_weight, block),
-    )
+    tensors = grad_TD, row_SD, weight_N, bias_ED, pairs.expert_N, pairs.pair_S, pairs.token_S
+    _launch(_spread, (rows, 1), (*tensors, grad_SD, grad_N), (dim,), (of_weight, block))
     return grad_SD, grad_N
 
 
@@ -138,9 +175,12 @@ def activate(
     out_SM = before_SM if activation == "relu" and factor_SM is None else torch.empty_like(before_SM)
     experts, columns = bias_EM.shape
     parts = max(_PROGRAMS // experts, 1)
-    _activate[(triton.cdiv(columns, _COLUMNS), experts * parts)](
-        *(before_SM, bias_EM, factor_SM, end_E, out_SM, columns, parts),
-        *(activation, factor_SM is not None, _ROWS, _COLUMNS),
+    _launch(
+        _activate,
+        (triton.cdiv(columns, _COLUMNS), experts * parts),
+        (before_SM, bias_EM, factor_SM, end_E, out_SM),
+        (columns, parts),
+        (activation, factor_SM is not None, _ROWS, _COLUMNS),
     )
     return out_SM
 
@@ -164,28 +204,44 @@ def activate_backward(
         factor_SM: as there.
 
     Returns:
-        of ``before``, of the bias and, if there is one, of the factor.
+        of ``before``, of the bias (its parts, for `sums_of_parts`) and, if there is one, of the factor.
     """
     experts, columns = bias_EM.shape
     parts = max(_PROGRAMS // experts, 1)
-    sum_PM = torch.empty(experts, parts, columns, dtype=torch.float32, device=grad_SM.device)
+    sum_PM = torch.empty(experts * parts, columns, dtype=torch.float32, device=grad_SM.device)
     factor_grad = None if factor_SM is None else torch.empty_like(grad_SM)
-    _activate_backward[(triton.cdiv(columns, _COLUMNS), experts * parts)](
-        *(grad_SM, saved_SM, bias_EM, factor_SM, end_E, factor_grad, sum_PM, columns, parts),
-        *(activation, factor_SM is not None, _ROWS, _COLUMNS),
+    _launch(
+        _activate_backward,
+        (triton.cdiv(columns, _COLUMNS), experts * parts),
+        (grad_SM, saved_SM, bias_EM, factor_SM, end_E, factor_grad, sum_PM),
+        (columns, parts),
+        (activation, factor_SM is not None, _ROWS, _COLUMNS),
     )
-    return grad_SM, sum_PM.sum(1).to(bias_EM.dtype), factor_grad
+    return grad_SM, sum_PM, factor_grad
 
 
-def sum_of_rows(row_SD: Tensor, end_E: Tensor) -> Tensor:
-    """The sum of each expert's rows: float32, shape (E, D)."""
+def sums_of_rows(row_SD: Tensor, end_E: Tensor) -> Tensor:
+    """The sums of the parts of each expert's rows, for `sums_of_parts`: float32, shape (P, D)."""
     experts, columns = end_E.shape[0], row_SD.shape[1]
     parts = max(_PROGRAMS // experts, 1)
-    sum_PD = torch.empty(experts, parts, columns, dtype=torch.float32, device=row_SD.device)
-    _sum_of_rows[(triton.cdiv(columns, _COLUMNS), experts * parts)](
-        row_SD, end_E, sum_PD, columns, parts, _ROWS, _COLUMNS
+    sum_PD = torch.empty(experts * parts, columns, dtype=torch.float32, device=row_SD.device)
+    _launch(
+        _sums_of_rows,
+        (triton.cdiv(columns, _COLUMNS), experts * parts),
+        (row_SD, end_E, sum_PD),
+        (columns, parts),
+        (_ROWS, _COLUMNS),
     )
-    return sum_PD.sum(1)
+    return sum_PD
+
+
+def sums_of_parts(sum_PM: Tensor, experts: int, dtype: torch.dtype) -> Tensor:
+    """The sums over all parts of each expert: shape (E, M), rounded once."""
+    rows, columns = sum_PM.shape
+    total_EM = torch.empty(experts, columns, dtype=dtype, device=sum_PM.device)
+    grid = triton.cdiv(columns, _COLUMNS), experts
+    _launch(_sums_of_parts, grid, (sum_PM, total_EM), (columns, rows // experts), (_COLUMNS,))
+    return total_EM
 
 
 def few_pairs(
@@ -215,12 +271,11 @@ def few_pairs(
     (tokens, dim), pairs, width = x_TD.shape, token_N.shape[0], w1.shape[0] // b2.shape[0]
     hidden_NM = torch.empty(pairs, width, dtype=torch.float32, device=x_TD.device)
     y_TD = torch.empty_like(x_TD)
-    _few_hidden[(pairs, triton.cdiv(width, 16))](
-        x_TD, token_N, expert_N, w1, b1, w3, hidden_NM, dim, width, activation, w3 is not None, 16, 256
-    )
-    _few_outputs[(tokens, triton.cdiv(dim, 16))](
-        hidden_NM, token_N, expert_N, weight_N, w2, b2, y_TD, pairs, dim, width, 256, 16
-    )
+    tensors = x_TD, token_N, expert_N, w1, b1, w3, hidden_NM
+    constants = activation, w3 is not None, 16, 256
+    _launch(_few_hidden, (pairs, triton.cdiv(width, 16)), tensors, (dim, width), constants)
+    tensors = hidden_NM, token_N, expert_N, weight_N, w2, b2, y_TD
+    _launch(_few_outputs, (tokens, triton.cdiv(dim, 16)), tensors, (pairs, dim, width), (256, 16))
     return y_TD
 
 
@@ -402,7 +457,7 @@ if triton is not None:
         tl.store(sums + tl.program_id(1).to(tl.int64) * columns + c, total, mask=c < columns)
 
     @triton.jit
-    def _sum_of_rows(rows, end, sums, columns, parts, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    def _sums_of_rows(rows, end, sums, columns, parts, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
         e, first, last = _part(end, parts)
         c = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
         total = tl.zeros([COLUMNS], tl.float32)
@@ -412,6 +467,15 @@ if triton is not None:
             at = r.to(tl.int64)[:, None] * columns + c[None, :]
             total += tl.sum(tl.load(rows + at, mask=inside, other=0).to(tl.float32), 0)
         tl.store(sums + tl.program_id(1).to(tl.int64) * columns + c, total, mask=c < columns)
+
+    @triton.jit
+    def _sums_of_parts(sums, out, columns, parts, COLUMNS: tl.constexpr):
+        e = tl.program_id(1).to(tl.int64)
+        c = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+        total = tl.zeros([COLUMNS], tl.float32)
+        for i in range(parts):
+            total += tl.load(sums + (e * parts + i) * columns + c, mask=c < columns, other=0)
+        tl.store(out + e * columns + c, total, mask=c < columns)
 
     @triton.jit
     def _few_hidden(
