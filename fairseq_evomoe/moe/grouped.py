@@ -31,8 +31,8 @@ def sum_of_experts(
         x_TD: tokens, shape (T, D).
         pairs: the routing, sorted.
         weight_N: float32, weight of each pair.
-        weights: ``w1`` (E M, D), ``b1`` (E M,), ``w2`` (E M, D), ``b2`` (E, D) and ``w3`` (E M, D) or ``None``;
-            the matrices in the dtype of ``x_TD``, the biases in any.
+        weights: ``w1`` (E M, D), ``b1`` (E M,), ``w2`` (E M, D), ``b2`` (E, D) and ``w3`` (E M, D) or
+            ``None``; the matrices in the dtype of ``x_TD``, the biases in any.
         activation: ``relu``, ``gelu`` or ``silu``.
         dtype: of the result.
     """
@@ -100,8 +100,8 @@ class _AddUp(torch.autograd.Function):
 class _Experts(torch.autograd.Function):
     """All of it: one node for autograd, and nothing kept but what the gradients need.
 
-    These are the gathered tokens, the hidden units (ReLU without a third matrix: once; else also before f) and
-    the rows of outputs, if the weights of the pairs have a gradient.
+    These are the gathered tokens, the hidden units (ReLU without a third matrix: once; else also before f)
+    and the rows of outputs, if the weights of the pairs have a gradient.
     """
 
     @staticmethod
@@ -135,7 +135,7 @@ class _Experts(torch.autograd.Function):
         x_SD, weight_N, w1, b1, w2, b2, w3, before_SM, factor_SM, hidden_SM, out_SD = ctx.saved_tensors
         of_x, of_weight, of_w1, of_b1, of_w2, of_b2, of_w3 = ctx.needs_input_grad[:7]
         pairs, end_E, shape = ctx.pairs, ctx.pairs.end_E, (b2.shape[0], -1, b2.shape[1])
-        # without a gradient of the weights, only the shape of the outputs is used, which is that of the inputs
+        # without a gradient of the weights, of the outputs only the shape is used: that of the inputs
         grad_SD, grad_N = kernels.spread(
             grad_TD.contiguous(), pairs, x_SD if out_SD is None else out_SD, weight_N, b2, of_weight
         )

@@ -35,6 +35,15 @@ def usable(x: Tensor) -> bool:
     return triton is not None and x.device.type == "cuda" and not torch.compiler.is_compiling()
 
 
+def _blocks(size: int, of: int) -> int:
+    """So many blocks cover the size; Triton's own function takes as long as a launch."""
+    return -(-size // of)
+
+
+def _power_of_2(size: int) -> int:
+    return 1 << (size - 1).bit_length()
+
+
 _compiled: Dict[Tuple, Any] = {}
 
 
@@ -45,7 +54,7 @@ def _launch(
     sizes: Tuple[int, ...],
     constants: Tuple,
 ) -> None:
-    """Run a kernel; what Triton has compiled is found by what it may depend on, much sooner than by Triton."""
+    """Run a kernel; what is compiled is found by what it may depend on, much sooner than by Triton."""
     first = tensors[0]
     assert first is not None
     if not first.is_cuda:  # the interpreter
@@ -101,7 +110,7 @@ def sort_pairs(token_N: Tensor, expert_N: Tensor, tokens: int, experts: int) -> 
         tokens: T.
         experts: E.
     """
-    pairs, blocks = token_N.shape[0], triton.cdiv(token_N.shape[0], _PAIRS)
+    pairs, blocks = token_N.shape[0], _blocks(token_N.shape[0], _PAIRS)
     like = {"dtype": torch.int32, "device": token_N.device}
     # how many pairs of each expert are in each block, expert by expert, and how many pairs a token has
     count = torch.zeros(experts * blocks + tokens, **like)
@@ -112,10 +121,10 @@ def sort_pairs(token_N: Tensor, expert_N: Tensor, tokens: int, experts: int) -> 
     total = count.cumsum(0, dtype=torch.int32)
     _launch(
         _place,
-        (max(blocks, triton.cdiv(tokens, _PAIRS)), 1),
+        (max(blocks, _blocks(tokens, _PAIRS)), 1),
         (token_N, expert_N, count, total, slot_N, row_N, pair_S, token_S, list_N, end_E, start_T),
         (pairs, blocks, tokens, experts),
-        (_PAIRS, triton.next_power_of_2(experts)),
+        (_PAIRS, _power_of_2(experts)),
     )
     return Pairs(
         *(token_N, expert_N, end_E, row_N, pair_S, token_S, list_N, start_T, count[experts * blocks :])
@@ -143,11 +152,11 @@ def add_up(
     """
     tokens, dim = pairs.count_T.shape[0], row_SD.shape[1]
     y_TD = torch.empty(tokens, dim, dtype=dtype, device=row_SD.device)
-    block = min(triton.next_power_of_2(dim), _CHUNK)
+    block = min(_power_of_2(dim), _CHUNK)
     tensors = row_SD, weight_N, bias_ED, pairs.expert_N, pairs.row_N, pairs.list_N
     _launch(
         _add_up,
-        (tokens, triton.cdiv(dim, block)),
+        (tokens, _blocks(dim, block)),
         (*tensors, pairs.start_T, pairs.count_T, y_TD),
         (dim,),
         (weight_N is not None, bias_ED is not None, block, _LIST),
@@ -162,7 +171,7 @@ def spread(
     rows, dim = row_SD.shape
     grad_SD = torch.empty_like(row_SD)
     grad_N = torch.empty_like(weight_N) if of_weight else None
-    block = min(triton.next_power_of_2(dim), _CHUNK)
+    block = min(_power_of_2(dim), _CHUNK)
     tensors = grad_TD, row_SD, weight_N, bias_ED, pairs.expert_N, pairs.pair_S, pairs.token_S
     _launch(_spread, (rows, 1), (*tensors, grad_SD, grad_N), (dim,), (of_weight, block))
     return grad_SD, grad_N
@@ -177,7 +186,7 @@ def activate(
     parts = max(_PROGRAMS // experts, 1)
     _launch(
         _activate,
-        (triton.cdiv(columns, _COLUMNS), experts * parts),
+        (_blocks(columns, _COLUMNS), experts * parts),
         (before_SM, bias_EM, factor_SM, end_E, out_SM),
         (columns, parts),
         (activation, factor_SM is not None, _ROWS, _COLUMNS),
@@ -212,7 +221,7 @@ def activate_backward(
     factor_grad = None if factor_SM is None else torch.empty_like(grad_SM)
     _launch(
         _activate_backward,
-        (triton.cdiv(columns, _COLUMNS), experts * parts),
+        (_blocks(columns, _COLUMNS), experts * parts),
         (grad_SM, saved_SM, bias_EM, factor_SM, end_E, factor_grad, sum_PM),
         (columns, parts),
         (activation, factor_SM is not None, _ROWS, _COLUMNS),
@@ -227,7 +236,7 @@ def sums_of_rows(row_SD: Tensor, end_E: Tensor) -> Tensor:
     sum_PD = torch.empty(experts * parts, columns, dtype=torch.float32, device=row_SD.device)
     _launch(
         _sums_of_rows,
-        (triton.cdiv(columns, _COLUMNS), experts * parts),
+        (_blocks(columns, _COLUMNS), experts * parts),
         (row_SD, end_E, sum_PD),
         (columns, parts),
         (_ROWS, _COLUMNS),
@@ -239,7 +248,7 @@ def sums_of_parts(sum_PM: Tensor, experts: int, dtype: torch.dtype) -> Tensor:
     """The sums over all parts of each expert: shape (E, M), rounded once."""
     rows, columns = sum_PM.shape
     total_EM = torch.empty(experts, columns, dtype=dtype, device=sum_PM.device)
-    grid = triton.cdiv(columns, _COLUMNS), experts
+    grid = _blocks(columns, _COLUMNS), experts
     _launch(_sums_of_parts, grid, (sum_PM, total_EM), (columns, rows // experts), (_COLUMNS,))
     return total_EM
 
@@ -273,9 +282,9 @@ def few_pairs(
     y_TD = torch.empty_like(x_TD)
     tensors = x_TD, token_N, expert_N, w1, b1, w3, hidden_NM
     constants = activation, w3 is not None, 16, 256
-    _launch(_few_hidden, (pairs, triton.cdiv(width, 16)), tensors, (dim, width), constants)
+    _launch(_few_hidden, (pairs, _blocks(width, 16)), tensors, (dim, width), constants)
     tensors = hidden_NM, token_N, expert_N, weight_N, w2, b2, y_TD
-    _launch(_few_outputs, (tokens, triton.cdiv(dim, 16)), tensors, (pairs, dim, width), (256, 16))
+    _launch(_few_outputs, (tokens, _blocks(dim, 16)), tensors, (pairs, dim, width), (256, 16))
     return y_TD
 
 
