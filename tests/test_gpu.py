@@ -119,16 +119,21 @@ def test_kernels_are_as_exact_as_the_other_way(counts, dim, width, activation, g
     expected = values_and_gradients(x.double().cuda().requires_grad_(), wide, exact)
     experts.cuda()
     errors = []
-    for without in (set(), {"kernels"}):
+    for without, look_up in ((set(), False), ({"kernels"}, False), (set(), True), (set(), True)):
         monkeypatch.setattr(ways, "without", without)
+        monkeypatch.setattr(kernels, "look_up", look_up)
         got = values_and_gradients(x.cuda().requires_grad_(), on_gpu(routing), experts)
         assert got[0].dtype == torch.bfloat16
         errors.append([error(a, b) for a, b in zip(got, expected)])
-    assert all(ours < 1.1 * other + 1e-5 for ours, other in zip(*errors)), errors
+    found, other, *again = errors
+    assert all(a < 1.1 * b + 1e-5 for a, b in zip(found, other)), errors
+    assert again == [found, found]
 
 
 @HAS_KERNELS
-def test_the_same_bits_on_every_run():
+@pytest.mark.parametrize("look_up", [False, True])
+def test_the_same_bits_on_every_run(look_up, monkeypatch):
+    monkeypatch.setattr(kernels, "look_up", look_up)
     torch.manual_seed(1)
     experts = make_experts(64, [128] * 8, torch.bfloat16).cuda()
     routing, x = routing_of(1000, [1000, 500, 0, 700, 1, 1000, 30, 400], torch.float32), torch.randn(1000, 64)

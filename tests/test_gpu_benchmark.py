@@ -15,7 +15,7 @@ def run(folder, **environment):
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     return subprocess.run(
         [str(FOLDER / "gpu.sh"), str(folder), "--quick"],
-        env={**os.environ, "PATH": path, "LIMIT": "400", **environment},
+        env={**os.environ, "PATH": path, "LIMIT": "1500", **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

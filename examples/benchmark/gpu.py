@@ -30,7 +30,7 @@ from layer import Size  # noqa: E402
 from timing import clean_up, interleave, machine, peak_memory, ratios  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 
-from fairseq_evomoe.moe import RoutingContext  # noqa: E402
+from fairseq_evomoe.moe import RoutingContext, kernels  # noqa: E402
 from fairseq_evomoe.moe import dispatch as ways  # noqa: E402
 from fairseq_evomoe.moe.routers import ROUTERS  # noqa: E402
 
@@ -126,6 +126,19 @@ def as_before(step: Step) -> Step:
     return run
 
 
+def looked_up(step: Step) -> Step:
+    """A step whose compiled kernels are found by our own key."""
+
+    def run() -> None:
+        kernels.look_up = True
+        try:
+            step()
+        finally:
+            kernels.look_up = False
+
+    return run
+
+
 def autocast(step: Step, device: str) -> Step:
     def run() -> None:
         with torch.autocast(device, dtype=torch.bfloat16):
@@ -190,7 +203,7 @@ def of_mask(name: str, size: Size, repeats: int, mixed: bool = False) -> dict[st
     step, floor = layers.sparse(size, mask), layers.dense(size, int(mask.sum()))
     if mixed:
         step, floor = autocast(step, size.device), autocast(floor, size.device)
-    functions = {"layer": step, "before": as_before(step), "floor": floor}
+    functions = {"layer": step, "looked up": looked_up(step), "before": as_before(step), "floor": floor}
     if size.dtype == "bfloat16" and hasattr(F, "grouped_mm"):
         functions["products"] = products(size, mask)
     return {"target": MASKS[name][0], "size": str(size), **figures(functions, "floor", repeats)}
@@ -346,7 +359,7 @@ def report(known: dict[str, dict]) -> str:
     info = known.get("machine")
     if info:
         lines += ["{gpu}, torch {torch}, Python {python}, {cores} cores".format(**info["machine"]), ""]
-    kinds = {"layer": ["layer", "before", "products"], "routers": ["router"]}
+    kinds = {"layer": ["layer", "looked up", "before", "products"], "routers": ["router"]}
     for part, names in kinds.items():
         rows = [line for line in known.values() if line["part"] == part]
         if not rows:

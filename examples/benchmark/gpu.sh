@@ -19,7 +19,7 @@ failed=0
 
 python3 "$here/gpu.py" --out "$folder" --seconds $((${LIMIT:-470} * 4 / 10)) $quick || failed=1
 if [ ! -e "$folder/tests.txt" ]; then
-    workers=$(python3 -c 'import xdist' 2>/dev/null && echo "-n 12")
+    workers=$(nvidia-smi >/dev/null 2>&1 && python3 -c 'import xdist' 2>/dev/null && echo "-n 12")
     (cd "$root" && timeout $((${LIMIT:-470} / 5)) python3 -m pytest -q -p no:cacheprovider $workers tests/test_gpu.py) \
         >"$folder/tests.tmp" 2>&1
     status=$?

@@ -44,6 +44,9 @@ def _power_of_2(size: int) -> int:
     return 1 << (size - 1).bit_length()
 
 
+look_up = False
+"""Whether what Triton has compiled is found by `_launch`, sooner than by Triton; not measured on a GPU yet."""
+
 _compiled: Dict[Tuple, Any] = {}
 
 
@@ -54,16 +57,17 @@ def _launch(
     sizes: Tuple[int, ...],
     constants: Tuple,
 ) -> None:
-    """Run a kernel; what is compiled is found by what it may depend on, much sooner than by Triton."""
+    """Run a kernel on its first tensor's device."""
     first = tensors[0]
     assert first is not None
-    if not first.is_cuda:  # the interpreter
-        kernel[grid](*tensors, *sizes, *constants)
-        return
     device = first.device.index
-    if device != torch.cuda.current_device():
+    if first.is_cuda and device != torch.cuda.current_device():
         with torch.cuda.device(device):
             return _launch(kernel, grid, tensors, sizes, constants)
+    if not (look_up and first.is_cuda):
+        kernel[grid](*tensors, *sizes, *constants)
+        return
+    # all that the compiled code may depend on
     key = (
         *(id(kernel), device, constants),
         *[None if t is None else (t.dtype, t.data_ptr() % 16) for t in tensors],
