@@ -45,7 +45,7 @@ def _power_of_2(size: int) -> int:
 
 
 look_up = False
-"""Whether what Triton has compiled is found by `_launch`, sooner than by Triton; not measured on a GPU yet."""
+"""Whether `_launch` finds what is compiled by itself, sooner than Triton does; not measured on a GPU yet."""
 
 _compiled: Dict[Tuple, Any] = {}
 

@@ -148,6 +148,7 @@ class Contestant:
     def save(self) -> None:
         """Write a checkpoint, to go on from."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        self.trainer.consolidate_optimizer()
         state = {"train_iterator": {"epoch": self.epoch}, "seconds": self.seconds}
         self.trainer.save_checkpoint(str(self.folder / "last.pt"), state)
 
