@@ -93,6 +93,29 @@ def classification_data(tmp_path_factory, lm_data):
     return folder / "bin"
 
 
+@pytest.fixture(scope="session")
+def trained(request, tmp_path_factory):
+    """``trained(settings, **changes)``: a run that tests share, which is trained when the first asks for it.
+
+    It has checkpoints of each third update.  Tests only read what is in its folder.
+    """
+    from support.cli import Run, call
+    from support.tasks import DATA
+
+    runs = {}
+
+    def train(settings, **changes):
+        settings = {"save_interval_updates": 3, **settings, **changes}
+        key = repr(sorted(settings.items()))
+        if key not in runs:
+            folder = tmp_path_factory.mktemp("trained")
+            data = request.getfixturevalue(DATA[settings["task"]])
+            runs[key] = Run(folder, call("fairseq-train", data, save_dir=folder, **settings))
+        return runs[key]
+
+    return train
+
+
 @pytest.fixture
 def flat_fp16_on_cpu():
     """fp16_optimizer.py:43 files its one flat tensor under the current GPU; CPU tensors look for None."""

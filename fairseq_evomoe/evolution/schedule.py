@@ -73,7 +73,8 @@ class Schedule:
 
     Attributes:
         spawn_update: U, the update before which the experts spawn, at the latest if they spawn by themselves
-            and have not yet; 0: there from the start; infinity: perhaps never.
+            and have not yet; 0: there from the start; infinity: perhaps never; minus infinity: long ago, in
+            another run.
         temperature_start: temperature at the spawn.
         temperature_end: temperature at the end of the anneal.
         kind: how the temperature falls; ``constant`` stays at the start.

@@ -82,6 +82,8 @@ def save_whole_checkpoint(
         logger.error(f"{filename} is not written, since experts of other ranks would be missing")
         return None
     checkpoints.note_ranks(trainer, extra_state)
+    if RunState.of(trainer).spawned_before:
+        extra_state[growth.SPAWNED_BEFORE] = True
     return original(trainer, filename, extra_state)
 
 
@@ -112,8 +114,7 @@ def load_with_experts(
         trainer._wrapped_model = None
         ranks.keep_from_ddp(trainer.get_model())
     if layers:
-        growth.resume(trainer)
-        _warn_if_spawned_early(trainer, layers)
+        growth.resume(trainer, result)
         checkpoints.move_to_position(trainer, result)
     return result
 
@@ -135,13 +136,3 @@ def _mismatch_behind(
     while cause is not None and not isinstance(cause, CheckpointMismatch):
         cause = cause.__cause__ or cause.__context__
     return cause
-
-
-def _warn_if_spawned_early(trainer: Trainer, layers: List[MoEFeedForward]) -> None:
-    update, spawn_update = trainer.get_num_updates(), layers[0].schedule.spawn_update
-    if layers[0].moe.router is not None and update < spawn_update:
-        logger.warning(
-            "the checkpoint's experts have spawned already, so nothing spawns at --moe-spawn-update "
-            f"{spawn_update}; the gate is dense until then and anneals from there (to start from the sparse "
-            "gate, set --moe-spawn-update 0 --moe-hard-update 0)"
-        )

@@ -4,21 +4,30 @@ import functools
 import logging
 import math
 import time
+from dataclasses import replace
 from typing import Any, Dict, List, Optional
 
 from fairseq import metrics
 from fairseq.trainer import Trainer
 from torch import nn
 
+from ..config.config import MoEConfig
 from ..evolution.plateau import Plateau
-from ..models.feed_forward import moe_layers
+from ..models.feed_forward import MoEFeedForward, moe_layers
 from ..moe import MoELayer
 from ..moe.plan import Plan, resize_plan
 from ..moe.routers.dynmoe import Resize
 from .change import Change
 from .rebuild import change_experts
+from .state import RunState
 
 logger = logging.getLogger(__name__)
+
+SPAWNED_BEFORE = "moe_spawned_before"
+"""Key of ``RunState.spawned_before`` in what a checkpoint has beside model and optimizer."""
+
+STAGES = ("anneal_updates", "hard_update", "stable_update")
+"""Options that say when the stages after the spawn begin."""
 
 
 def spawn_is_due(trainer: Trainer) -> bool:
@@ -53,21 +62,52 @@ def _plateau(model: nn.Module) -> Optional[Plateau]:
     return getattr(model, "plateau", None)  # a model of somebody else's may have our layers
 
 
-def resume(trainer: Trainer) -> None:
-    """Once a checkpoint is loaded, let experts that spawn by themselves count from this run's updates."""
+def resume(trainer: Trainer, saved: Optional[Dict[str, Any]]) -> None:
+    """Once a checkpoint is loaded, let experts that have spawned count from this run's updates.
+
+    Experts that spawn by themselves begin anew to wait for it.  Those that have spawned in another run, or
+    before the counter of updates was reset, go on in the last stage, unless the flags of the schedule say
+    otherwise.
+
+    Args:
+        trainer: fairseq's.
+        saved: what the checkpoint has beside model and optimizer; ``None``: there was no checkpoint.
+    """
     model, update = trainer.get_model(), trainer.get_num_updates()
+    layers = [layer for _, layer in moe_layers(model)]
+    spawned = any(layer.moe.router is not None for layer in layers)
     plateau = _plateau(model)
-    if plateau is None:
-        return
-    spawned = any(layer.moe.router is not None for _, layer in moe_layers(model))
-    if plateau.resume(update, spawned):
+    if plateau is not None and plateau.resume(update, spawned):
         model.count_from_spawn()
-        if spawned:
+    config: Optional[MoEConfig] = getattr(model, "moe_config", None)
+    if saved is None or config is None or not spawned or any(layer.moe.spawned_on_load for layer in layers):
+        return
+    run = RunState.of(trainer)
+    run.spawned_before = bool(saved.get(SPAWNED_BEFORE)) or update < max(layers[0].schedule.spawn_update, 1)
+    if run.spawned_before and config.router_class.stages:
+        _count_from_before(config, layers, update)
+
+
+def _count_from_before(config: MoEConfig, layers: List[MoEFeedForward], update: int) -> None:
+    """Let the stages of experts that have spawned before update 0 be those that the flags say."""
+    if "spawn_update" in config.given and not config.spawns_by_itself:
+        spawn_update = layers[0].schedule.spawn_update
+        if update < spawn_update:
             logger.warning(
-                "the checkpoint's experts have spawned already, but not in this count of updates: the gate "
-                "anneals from update 0, as with --moe-spawn-update 0 (to start from the sparse gate, set "
-                "--moe-hard-update 0)"
+                "the checkpoint's experts have spawned already, so nothing spawns at --moe-spawn-update "
+                f"{spawn_update:g}; the gate is dense until then and anneals from there (leave it out to go "
+                "on in the last stage)"
             )
+        return
+    last = not config.given.intersection(STAGES)
+    for layer in layers:
+        schedule = layer.make_schedule(0)
+        layer.schedule = replace(schedule, spawn_update=-math.inf) if last else schedule
+    if last:
+        logger.info(
+            "the checkpoint's experts have spawned already, so that they go on in the last stage (to begin "
+            "with the first one, give --moe-spawn-update 0)"
+        )
 
 
 def spawn(trainer: Trainer) -> None:

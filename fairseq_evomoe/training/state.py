@@ -20,6 +20,8 @@ class RunState:
         last_counted: the update whose statistics were taken in last.
         gathered: all experts, for the checkpoint that is being saved in one file.
         shards: name of the set of files that is being saved, if the checkpoint is one.
+        spawned_before: whether the experts have spawned before update 0, in the run whose checkpoint this one
+            began with.
     """
 
     in_update: bool = False
@@ -28,6 +30,7 @@ class RunState:
     last_counted: Optional[int] = None
     gathered: Optional[WholeExperts] = None
     shards: Optional[str] = None
+    spawned_before: bool = False
 
     @classmethod
     def of(cls, trainer: Trainer) -> "RunState":

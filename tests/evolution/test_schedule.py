@@ -1,5 +1,7 @@
 """Phase and temperature as functions of the update."""
 
+import math
+
 import pytest
 
 from fairseq_evomoe.evolution.schedule import Phase, Schedule, TemperatureSchedule
@@ -51,3 +53,12 @@ def test_a_grown_checkpoint_with_its_counter_reset_waits_for_the_anneal():
     schedule = Schedule(spawn_update=100, anneal_updates=50)
     assert schedule.phase(0, spawned=True) == Phase.SOFT
     assert schedule.temperature(0) == schedule.temperature(100) == 2.0
+
+
+@pytest.mark.parametrize("hard_update, last", [(None, Phase.HARD), (30, Phase.HARD), (-1, Phase.SOFT)])
+@pytest.mark.parametrize("kind", ["linear", "exponential", "constant"])
+def test_experts_that_have_spawned_in_another_run_are_in_the_last_stage(kind, hard_update, last):
+    schedule = Schedule(-math.inf, 2.0, 0.5, TemperatureSchedule(kind), 20, hard_update)
+    for update in (0, 1, 10**6, None):
+        assert schedule.phase(update, spawned=True) == last
+        assert schedule.temperature(update) == (2.0 if kind == "constant" else 0.5)
