@@ -168,7 +168,10 @@ def _module(script):
 def command(script):
     """The console script of this interpreter's environment."""
     path = Path(sys.executable).parent / script
-    return [str(path)] if path.exists() else [sys.executable, "-m", _module(script)]
+    if path.exists():
+        return [str(path)]
+    own = USER_DIR / "bin" / script  # the package need not be installed
+    return [sys.executable, str(own)] if own.exists() else [sys.executable, "-m", _module(script)]
 
 
 def run(script, *values, check=True, stdin=None, cwd=None, **options):
