@@ -2,12 +2,15 @@
 
 import os
 import random
+from pathlib import Path
 from unittest import mock
 
 import pytest
 
 pytest.register_assert_rewrite("support")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
+if not Path("/dev/nvidiactl").exists():  # without a GPU, Triton's interpreter runs its kernels
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from support.data import BAD, GOOD, OBJECTS, preprocess, sentences, translated, write  # noqa: E402
 
@@ -91,6 +94,29 @@ def classification_data(tmp_path_factory, lm_data):
             destdir=folder / "bin" / part,
         )
     return folder / "bin"
+
+
+@pytest.fixture(scope="session")
+def trained(request, tmp_path_factory):
+    """``trained(settings, **changes)``: a run that tests share, which is trained when the first asks for it.
+
+    It has checkpoints of each third update.  Tests only read what is in its folder.
+    """
+    from support.cli import Run, call
+    from support.tasks import DATA
+
+    runs = {}
+
+    def train(settings, **changes):
+        settings = {"save_interval_updates": 3, **settings, **changes}
+        key = repr(sorted(settings.items()))
+        if key not in runs:
+            folder = tmp_path_factory.mktemp("trained")
+            data = request.getfixturevalue(DATA[settings["task"]])
+            runs[key] = Run(folder, call("fairseq-train", data, save_dir=folder, **settings))
+        return runs[key]
+
+    return train
 
 
 @pytest.fixture

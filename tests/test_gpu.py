@@ -10,9 +10,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from fairseq_evomoe.moe import ROUTERS, Hidden
+from fairseq_evomoe.moe import ROUTERS, Hidden, Routing
+from fairseq_evomoe.moe.dispatch import kernels
+from fairseq_evomoe.moe.dispatch import local as ways
 from fairseq_evomoe.moe.dispatch.local import dispatch
 from support.cli import LM, TRANSLATION, build, call, parameters, run
+from support.dispatching import make_experts as made
+from support.dispatching import routing_of, slow
 from support.evaluation import EVALUATION, hypotheses
 from support.experts import make_experts, random_routing, slow_dispatch
 from support.models import with_router
@@ -77,6 +81,85 @@ def test_equal_experts_wait_for_nothing_from_the_device():
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert x.grad.isfinite().all()
+
+
+HAS_KERNELS = pytest.mark.skipif(
+    kernels.triton is None or not hasattr(F, "grouped_mm"), reason="no Triton or no grouped products"
+)
+
+
+def on_gpu(routing):
+    """The routing with its tensors there, and weights that want a gradient."""
+    tensors = {name: getattr(routing, name).detach().cuda() for name in ("token_N", "expert_N", "weight_N")}
+    tensors["weight_N"].requires_grad_()
+    return Routing(**tensors, tokens=routing.tokens, experts=routing.experts)
+
+
+def values_and_gradients(x, routing, experts):
+    y = dispatch(x, routing, experts)
+    direction = torch.linspace(-1, 1, y.numel(), device=y.device, dtype=torch.float64).view_as(y).to(y.dtype)
+    inputs = [x, routing.weight_N, *experts.parameters()]
+    return [y.detach(), *torch.autograd.grad((y * direction).sum(), inputs)]
+
+
+@HAS_KERNELS
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("activation", [torch.relu, F.gelu, F.silu])
+@pytest.mark.parametrize("dim, width", [(64, 136), (1032, 264)])
+@pytest.mark.parametrize("counts", [[1, 0, 0, 299], [200, 300, 0, 77]], ids=str)
+def test_kernels_are_as_exact_as_the_other_way(counts, dim, width, activation, gated, monkeypatch):
+    torch.manual_seed(1)
+    experts = made(dim, [width] * 4, Hidden(activation), gated, torch.float32)
+    for parameter in experts.parameters():
+        parameter.data.normal_(std=0.1)
+    experts.bfloat16()
+    routing, x = routing_of(301, counts, torch.float32), torch.randn(301, dim).bfloat16()
+    exact = copy.deepcopy(experts).double().cuda()
+    wide = on_gpu(routing)
+    wide.weight_N = wide.weight_N.detach().double().requires_grad_()
+    expected = values_and_gradients(x.double().cuda().requires_grad_(), wide, exact)
+    experts.cuda()
+    errors = []
+    for without in (set(), {"kernels"}):
+        monkeypatch.setattr(ways, "without", without)
+        got = values_and_gradients(x.cuda().requires_grad_(), on_gpu(routing), experts)
+        assert got[0].dtype == torch.bfloat16
+        errors.append([error(a, b) for a, b in zip(got, expected)])
+    assert all(ours < 1.1 * other + 1e-5 for ours, other in zip(*errors)), errors
+
+
+@HAS_KERNELS
+def test_the_same_bits_on_every_run():
+    torch.manual_seed(1)
+    experts = make_experts(64, [128] * 8, torch.bfloat16).cuda()
+    routing, x = routing_of(1000, [1000, 500, 0, 700, 1, 1000, 30, 400], torch.float32), torch.randn(1000, 64)
+    torch.use_deterministic_algorithms(True)
+    try:
+        runs = []
+        for _ in range(5):
+            inputs = x.bfloat16().cuda().requires_grad_(), on_gpu(routing), experts
+            runs.append(values_and_gradients(*inputs))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run))
+
+
+@HAS_KERNELS
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("activation", [torch.relu, F.gelu, F.silu])
+@pytest.mark.parametrize("tokens, counts", [(1, [0, 1, 0]), (3, [2, 0, 3])])
+def test_few_pairs_without_gradients(tokens, counts, activation, gated, monkeypatch):
+    torch.manual_seed(1)
+    experts = made(1032, [264] * 3, Hidden(activation), gated, torch.float32)
+    for parameter in experts.parameters():
+        parameter.data.normal_(std=0.1)
+    routing, x = routing_of(tokens, counts, torch.float32), torch.randn(tokens, 1032)
+    with torch.no_grad():
+        expected = slow(x.double(), routing, copy.deepcopy(experts).double())
+        monkeypatch.setattr(kernels, "sort_pairs", None)
+        experts.bfloat16().cuda()
+        got = dispatch(x.bfloat16().cuda(), on_gpu(routing), experts)
+    assert error(got, expected) < 1e-2
 
 
 @pytest.mark.parametrize("router", ROUTERS)

@@ -42,9 +42,10 @@ class Problem:
     def make(cls, size: Size, experts: int, k: int) -> Problem:
         """Random top-k routing."""
         expert_TK = top(size, experts, k).nonzero()[:, 1].view(size.tokens, k)
-        x = torch.randn(size.tokens, size.dim, requires_grad=True)
-        weight = torch.rand(size.tokens, k, requires_grad=True)
-        return cls(size, experts, x, expert_TK, weight, torch.randn(size.tokens, size.dim))
+        x = torch.randn(size.tokens, size.dim, **size.like, requires_grad=True)
+        weight = torch.rand(size.tokens, k, **size.like, requires_grad=True)
+        grad = torch.randn(size.tokens, size.dim, **size.like)
+        return cls(size, experts, x, expert_TK.to(size.device), weight, grad)
 
     def step(self, forward: Callable[[], torch.Tensor], module: nn.Module) -> Callable[[], None]:
         """Forward and backward with the gradients of tokens, weights and parameters."""
@@ -70,10 +71,10 @@ class Problem:
 
 def ours(p: Problem, gated: bool) -> Callable[[], None]:
     hidden = Hidden(nn.functional.silu) if gated else None
-    experts = Experts(p.size.dim, [p.size.hidden] * p.experts, hidden, gated=gated)
+    experts = Experts(p.size.dim, [p.size.hidden] * p.experts, hidden, gated=gated).to(**p.size.like)
     for parameter in experts.parameters():
         nn.init.normal_(parameter, std=0.02)
-    token_N = torch.arange(p.size.tokens).repeat_interleave(p.expert_TK.shape[1])
+    token_N = torch.arange(p.size.tokens).repeat_interleave(p.expert_TK.shape[1]).to(p.size.device)
 
     def forward() -> torch.Tensor:
         routing = Routing(token_N, p.expert_TK.flatten(), p.weight_TK.flatten(), p.size.tokens, p.experts)
@@ -103,7 +104,7 @@ def switch(p: Problem) -> Callable[[], None]:
     config = SwitchTransformersConfig(
         d_model=p.size.dim, d_ff=p.size.hidden, num_experts=p.experts, dropout_rate=0.0
     )
-    experts = modeling.SwitchTransformersExperts(config)
+    experts = modeling.SwitchTransformersExperts(config).to(**p.size.like)
     if p.expert_TK.shape[1] != 1:
         raise NotImplementedError("one expert a token only")
     selected = nn.functional.one_hot(p.expert_TK, p.experts)
@@ -115,16 +116,18 @@ def mixtral(p: Problem, implementation: str) -> Callable[[], None]:
     from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
     pairs, width = p.expert_TK.numel(), 3 * p.size.dim * p.size.hidden
-    needed = 2 * 4 * pairs * width  # a copy of the weights, and of their gradient, for each pair
-    if implementation == "batched_mm" and needed > 0.4 * os.sysconf("SC_PAGE_SIZE") * os.sysconf(
-        "SC_PHYS_PAGES"
-    ):
+    # a copy of the weights, and of their gradient, for each pair
+    needed = 2 * p.x.element_size() * pairs * width
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if p.x.is_cuda:
+        memory = torch.cuda.get_device_properties(p.x.device).total_memory
+    if implementation == "batched_mm" and needed > 0.4 * memory:
         raise MemoryError(f"not run, it would need {needed / 1e9:.0f} GB")
     config = MixtralConfig(
         hidden_size=p.size.dim, intermediate_size=p.size.hidden, num_local_experts=p.experts
     )
     config._experts_implementation = implementation
-    experts = MixtralExperts(config)
+    experts = MixtralExperts(config).to(**p.size.like)
     for parameter in experts.parameters():
         nn.init.normal_(parameter, std=0.02)
     return p.step(lambda: experts(p.x, p.expert_TK, p.weight_TK), experts)

@@ -30,8 +30,8 @@ class ExpertActivation(str, Enum):
     reglu = "reglu"
 
 
-GATED = {"swiglu": F.silu, "geglu": F.gelu, "reglu": F.relu}
-PLAIN = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
+GATED: Dict[str, Callable] = {"swiglu": F.silu, "geglu": F.gelu, "reglu": F.relu}
+PLAIN: Dict[str, Callable] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
 
 
 class TransportType(str, Enum):
@@ -235,7 +235,9 @@ class MoEConfig:
         router, options = self.router_class, self.schedule
         if not router.anneals:
             last_stage = max(self.stable_update(spawn) - spawn, 0) if router.stages else 0
-            return Schedule(spawn, 1.0, 1.0, TemperatureSchedule.constant, 0, last_stage)
+            # an infinite one, of a spawn that may never come, is not asked for before the spawn
+            after = int(last_stage) if math.isfinite(last_stage) else -1
+            return Schedule(spawn, 1.0, 1.0, TemperatureSchedule.constant, 0, after)
         return Schedule(
             spawn_update=spawn,
             temperature_start=options.temperature_start,
@@ -300,7 +302,8 @@ class MoEConfig:
 def declarations() -> Dict[str, List[Declaration]]:
     """Every option by its flat name, with each of its declarations: several routers may have one."""
     found: Dict[str, List[Declaration]] = {}
-    for group in [*GROUPS.values(), *(router.Options for router in ROUTERS.values())]:
+    groups: List[Type[Options]] = [*GROUPS.values(), *(router.Options for router in ROUTERS.values())]
+    for group in groups:
         for name, declaration in group.declared().items():
             found.setdefault(name, []).append(declaration)
     return found

@@ -24,8 +24,8 @@ AUTO = ("gate_input", "renormalize", "balance_form")
 
 
 def option(default: Any, text: str) -> Any:
-    """A field of a fairseq dataclass with a default and a help text."""
-    return field(default=default, metadata={"help": text})
+    """A field of a fairseq dataclass with a default and a help text, which argparse formats."""
+    return field(default=default, metadata={"help": text.replace("%", "%%")})
 
 
 def flat_fields() -> List[Tuple[str, Any, Any]]:

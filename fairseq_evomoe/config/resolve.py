@@ -8,7 +8,7 @@ import logging
 import re
 from dataclasses import replace
 from enum import Enum
-from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple, Type
 
 from ..evolution.spawn import SpawnMethod
 from ..moe.options import Declaration, OptionError, Options
@@ -70,7 +70,8 @@ def resolve(
     errors += counted
 
     parts: Dict[str, Any] = {}
-    for name, cls in [*GROUPS.items(), ("router_options", ROUTERS[router].Options)]:
+    groups: Dict[str, Type[Options]] = {**GROUPS, "router_options": ROUTERS[router].Options}
+    for name, cls in groups.items():
         parts[name], found = _make(cls, values)
         errors += found
     config = MoEConfig(router=router, preset=preset, seed=seed, max_update=max_update, given=named, **parts)
@@ -198,7 +199,7 @@ def _decide(config: MoEConfig, values: Mapping[str, Any], ffn_dims: Sequence[int
     if getattr(router_options, "stable_update", 0) is None and config.max_update > 0:
         if not config.spawns_by_itself:
             update = int(config.stable_update(config.latest_spawn))
-            config = replace(config, router_options=replace(router_options, stable_update=update))  # type: ignore[type-var]
+            config = replace(config, router_options=replace(router_options, **{"stable_update": update}))
     return config
 
 

@@ -27,7 +27,7 @@ class SpawnMethod(str, Enum):
     reinit = "reinit"
     copy = "copy"
     slice = "slice"
-    split = "split"
+    split = "split"  # type: ignore[assignment]
 
 
 DEFAULT_STRENGTH = {
@@ -209,7 +209,7 @@ class Spawn:
             return torch.arange(units)
         return torch.randperm(units, generator=self.generator(expert, "choice"))[:width].sort().values
 
-    def generator(self, *key) -> torch.Generator:
+    def generator(self, *key: object) -> torch.Generator:
         """A generator of its own for each key."""
         return torch.Generator().manual_seed(seed_of(self.seed, self.layer, *key))
 

@@ -14,9 +14,11 @@ makes an instance gets values of the declared types within the declared ranges, 
 import math
 from dataclasses import Field, dataclass, field, fields
 from enum import Enum
-from typing import Any, Dict, Iterator, Optional, Sequence, Tuple, Type, Union, get_type_hints
+from typing import Any, Dict, Iterator, Optional, Sequence, Tuple, Type, TypeVar, Union, get_type_hints
 
 _META = "evomoe"
+
+_O = TypeVar("_O", bound="Options")
 
 
 class OptionError(ValueError):
@@ -212,7 +214,7 @@ class Options:
         return found
 
     @classmethod
-    def given(cls, values: Dict[str, Any]) -> "Options":
+    def given(cls: Type[_O], values: Dict[str, Any]) -> _O:
         """Options of which some are given.
 
         Raises:

@@ -11,12 +11,10 @@ from support.tasks import DATA, TASKS, dense
 
 
 @pytest.fixture(scope="module")
-def lm_checkpoints(lm_data, tmp_path_factory):
+def lm_checkpoints(trained):
     """Checkpoints of one run after 3, 6 (not spawned), 9, 12 and 14 updates (spawned)."""
-    folder = tmp_path_factory.mktemp("lm")
-    call("fairseq-train", lm_data, save_dir=folder, save_interval_updates=3, **LM)
-    saved = {int(path.stem.split("_")[2]): path for path in folder.glob("checkpoint_?_*.pt")}
-    return {**saved, 14: folder / "checkpoint_last.pt"}
+    run = trained(LM)
+    return {**{update: run.at(update) for update in (3, 6, 9, 12)}, 14: run.last}
 
 
 def test_torch_loads_them_with_its_defaults(lm_checkpoints):
@@ -33,22 +31,23 @@ def test_before_and_after_the_spawn_they_can_be_evaluated(lm_data, lm_checkpoint
 
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("spawn_update", [6, 0])
-def test_a_dense_checkpoint_is_the_base_expert(task, spawn_update, tmp_path, request):
+def test_a_dense_checkpoint_is_the_base_expert(task, spawn_update, trained, tmp_path, request):
     data = request.getfixturevalue(DATA[task["task"]])
     stock = dense(task)
-    before = call("fairseq-train", data, save_dir=tmp_path / "dense", **stock).log("valid")[-1]
+    stock_run = trained(stock)
+    before = stock_run.log("valid")[-1]
     settings = {**task, "moe_spawn_update": spawn_update, "moe_spawn_method": "copy", "max_update": 8}
     result = call(
         "fairseq-train",
         data,
         save_dir=tmp_path / "moe",
-        finetune_from_model=tmp_path / "dense/checkpoint_last.pt",
+        finetune_from_model=stock_run.last,
         **{**settings, "lr": 1e-30},
     )
     plain = build(data, **stock).model.eval()
-    plain.load_state_dict(parameters(tmp_path / "dense/checkpoint_last.pt"))
+    plain.load_state_dict(parameters(stock_run.last))
     moe = build(data, **settings).model.eval()
-    moe.load_state_dict(parameters(tmp_path / "dense/checkpoint_last.pt"))
+    moe.load_state_dict(parameters(stock_run.last))
     batch = build(data, **settings).batches("valid")[0]
     with torch.no_grad():
         expected, found = (model(**batch["net_input"])[0] for model in (plain, moe))
@@ -63,10 +62,9 @@ def test_a_dense_checkpoint_is_the_base_expert(task, spawn_update, tmp_path, req
         assert torch.equal(moe.get_submodule(name).w1, fc1.repeat(4, 1))
 
 
-def test_spawning_from_a_dense_checkpoint_applies_the_method(lm_data, tmp_path):
-    call("fairseq-train", lm_data, save_dir=tmp_path, **dense(LM))
+def test_spawning_from_a_dense_checkpoint_applies_the_method(lm_data, trained):
     setup = build(lm_data, **{**LM, "moe_spawn_update": 0, "moe_spawn_strength": 0.25})
-    state = parameters(tmp_path / "checkpoint_last.pt")
+    state = parameters(trained(dense(LM)).last)
     fc1 = state["decoder.layers.1.fc1.weight"]
     setup.model.load_state_dict(state)
     for expert in setup.model.decoder.layers[1].moe.experts.w1.split(48):
@@ -144,10 +142,10 @@ def test_a_pruned_dense_checkpoint_is_the_base_expert(lm_data, tmp_path):
     ] * 2
 
 
-def test_translation_averages_and_ensembles(translation_data, tmp_path):
-    call("fairseq-train", translation_data, save_dir=tmp_path, save_interval_updates=6, **TRANSLATION)
-    spawned, dense_one = (tmp_path / name for name in ("checkpoint_last.pt", "checkpoint_1_6.pt"))
-    mean = average([spawned, tmp_path / "checkpoint_2_12.pt"], tmp_path / "mean.pt")
+def test_translation_averages_and_ensembles(translation_data, trained, tmp_path):
+    run = trained(TRANSLATION)
+    spawned, dense_one = run.last, run.at(6)
+    mean = average([spawned, run.at(12)], tmp_path / "mean.pt")
     for path in (mean, f"{spawned}:{dense_one}", f"{spawned}:{mean}"):
         result = call(
             "fairseq-generate", translation_data, path=path, beam=1, max_len_b=20, batch_size=8, **EVALUATION
@@ -156,13 +154,13 @@ def test_translation_averages_and_ensembles(translation_data, tmp_path):
         assert "BLEU4" in result.output
 
 
-def test_masked_lm_averages_validate(lm_data, tmp_path):
-    call("fairseq-train", lm_data, save_dir=tmp_path, **MASKED_LM)
-    mean = average([tmp_path / "checkpoint_last.pt"] * 2, tmp_path / "mean.pt")
+def test_masked_lm_averages_validate(lm_data, trained, tmp_path):
+    last = trained(MASKED_LM).last
+    mean = average([last] * 2, tmp_path / "mean.pt")
     names = {"task": "masked_lm", "criterion": "evomoe_masked_lm"}
     outputs = [
         call("fairseq-validate", lm_data, path=path, **names, batch_size=8, **EVALUATION).output
-        for path in (mean, tmp_path / "checkpoint_last.pt")
+        for path in (mean, last)
     ]
     losses = [re.search(r"subset \| (loss [\d.]+)", output).group(1) for output in outputs]
     assert losses[0] == losses[1]

@@ -37,9 +37,9 @@ def reduced(setup, logs):
 
 
 @pytest.mark.parametrize("settings", [LM, MASKED_LM, TRANSLATION], ids=lambda settings: settings["task"])
-def test_every_log_has_them(settings, tmp_path, request):
+def test_every_log_has_them(settings, trained, request):
     data = request.getfixturevalue("translation_data" if settings is TRANSLATION else "lm_data")
-    result = call("fairseq-train", data, save_dir=tmp_path, **settings)
+    result = trained(settings)
     for tag, prefix in (("train_inner", ""), ("train", "train_"), ("valid", "valid_")):
         for line in result.log(tag):
             assert all(f"{prefix}moe_{name}" in line for name in NAMES)

@@ -1,5 +1,6 @@
 """Generation: every command, and no dependence on the other sentences of the batch."""
 
+import functools
 import re
 
 import pytest
@@ -10,6 +11,8 @@ from support.cli import LM, MASKED_LM, TRANSLATION, build, call, parameters, run
 from support.evaluation import EVALUATION, hypotheses
 from support.tasks import PLAIN, dense
 
+BEAM = {"beam": 2, "max_len_b": 60, **EVALUATION}
+
 
 @pytest.fixture(scope="module")
 def translator(translation_data, tmp_path_factory):
@@ -19,6 +22,18 @@ def translator(translation_data, tmp_path_factory):
     settings.update(moe_anneal_updates=30, moe_hard_update=40, disable_validation=True, save_interval=100)
     call("fairseq-train", translation_data, save_dir=folder, **settings)
     return folder / "checkpoint_last.pt"
+
+
+@pytest.fixture(scope="module")
+def hypotheses_of(translation_data, translator):
+    """Function that translates the test set in batches of a size, with each size once."""
+    options = dict(path=translator, remove_bpe="sentencepiece", required_batch_size_multiple=1, **BEAM)
+
+    @functools.cache
+    def translate(size):
+        return hypotheses(call("fairseq-generate", translation_data, batch_size=size, **options).output)
+
+    return translate
 
 
 def bleu(output):
@@ -42,12 +57,8 @@ def test_the_console_script_and_both_scorers(translation_data, translator):
     assert bleu(default.output) > 20
 
 
-def test_interactive_translates_what_generate_does(translation_data, translator):
-    options = dict(path=translator, beam=2, **EVALUATION)
+def test_interactive_translates_what_generate_does(translation_data, translator, hypotheses_of):
     text = (translation_data / "test.de").read_text()
-    generated = call(
-        "fairseq-generate", translation_data, batch_size=4, remove_bpe="sentencepiece", **options
-    )
     result = run(
         "fairseq-interactive",
         translation_data,
@@ -56,19 +67,14 @@ def test_interactive_translates_what_generate_does(translation_data, translator)
         sentencepiece_model=translation_data / "spm.model",
         source_lang="de",
         target_lang="en",
-        **options,
+        path=translator,
+        **BEAM,
     )
-    ours = hypotheses(result.output)
-    assert ours == {str(i): hypotheses(generated.output)[str(i)] for i in range(8)}
+    assert hypotheses(result.output) == {str(i): hypotheses_of(1)[str(i)] for i in range(8)}
 
 
-def test_hypotheses_do_not_depend_on_the_batch(translation_data, translator):
-    options = dict(path=translator, beam=2, max_len_b=60, remove_bpe="sentencepiece", **EVALUATION)
-    one, many = (
-        call("fairseq-generate", translation_data, batch_size=size, required_batch_size_multiple=1, **options)
-        for size in (1, 32)
-    )
-    one, many = hypotheses(one.output), hypotheses(many.output)
+def test_hypotheses_do_not_depend_on_the_batch(hypotheses_of):
+    one, many = hypotheses_of(1), hypotheses_of(32)
     assert one.keys() == many.keys()
     assert sum(one[i] != many[i] for i in one) <= 0.03 * len(one)
 
@@ -137,7 +143,7 @@ def test_every_router_generates(router, translation_data, tmp_path):
     """Beam search over padded batches gives what it gives one sentence at a time."""
     settings = {**TRANSLATION, **PLAIN, "moe_router": router, "moe_freq": 1, "max_update": 12, "lr": 0.01}
     call("fairseq-train", translation_data, save_dir=tmp_path, **settings, disable_validation=True)
-    options = dict(path=tmp_path / "checkpoint_last.pt", beam=3, max_len_b=12, **EVALUATION)
+    options = dict(path=tmp_path / "checkpoint_last.pt", beam=3, max_len_b=6, **EVALUATION)
     one, many = (
         call("fairseq-generate", translation_data, batch_size=size, required_batch_size_multiple=1, **options)
         for size in (1, 16)
@@ -181,31 +187,29 @@ def test_padding_is_neither_routed_nor_counted(settings, spawned, request):
             assert routings[module].token_N.shape[0] == (~mask).sum()
 
 
-def test_eval_lm_from_the_console(lm_data, tmp_path):
-    result = call("fairseq-train", lm_data, save_dir=tmp_path, **LM)
+def test_eval_lm_from_the_console(lm_data, trained):
     evaluated = run(
         "fairseq-eval-lm",
         lm_data,
-        path=tmp_path / "checkpoint_last.pt",
+        path=trained(LM).last,
         gen_subset="valid",
         batch_size=8,
         tokens_per_sample=16,
         **EVALUATION,
     )
     found = float(re.search(r"Perplexity: ([\d.]+)", evaluated.output).group(1))
-    assert found == pytest.approx(result.log("valid")[-1]["valid_ppl"], rel=0.03)  # as for a dense model
+    assert found == pytest.approx(trained(LM).log("valid")[-1]["valid_ppl"], rel=0.03)  # as for a dense model
 
 
-def test_validate_from_the_console(lm_data, tmp_path):
-    result = call("fairseq-train", lm_data, save_dir=tmp_path, **LM)
+def test_validate_from_the_console(lm_data, trained):
     names = {
         "task": "language_modeling",
         "criterion": "evomoe_cross_entropy",
         "tokens_per_sample": 16,
         "batch_size": 8,
     }
-    validated = run("fairseq-validate", lm_data, path=tmp_path / "checkpoint_last.pt", **names, **EVALUATION)
-    assert " loss {:g} ".format(result.log("valid")[-1]["valid_loss"]) in validated.output
+    validated = run("fairseq-validate", lm_data, path=trained(LM).last, **names, **EVALUATION)
+    assert " loss {:g} ".format(trained(LM).log("valid")[-1]["valid_loss"]) in validated.output
 
 
 def test_generation_of_a_model_that_has_not_grown(translation_data, tmp_path):

@@ -118,6 +118,28 @@ class Result:
         return [line for line in self.output.splitlines() if text in line]
 
 
+@dataclass
+class Run:
+    """A training that has ended: the folder of its checkpoints, and what it printed."""
+
+    folder: Path
+    result: Result
+
+    @property
+    def last(self):
+        """The last checkpoint."""
+        return self.folder / "checkpoint_last.pt"
+
+    def at(self, update):
+        """The checkpoint of an update."""
+        (path,) = self.folder.glob(f"checkpoint_*_{update}.pt")
+        return path
+
+    def log(self, tag):
+        """As that of the result."""
+        return self.result.log(tag)
+
+
 def _number(value):
     try:
         return float(value)
@@ -267,6 +289,13 @@ def build(*values, common=None, **settings):
     torch.manual_seed(cfg.common.seed)
     task = tasks.setup_task(cfg.task)
     return Setup(cfg, task, task.build_model(cfg.model), task.build_criterion(cfg.criterion))
+
+
+def help_of(*values, **settings):
+    """What ``--help`` would print of all options, if fairseq did not answer it before it adds the model's."""
+    parser = options.get_training_parser()
+    options.parse_args_and_arch(parser, flags(*values, **settings))
+    return " ".join(parser.format_help().split())
 
 
 def parameters(path):

@@ -18,7 +18,7 @@ from fairseq_evomoe.evolution.plateau import Plateau
 from fairseq_evomoe.models.causal_lm import EvoMoELanguageModelConfig
 from fairseq_evomoe.models.feed_forward import moe_layers
 from fairseq_evomoe.training.growth import watch_loss
-from support.cli import LM, MASKED_LM, TRANSLATION, assert_equal, build, call, call_hydra, parameters
+from support.cli import LM, MASKED_LM, TRANSLATION, Run, assert_equal, build, call, call_hydra, parameters
 from support.evaluation import perplexity
 from support.hydra import write_yaml
 from support.parallel import SENTENCES, SHARED
@@ -196,18 +196,19 @@ RUNS = {
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_spawns_where_its_losses_say_and_resumes(name, lm_data, tmp_path):
     options = {**AUTO, **RUNS[name]}
-    result = call("fairseq-train", lm_data, **options, save_dir=tmp_path, no_save=True)
+    saving = {**options, "save_dir": tmp_path / "whole", "save_interval_updates": 1}
+    result = call("fairseq-train", lm_data, **saving)
     update = spawn_of(result)
     assert update == reference_of_log(result) and 3 * WINDOW <= update < UPDATES // 2
     last = 4 if name == "slice" else (UPDATES - update) // 10
     phases = [int(step["moe_phase"]) for step in result.log("train_inner")]
     assert phases == [0] * update + [1] * last + [2] * (UPDATES - update - last)
 
-    options["save_interval_updates"] = 1
     # none of them is the end of an epoch, where nothing is saved
-    saved = check_resume(lm_data, tmp_path, options, (3, update - 1, update, update + 2))
-    assert parameters(saved[update - 1])["plateau.updates"].tolist()[:2] == [-1, update - 1]
-    for path in (saved[update], tmp_path / "whole/checkpoint_last.pt"):
+    whole = Run(tmp_path / "whole", result)
+    check_resume(lm_data, tmp_path, options, (3, update - 1, update, update + 2), whole)
+    assert parameters(whole.at(update - 1))["plateau.updates"].tolist()[:2] == [-1, update - 1]
+    for path in (whole.at(update), whole.last):
         assert parameters(path)["plateau.updates"].tolist()[:2] == [update, update]
     if name == "slice":
         ema = torch.load(path)["extra_state"]["ema"]
@@ -215,12 +216,13 @@ def test_a_run_spawns_where_its_losses_say_and_resumes(name, lm_data, tmp_path):
 
 
 def test_without_a_plateau_they_spawn_half_way(lm_data, tmp_path):
-    settings = {**AUTO, "moe_spawn_window": None, "max_update": 18, "save_interval_updates": 1}
+    settings = {**AUTO, "moe_spawn_window": None, "max_update": 18}
     assert build(lm_data, **settings).model.plateau.window == 10
-    result = call("fairseq-train", lm_data, **settings, save_dir=tmp_path, no_save=True)
+    saving = {**settings, "save_dir": tmp_path / "whole", "save_interval_updates": 1}
+    result = call("fairseq-train", lm_data, **saving)
     assert spawn_of(result) == 9
     assert result.lines("spawning before update 9: the training loss has reached no plateau")
-    check_resume(lm_data, tmp_path, settings, (8, 9, 10))
+    check_resume(lm_data, tmp_path, settings, (8, 9, 10), Run(tmp_path / "whole", result))
 
 
 @pytest.mark.parametrize("updates, window", [(0, 500), (100, 10), (800, 20), (839, 20), (100000, 2500)])

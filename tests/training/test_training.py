@@ -11,17 +11,14 @@ from support.tasks import DATA, TASKS, check_phases, dense
 
 
 @pytest.mark.parametrize("settings", TASKS)
-def test_a_task_goes_through_all_phases(settings, tmp_path, request):
-    data = request.getfixturevalue(DATA[settings["task"]])
-    result = call("fairseq-train", data, save_dir=tmp_path, **settings)
-    check_phases(result)
+def test_a_task_goes_through_all_phases(settings, trained, request):
+    data, run = request.getfixturevalue(DATA[settings["task"]]), trained(settings)
+    check_phases(run.result)
     names = {"task": settings["task"], "criterion": settings["criterion"], "user_dir": settings["user_dir"]}
-    checked = call(
-        "fairseq-validate", data, path=tmp_path / "checkpoint_last.pt", batch_size=8, num_workers=0, **names
-    )
+    checked = call("fairseq-validate", data, path=run.last, batch_size=8, num_workers=0, **names)
     found = re.search(r"\| valid on 'valid' subset \| (.*)", checked.output)
     reported = dict(part.rsplit(" ", 1) for part in found.group(1).split(" | "))
-    assert float(reported["loss"]) == result.log("valid")[-1]["valid_loss"]
+    assert float(reported["loss"]) == run.log("valid")[-1]["valid_loss"]
     assert float(reported["moe_experts"]) == 1
 
 
@@ -46,27 +43,25 @@ def test_fine_tuning_from_a_masked_lm(lm_data, classification_data, tmp_path):
     assert any("classification_heads" in key for key in tuned)
 
 
-def test_fine_tuning_grows_from_a_masked_lm_that_has_not(lm_data, classification_data, tmp_path):
-    call("fairseq-train", lm_data, save_dir=tmp_path, save_interval_updates=6, **MASKED_LM)
+def test_fine_tuning_grows_from_a_masked_lm_that_has_not(classification_data, trained, tmp_path):
     result = call(
         "fairseq-train",
         classification_data,
-        finetune_from_model=tmp_path / "checkpoint_1_6.pt",
-        save_dir=tmp_path / "tuned",
+        finetune_from_model=trained(MASKED_LM).at(6),
+        save_dir=tmp_path,
         **CLASSIFICATION,
     )
     check_phases(result)
 
 
-def test_the_console_script(lm_data, tmp_path):
-    settings = {**LM, "save_dir": tmp_path / "checkpoints"}
-    result = run("fairseq-train", lm_data, cwd=tmp_path, **settings)
+def test_the_console_script(lm_data, trained, tmp_path):
+    """In a process of its own it does what it does in this one."""
+    result = run("fairseq-train", lm_data, cwd=tmp_path, save_dir=tmp_path / "checkpoints", **LM)
     check_phases(result)
-    again = call("fairseq-train", lm_data, **{**settings, "save_dir": tmp_path / "again"})
-    losses = [[step["loss"] for step in each.log("train_inner")] for each in (result, again)]
+    here = trained(LM)
+    losses = [[step["loss"] for step in each.log("train_inner")] for each in (result, here)]
     assert losses[0] == losses[1]
-    first, second = (parameters(tmp_path / name / "checkpoint_last.pt") for name in ("checkpoints", "again"))
-    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert_equal(parameters(tmp_path / "checkpoints" / "checkpoint_last.pt"), parameters(here.last))
 
 
 @pytest.mark.parametrize("settings", TASKS)
@@ -115,11 +110,11 @@ def test_growing_uses_no_random_number_of_the_run(lm_data):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_with_one_expert_it_stays_the_dense_model(lm_data, tmp_path):
+def test_with_one_expert_it_stays_the_dense_model(lm_data, trained, tmp_path):
     result = call("fairseq-train", lm_data, save_dir=tmp_path, **{**LM, "moe_experts": 1})
     assert not result.lines("spawned experts")
     assert {step["moe_phase"] for step in result.log("train_inner")} <= {1, 2}
-    plain = call("fairseq-train", lm_data, save_dir=tmp_path / "dense", **dense(LM))
+    plain = trained(dense(LM))
     assert result.log("valid")[-1]["valid_loss"] == plain.log("valid")[-1]["valid_loss"]
 
 

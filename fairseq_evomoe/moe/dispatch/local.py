@@ -6,11 +6,12 @@ Every way gives the same result up to rounding; which one is taken depends on de
 - on the CPU, ReLU, GELU or SiLU experts, gated (SwiGLU) or not: a differentiable function, ``fused.py``;
 - experts of one width, where PyTorch has ``grouped_mm`` (2.10 or newer) that takes their sizes: grouped
   products, and in bfloat16 nothing is copied from the device to the host (in float32, PyTorch 2.11 does that
-  within them);
+  within them); on a GPU with Triton what is around them is in kernels, ``grouped.py``, and the result does
+  not depend on the order in which threads run;
 - otherwise: the experts' segments by autograd.
 """
 
-from typing import List, Optional
+from typing import List, Optional, Set
 
 import torch
 from torch import Tensor
@@ -18,8 +19,13 @@ from torch.nn import functional as F
 
 from ..experts import Experts
 from ..routing import Routing
+from . import grouped, kernels
 from .fused import ACTIVATIONS, fused_experts
 
+without: Set[str] = set()
+"""Ways not to take, of ``kernels`` and ``grouped``: for tests and benchmarks that compare them."""
+
+_FEW = 16  # pairs for which sorting takes longer than the work
 _ALIGNMENT = 16  # bytes that every row of a grouped product must be a multiple of
 
 
@@ -41,12 +47,17 @@ def dispatch(x_TD: Tensor, routing: Routing, experts: Experts) -> Tensor:
     slots = routing.slots
     pairs = routing.token_N, routing.expert_N, routing.weight_N
     if slots is None:
-        return sum_of_outputs(x_TD, *pairs, experts).to(x_TD.dtype)
+        return sum_of_outputs(x_TD, *pairs, experts, x_TD.dtype).to(x_TD.dtype)
     return slots.spread(sum_of_outputs(slots.mix(x_TD), *pairs, experts)).to(x_TD.dtype)
 
 
 def sum_of_outputs(
-    x_TD: Tensor, token_N: Tensor, expert_N: Tensor, weight_N: Tensor, experts: Experts
+    x_TD: Tensor,
+    token_N: Tensor,
+    expert_N: Tensor,
+    weight_N: Tensor,
+    experts: Experts,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """``y_t = sum over pairs n of t of weight_n * E_expert_n(x_t)``.
 
@@ -56,12 +67,15 @@ def sum_of_outputs(
         expert_N: int64, expert of each pair, a number among those that are here.
         weight_N: float32, factor of its output.
         experts: the experts.
+        dtype: what the caller rounds the sums to, so that a way that can do so at once may.
 
     Returns:
-        shape (T, D), float32 (float64 for float64 tokens).
+        shape (T, D), float32 or ``dtype`` (float64 for float64 tokens).
     """
     if x_TD.shape[0] == 1 and x_TD.device.type == "cpu" and not torch.is_grad_enabled():
         return _one_token(x_TD, expert_N, weight_N, experts)
+    if _can_use_kernels(x_TD, token_N, experts):
+        return _by_kernels(x_TD, token_N, expert_N, weight_N, experts, dtype)
     expert_N, order_N = torch.sort(expert_N, stable=True)
     token_N, weight_N = token_N[order_N], weight_N[order_N]
     if _can_fuse(x_TD, experts):
@@ -117,7 +131,7 @@ def _can_fuse(x_TD: Tensor, experts: Experts) -> bool:
 def _can_group(x_TD: Tensor, experts: Experts) -> bool:
     """Whether ``grouped_experts`` computes these experts: one width, and rows of whole 16 bytes."""
     dtype = _autocast_dtype(x_TD) or x_TD.dtype
-    if not experts.local:  # the others' experts were chosen
+    if not experts.local or "grouped" in without:  # the others' experts were chosen
         return False
     width = experts.local_widths[0]
     return (
@@ -131,13 +145,56 @@ def _can_group(x_TD: Tensor, experts: Experts) -> bool:
     )
 
 
-def grouped_experts(x_ND: Tensor, expert_N: Tensor, experts: Experts) -> Tensor:
+def _can_use_kernels(x_TD: Tensor, token_N: Tensor, experts: Experts) -> bool:
+    """Whether ``_by_kernels`` computes these experts for these pairs."""
+    usable = "kernels" not in without and kernels.usable(x_TD) and token_N.shape[0] > 0
+    return usable and not _can_fuse(x_TD, experts) and _can_group(x_TD, experts)
+
+
+def _by_kernels(
+    x_TD: Tensor,
+    token_N: Tensor,
+    expert_N: Tensor,
+    weight_N: Tensor,
+    experts: Experts,
+    dtype: torch.dtype,
+) -> Tensor:
+    """``sum_of_outputs``, in ``dtype``, where ``_can_use_kernels`` holds."""
+    count, like = len(experts.local), _autocast_dtype(x_TD) or x_TD.dtype
+    if token_N.shape[0] <= _FEW and not torch.is_grad_enabled() and like == experts.w1.dtype:
+        name = _name_of_activation(experts)
+        if name is not None:
+            weights = experts.w1, experts.b1, experts.w2, experts.b2, experts.w3
+            x, token, expert, weight = (t.contiguous() for t in (x_TD.to(like), token_N, expert_N, weight_N))
+            return kernels.few_pairs(x, token, expert, weight, weights, name).to(dtype)
+    pairs = kernels.sort_pairs(token_N.contiguous(), expert_N.contiguous(), x_TD.shape[0], count)
+
+    def rows(x_SD: Tensor) -> Tensor:
+        name = _name_of_activation(experts)
+        if name is None:  # dropout, a normalisation or another function is between the products
+            expert_S = expert_N[pairs.pair_S]
+            return grouped_experts(x_SD, expert_S, experts, with_b2=False)
+        w1, w2 = (w.view(count, -1, experts.dim).to(like) for w in (experts.w1, experts.w2))
+        w3 = None if experts.w3 is None else experts.w3.view(count, -1, experts.dim).to(like)
+        return grouped.products(x_SD, w1, experts.b1.view(count, -1), w2, w3, pairs.end_E, name)
+
+    return grouped.sum_of_experts(x_TD.to(like), pairs, weight_N, experts.b2, rows, dtype)
+
+
+def _name_of_activation(experts: Experts) -> Optional[str]:
+    """What the kernels call all that happens between the products; ``None`` if they do not know it."""
+    hidden = experts.hidden
+    return kernels.ACTIVATIONS.get(hidden.activation) if hidden.only_activation else None
+
+
+def grouped_experts(x_ND: Tensor, expert_N: Tensor, experts: Experts, with_b2: bool = True) -> Tensor:
     """``Experts.forward`` for experts of one width by grouped products, which need no size on the host.
 
     Args:
         x_ND: rows sorted by expert, shape (N, D).
         expert_N: int64, expert of each row.
         experts: E experts for which ``_can_group`` holds.
+        with_b2: whether to add the bias of their outputs.
 
     Returns:
         shape (N, D), dtype of ``x_ND`` or that of autocast.
@@ -158,7 +215,8 @@ def grouped_experts(x_ND: Tensor, expert_N: Tensor, experts: Experts) -> Tensor:
     b1, b2 = (b.view(count, -1).to(dtype) for b in (experts.b1, experts.b2))
     factor = None if experts.w3 is None else product(x_ND, experts.w3, True)
     hidden = experts.hidden(torch.addmm(product(x_ND, experts.w1, True), one_NE, b1), factor)
-    return torch.addmm(product(hidden, experts.w2, False), one_NE, b2)
+    out_ND = product(hidden, experts.w2, False)
+    return torch.addmm(out_ND, one_NE, b2) if with_b2 else out_ND
 
 
 def _autocast_dtype(x: Tensor) -> Optional[torch.dtype]:

@@ -1,7 +1,7 @@
 """DynMoE: any number of experts for a token, and experts that come and go (arXiv 2405.14297)."""
 
 from dataclasses import dataclass
-from typing import Any, Iterator, List, Optional
+from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -101,6 +101,10 @@ class DynMoERouter(Collector, Router):
                 )
 
     options: "DynMoERouter.Options"
+    origin_E: Tensor
+    used_E: Tensor
+    rejected_D: Tensor
+    updates: Tensor
     resizes = True
     linear_gate = True
     unit_weight = True
@@ -189,7 +193,11 @@ class DynMoERouter(Collector, Router):
 
     def restart(self) -> None:
         """Begin a window."""
-        shapes = {"used_E": self.experts, "rejected_D": self.dim, "updates": ()}
+        shapes: Dict[str, Tuple[int, ...]] = {
+            "used_E": (self.experts,),
+            "rejected_D": (self.dim,),
+            "updates": (),
+        }
         for name, shape in shapes.items():
             self.register_buffer(name, torch.zeros(shape, device=self.weight.device))
 

@@ -55,4 +55,5 @@ class LaplaceRouter(TopKRouter):
             x_TD = float32(x_TD)
             # Not by way of a matrix product, which is inexact for a small distance.  The gradient of a
             # distance that is exactly 0 is 0.
+            assert self.weight is not None
             return -torch.cdist(x_TD, self.weight.to(x_TD.dtype), compute_mode="donot_use_mm_for_euclid_dist")

@@ -1,7 +1,7 @@
 """The layerwise recurrent router of RMoE (arXiv 2408.06793)."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Dict, Iterator, Optional
+from typing import Any, ClassVar, Dict, Iterator, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from torch.nn.utils import skip_init
 from ..losses import product_of_means
 from ..merge_rule import MergeRule
 from ..options import OptionError, like, option
+from ..ranks import Ranks
 from ..routing import Routing, RoutingContext, Vocabulary
 from .registry import register_router
 from .router import GateInput, Renormalize, Router, at_most_all, fill_uniform, linear32
@@ -92,6 +93,7 @@ class RecurrentRouter(TopKRouter):
     @torch.no_grad()
     def initialize(self, generator: torch.Generator) -> None:
         """Fill as ``nn.Linear`` and ``nn.GRUCell`` would; the GRU is filled by the router that made it."""
+        assert self.weight is not None
         fill_uniform(self.weight, self.recurrent_dim**-0.5, generator)
         fill_uniform(self.projection, self.dim**-0.5, generator)
         if self._made_gru:
@@ -118,10 +120,10 @@ class RecurrentRouter(TopKRouter):
         load_E = torch.bincount(expert_TK.flatten(), minlength=self.experts).to(probability_TE.dtype)
         sums = (load_E, probability_TE.sum(0), probability_TE.shape[0])
         before = context.memory.get("recurrent_balance")
-        after = sums if before is None else tuple(a + b for a, b in zip(before, sums))
+        after = sums if before is None else (before[0] + sums[0], before[1] + sums[1], before[2] + sums[2])
         context.memory["recurrent_balance"] = after
-        loss = product_of_means(*after, context.ranks)
-        return loss if before is None else loss - product_of_means(*before, context.ranks)
+        loss = _balance(after, context.ranks)
+        return loss if before is None else loss - _balance(before, context.ranks)
 
     def _state(self, x_TP: Tensor, memory: Dict[str, Tensor]) -> Tensor:
         """The state that the layer before has left; zeros if there was none."""
@@ -135,3 +137,9 @@ class RecurrentRouter(TopKRouter):
                 "forward pass needs a new RoutingContext.memory"
             )
         return state_TP.to(x_TP.dtype)
+
+
+def _balance(sums: Tuple[Tensor, Tensor, int], ranks: Ranks) -> Tensor:
+    """The load-balance loss of sums over tokens: loads, probabilities and the number of tokens."""
+    load_E, probability_E, tokens = sums
+    return product_of_means(load_E, probability_E, tokens, ranks)

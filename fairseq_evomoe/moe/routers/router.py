@@ -62,7 +62,7 @@ class Router(nn.Module):
     resizes: ClassVar[bool] = False
     stages: ClassVar[bool] = False
     anneals: ClassVar[bool] = False
-    linear_gate: ClassVar[bool] = False
+    linear_gate: bool = False
     experts_per_token: ClassVar[Optional[str]] = None
     unit_weight: ClassVar[bool] = False
     merge_rules: ClassVar[Optional[Dict[str, MergeRule]]] = None
@@ -108,7 +108,8 @@ class Router(nn.Module):
     @torch.no_grad()
     def set_gate(self, weight_ED: Tensor) -> None:
         """Let the logits of a router with a ``linear_gate`` be those of these rows alone."""
-        self.weight.copy_(weight_ED)
+        weight: Tensor = getattr(self, "weight")  # noqa: B009  (that there is one is what linear_gate says)
+        weight.copy_(weight_ED)
 
     def forward(self, x_TD: Tensor, context: RoutingContext) -> Routing:
         """Route tokens.
@@ -257,7 +258,7 @@ class LinearRouter(Router):
     @torch.no_grad()
     def initialize(self, generator: torch.Generator) -> None:
         """Fill the gate as ``nn.Linear`` would, U(-1/sqrt(D), 1/sqrt(D)), from ``generator``."""
-        if self.options.gate_input == GateInput.table:
+        if self.options.gate_input == GateInput.table and self.token_weight is not None:
             noise = torch.randn(self.token_weight.shape, generator=generator)
             self.token_weight.copy_(self.options.table_std / self.options.gate_lr_scale * noise)
             return
@@ -283,20 +284,24 @@ class LinearRouter(Router):
 
     def _products(self, x_TD: Tensor, context: RoutingContext) -> Tensor:
         if self.token_weight is None:
+            assert self.weight is not None
             return linear32(x_TD, self.weight)
-        table = self.options.gate_input == GateInput.table
-        if (context.token_T if table else context.embedding_TC) is None:
-            missing = "vocabulary index" if table else "embedding"
-            raise OptionError(
-                "gate_input",
-                f"`gate_input` {self.options.gate_input.value} needs the {missing} of each token: call the "
-                "model with tokens instead of embeddings, or choose `gate_input` hidden.",
-            )
-        if table:
-            return float32(self.token_weight.index_select(1, context.token_T).t())
-        e_TC = float32(context.embedding_TC.detach()).to(x_TD.device)
+        if self.options.gate_input == GateInput.table:
+            token_T = self._given(context.token_T, "vocabulary index")
+            return float32(self.token_weight.index_select(1, token_T).t())
+        e_TC = float32(self._given(context.embedding_TC, "embedding").detach()).to(x_TD.device)
         logits_TE = linear32(F.layer_norm(e_TC, e_TC.shape[-1:]), self.token_weight)
         return logits_TE if self.weight is None else logits_TE + linear32(x_TD, self.weight)
+
+    def _given(self, found: Optional[Tensor], name: str) -> Tensor:
+        """What the gate sees of each token, or ``OptionError`` if the context does not have it."""
+        if found is None:
+            raise OptionError(
+                "gate_input",
+                f"`gate_input` {self.options.gate_input.value} needs the {name} of each token: call the "
+                "model with tokens instead of embeddings, or choose `gate_input` hidden.",
+            )
+        return found
 
     def with_gate(
         self, routing: Routing, logits_TE: Tensor, probability_TE: Tensor, context: RoutingContext
@@ -315,8 +320,10 @@ class LinearRouter(Router):
             routing.losses["z"] = z_loss(logits_TE, context.ranks)
         return routing
 
-    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
-        if self.options.gate_input == GateInput.both and prefix + "weight" in state_dict:
+    def _load_from_state_dict(
+        self, state_dict: Dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        if self.token_weight is not None and self.weight is not None and prefix + "weight" in state_dict:
             state_dict.setdefault(prefix + "token_weight", torch.zeros_like(self.token_weight))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 

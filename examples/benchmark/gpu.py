@@ -1,0 +1,433 @@
+#!/usr/bin/env python3
+"""Measure what the layer, the routers and other implementations cost on a GPU, and where the time goes.
+
+    python examples/benchmark/gpu.py [profile] [layer] [routers] [peers] --out FOLDER
+
+Each figure is a JSON line of FOLDER/gpu.jsonl as soon as it is there; the same command goes on where it was
+cut, and makes FOLDER/gpu.md of what there is.  With --quick everything is small, also on a CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Callable, Iterator
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parents[1])]
+
+import layer as layers  # noqa: E402
+import peers  # noqa: E402
+import routers  # noqa: E402
+import torch  # noqa: E402
+from layer import Size  # noqa: E402
+from timing import clean_up, interleave, machine, peak_memory, ratios  # noqa: E402
+from torch.nn import functional as F  # noqa: E402
+
+from fairseq_evomoe.moe import RoutingContext  # noqa: E402
+from fairseq_evomoe.moe.dispatch import local as ways  # noqa: E402
+from fairseq_evomoe.moe.routers import ROUTERS  # noqa: E402
+
+Step = Callable[[], None]
+PARTS = ["profile", "layer", "routers", "peers"]
+TOP_1 = "top-1, E = 8, balanced"
+
+# name -> at most so many times the floor, and which pairs are active
+MASKS: dict[str, tuple[float, Callable[[Size], torch.Tensor]]] = {
+    TOP_1: (1.20, lambda size: layers.balanced(size, 8)),
+    "top-1, E = 64, balanced": (1.35, lambda size: layers.balanced(size, 64)),
+    "top-1, E = 64, random": (1.50, lambda size: layers.top(size, 64, 1)),
+    "top-2, E = 32": (1.25, lambda size: layers.top(size, 32, 2)),
+    "soft stage, 4 of 8": (1.15, lambda size: layers.soft(size, 8, 4.0)),
+    "dense stage, 8 of 8": (1.15, lambda size: layers.soft(size, 8, 8.0)),
+}
+PROFILED = [TOP_1, "top-1, E = 64, balanced", "top-2, E = 32", "dense stage, 8 of 8"]
+OTHERS = {"float32": [TOP_1, "top-2, E = 32"], "autocast": [TOP_1, "top-2, E = 32"]}
+PEERS = [
+    ["fairseq_evomoe, ReLU", "loop over masks", "transformers, Switch"],
+    [
+        "fairseq_evomoe, SwiGLU",
+        "transformers, Mixtral eager",
+        "transformers, Mixtral batched_mm",
+        "transformers, Mixtral grouped_mm",
+    ],
+]
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    result = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = result.add_argument
+    add("parts", nargs="*", metavar="part", help="of " + ", ".join(PARTS))
+    add("--out", type=Path, required=True, help="folder for gpu.jsonl and gpu.md")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--repeats", type=int, default=20, help="timed runs of each function (20)")
+    add("--seconds", type=float, default=300, help="begin nothing new after so long (300)")
+    add("--quick", action="store_true", help="everything small, to see that it works")
+    return result
+
+
+class Results:
+    """What is known already, by key, and a file to which each new figure is added at once."""
+
+    def __init__(self, folder: Path, seconds: float) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / "gpu.jsonl"
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        self.known = {line["key"]: line for line in map(json.loads, lines)}
+        self.end = time.monotonic() + seconds
+
+    def measure(self, key: str, part: str, function: Callable[[], dict[str, Any]]) -> None:
+        """Add what the function returns, unless it is known or time is up; errors are results, too."""
+        if key in self.known or time.monotonic() > self.end:
+            return
+        start = time.monotonic()
+        try:
+            found = function()
+        except Exception as error:  # a case that cannot run must not take the others with it
+            found = {"error": "{}: {}".format(type(error).__name__, str(error)[:300])}
+        seconds = round(time.monotonic() - start, 2)
+        line = {"key": key, "part": part, "seconds": seconds, **found}
+        self.known[key] = line
+        with self.path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        brief = found.get("brief") or found.get("error") or ""
+        print("{} ({:.1f} s): {}".format(key, line["seconds"], brief), flush=True)
+        clean_up()
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+
+
+@contextmanager
+def without(*names: str) -> Iterator[None]:
+    """Dispatch that does not take some of its ways."""
+    before, ways.without = ways.without, set(names)
+    try:
+        yield
+    finally:
+        ways.without = before
+
+
+def as_before(step: Step) -> Step:
+    """A step without the kernels: what a GPU without Triton does."""
+
+    def run() -> None:
+        with without("kernels"):
+            step()
+
+    return run
+
+
+def autocast(step: Step, device: str) -> Step:
+    def run() -> None:
+        with torch.autocast(device, dtype=torch.bfloat16):
+            step()
+
+    return run
+
+
+def products(size: Size, mask: torch.Tensor) -> Step:
+    """The six grouped products of a step alone, on sorted rows: the limit of their kernel."""
+    rows, experts = int(mask.sum()), mask.shape[1]
+    end_E = mask.sum(0).cumsum(0).to(size.device, torch.int32)
+    x, y = (torch.randn(rows, size.dim, **size.like) for _ in range(2))
+    hidden, grad = (torch.randn(rows, size.hidden, **size.like) for _ in range(2))
+    w1, w2 = (0.02 * torch.randn(experts, size.hidden, size.dim, **size.like) for _ in range(2))
+
+    def run() -> None:
+        F.grouped_mm(x, w1.transpose(1, 2), offs=end_E)
+        F.grouped_mm(hidden, w2, offs=end_E)
+        F.grouped_mm(hidden.t(), y, offs=end_E)
+        F.grouped_mm(y, w2.transpose(1, 2), offs=end_E)
+        F.grouped_mm(grad.t(), x, offs=end_E)
+        F.grouped_mm(grad, w1, offs=end_E)
+
+    return run
+
+
+def queued(functions: dict[str, Step], repeats: int, calls: int = 8) -> dict[str, float]:
+    """Milliseconds of a call when others wait behind it, as in training: the median over some rounds."""
+    found: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(max(repeats // 4, 2)):
+        for name, function in functions.items():
+            torch.cuda.synchronize()
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            for _ in range(calls):
+                function()
+            end.record()
+            torch.cuda.synchronize()
+            found[name].append(start.elapsed_time(end) / calls)
+    return {name: statistics.median(times) for name, times in found.items()}
+
+
+def figures(functions: dict[str, Step], base: str, repeats: int) -> dict[str, Any]:
+    """Times one at a time and queued, and memory, of what is run in turn; ratios to one of them."""
+    times = interleave(functions, repeats)
+    found: dict[str, Any] = {
+        "ms": {name: round(1000 * t["median"], 4) for name, t in times.items()},
+        "ratio": {name: {k: round(v, 3) for k, v in ratios(times, name, base).items()} for name in functions},
+        "mib": {name: peak_memory(function) for name, function in functions.items()},
+    }
+    if torch.cuda.is_initialized():
+        found["queued_ms"] = {name: round(v, 4) for name, v in queued(functions, repeats).items()}
+    times = found.get("queued_ms", found["ms"])
+    found["brief"] = {name: round(times[name] / times[base], 3) for name in functions}
+    return found
+
+
+def of_mask(name: str, size: Size, repeats: int, mixed: bool = False) -> dict[str, Any]:
+    """Dispatch and experts against the floor, without the kernels, and the products alone."""
+    mask = MASKS[name][1](size)
+    step, floor = layers.sparse(size, mask), layers.dense(size, int(mask.sum()))
+    if mixed:
+        step, floor = autocast(step, size.device), autocast(floor, size.device)
+    functions = {"layer": step, "before": as_before(step), "floor": floor}
+    if size.dtype == "bfloat16" and hasattr(F, "grouped_mm"):
+        functions["products"] = products(size, mask)
+    return {"target": MASKS[name][0], "size": str(size), **figures(functions, "floor", repeats)}
+
+
+def whole(size: Size, grown: bool, repeats: int) -> dict[str, Any]:
+    """A whole layer with its gate: one expert, or all of eight with the gate's loss."""
+    made = layers.layer_of(size, 8, grown).train()
+    step = layers.whole(size, made, RoutingContext(temperature=50.0))
+    functions = {
+        "layer": step,
+        "before": as_before(step),
+        "floor": layers.dense(size, (8 if grown else 1) * size.tokens),
+    }
+    target = 1.15 if grown else 1.03
+    return {"target": target, "size": str(size), **figures(functions, "floor", repeats)}
+
+
+def one_token(size: Size, repeats: int) -> dict[str, Any]:
+    """Fifty tokens, one after another, through a layer of 64 experts with its gate."""
+    step, floor = layers.decoding(size)
+    functions = {"layer": step, "before": as_before(step), "floor": floor}
+    return {"target": 2.0, "size": str(size), "calls": 50, **figures(functions, "floor", repeats)}
+
+
+def measure_layer(results: Results, size: Size, args: argparse.Namespace) -> None:
+    for tokens in (size.tokens,) if args.quick else (size.tokens, size.tokens // 4, 4 * size.tokens):
+        for name in MASKS:
+            if tokens > size.tokens and name.endswith("8 of 8"):
+                continue  # half a million rows
+            of = replace(size, tokens=tokens)
+            key = "layer, T = {}, {}".format(tokens, name)
+            results.measure(key, "layer", lambda name=name, of=of: of_mask(name, of, args.repeats))
+        if tokens == size.tokens:
+            for name, grown in (("single expert", False), ("8 of 8 with its gate", True)):
+                key = "layer, T = {}, {}".format(tokens, name)
+                results.measure(key, "layer", lambda grown=grown: whole(size, grown, args.repeats))
+            key = "layer, one token, E = 64, with its gate"
+            results.measure(key, "layer", lambda: one_token(size, args.repeats))
+    for kind, names in OTHERS.items():
+        for name in names[:1] if args.quick else names:
+            of = replace(size, dtype="float32")
+            key = "layer, {}, T = {}, {}".format(kind, size.tokens, name)
+            mixed = kind == "autocast"
+            results.measure(
+                key,
+                "layer",
+                lambda name=name, of=of, mixed=mixed: of_mask(name, of, max(args.repeats // 4, 2), mixed),
+            )
+
+
+def measure_routers(results: Results, size: Size, args: argparse.Namespace) -> None:
+    for name in list(ROUTERS)[:2] if args.quick else ROUTERS:
+
+        def one(name: str = name) -> dict[str, Any]:
+            functions = {
+                "router": routers.deciding(routers.make(name, size), size),
+                "floor": layers.dense(size, size.tokens),
+            }
+            target = 1.0 if name == "base" else 0.25
+            return {
+                "target": target,
+                "size": str(size),
+                **figures(functions, "floor", max(args.repeats // 2, 2)),
+            }
+
+        results.measure("router, {}".format(name), "routers", one)
+
+
+def measure_peers(results: Results, size: Size, args: argparse.Namespace) -> None:
+    builders = {name: build for group in peers.GROUPS for name, build in group.items()}
+    for experts, k in ((8, 1),) if args.quick else ((8, 1), (64, 1), (32, 2)):
+        for names in PEERS:
+
+            def one(experts: int = experts, k: int = k, names: list[str] = names) -> dict[str, Any]:
+                problem = peers.Problem.make(size, experts, k)
+                rows = peers.compare(
+                    problem, {name: builders[name] for name in names}, max(args.repeats // 4, 2)
+                )
+                for row in rows:
+                    row.pop("times", None)
+                brief = {r["name"]: round(r["ratio"]["median"], 2) if "ratio" in r else "-" for r in rows}
+                return {"size": str(size), "rows": rows, "brief": brief}
+
+            results.measure("peers, top-{} of {}, {}".format(k, experts, names[0]), "peers", one)
+
+
+def profile(step: Step, steps: int = 3) -> dict[str, Any]:
+    """Where the time of a step goes: its kernels by time, how many, and how long the GPU has none.
+
+    On a CPU, PyTorch's operations take the kernels' place.
+    """
+    on_gpu = torch.cuda.is_initialized()
+    kinds = [torch.profiler.ProfilerActivity.CPU]
+    kinds += [torch.profiler.ProfilerActivity.CUDA] if on_gpu else []
+    for _ in range(2):
+        step()
+    with torch.profiler.profile(activities=kinds) as prof:
+        for _ in range(steps):
+            step()
+        if on_gpu:
+            torch.cuda.synchronize()
+    device = torch.autograd.DeviceType.CUDA if on_gpu else torch.autograd.DeviceType.CPU
+    events = [e for e in prof.events() if e.device_type == device]
+    spans = sorted((e.time_range.start, e.time_range.end) for e in events)
+    busy, end = 0.0, spans[0][0] if spans else 0.0
+    for first, last in spans:
+        busy += max(last - max(first, end), 0)
+        end = max(end, last)
+    totals: dict[str, list[float]] = {}
+    for event in events:
+        entry = totals.setdefault(event.name[:120], [0, 0])
+        entry[0] += 1 / steps
+        entry[1] += (event.time_range.end - event.time_range.start) / steps
+    order = sorted(totals.items(), key=lambda item: -item[1][1])
+    span = (end - spans[0][0]) / steps if spans else 0.0
+    return {
+        "launches": round(len(events) / steps, 1),
+        "busy_us": round(busy / steps, 1),
+        "span_us": round(span, 1),
+        "kernels": [[name, round(n, 2), round(us, 1)] for name, (n, us) in order[:30]],
+        "brief": "{:.0f} launches, {:.0f} of {:.0f} us busy".format(len(events) / steps, busy / steps, span),
+    }
+
+
+def measure_profile(results: Results, size: Size, args: argparse.Namespace) -> None:
+    for name in PROFILED[:1] if args.quick else PROFILED:
+
+        def one(name: str = name, old: bool = False) -> dict[str, Any]:
+            step = layers.sparse(size, MASKS[name][1](size))
+            return profile(as_before(step) if old else step)
+
+        def floor(name: str = name) -> dict[str, Any]:
+            return profile(layers.dense(size, int(MASKS[name][1](size).sum())))
+
+        results.measure("profile, {}".format(name), "profile", one)
+        if name in PROFILED[:2]:
+            results.measure("profile, before, {}".format(name), "profile", lambda one=one: one(old=True))
+        if name == TOP_1:
+            results.measure("profile, floor of {}".format(name), "profile", floor)
+    results.measure("profile, one token", "profile", lambda: profile(layers.decoding(size)[0], 1))
+    for name in list(ROUTERS)[:1] if args.quick else ROUTERS:
+        results.measure(
+            "profile, router {}".format(name),
+            "profile",
+            lambda name=name: profile(routers.deciding(routers.make(name, size), size)),
+        )
+
+
+def report(known: dict[str, dict]) -> str:
+    """What is known as Markdown."""
+    lines = ["# Measured on a GPU", ""]
+    info = known.get("machine")
+    if info:
+        lines += ["{gpu}, torch {torch}, Python {python}, {cores} cores".format(**info["machine"]), ""]
+    kinds = {"layer": ["layer", "looked up", "before", "products"], "routers": ["router"]}
+    for part, names in kinds.items():
+        rows = [line for line in known.values() if line["part"] == part]
+        if not rows:
+            continue
+        lines += ["## {}".format(part.capitalize()), ""]
+        lines += ["In units of the floor: queued behind others, and (in brackets) alone.", ""]
+        lines += ["| case | at most | {} | floor, ms | MiB |".format(" | ".join(names))]
+        lines += ["| --- | --: |{} --: | --: |".format(" --: |" * len(names))]
+        for row in rows:
+            title = row["key"].split(", ", 1)[1]
+            if "error" in row:
+                lines.append("| {} | | {} |".format(title, row["error"]))
+                continue
+            cells = []
+            for name in names:
+                alone = row["ratio"].get(name, {}).get("median")
+                cells.append("-" if alone is None else "{} ({:.2f})".format(_in_floors(row, name), alone))
+            floor = row.get("queued_ms", row["ms"])["floor"] / row.get("calls", 1)
+            mib = " / ".join("{:.0f}".format(v) for v in row["mib"].values() if v is not None)
+            cells = [title, "{:.2f}".format(row["target"]), *cells, "{:.3f}".format(floor), mib]
+            lines.append("| {} |".format(" | ".join(cells)))
+        lines.append("")
+    for row in (line for line in known.values() if line["part"] == "peers"):
+        lines += ["### {}".format(row["key"]), ""]
+        if "error" in row:
+            lines += [row["error"], ""]
+            continue
+        lines += ["| | times ours | ms | MiB |", "| --- | --: | --: | --: |"]
+        for r in row["rows"]:
+            if "error" in r:
+                lines.append("| {} | {} | | |".format(r["name"], r["error"]))
+            else:
+                mib = "-" if r["mib"] is None else "{:.0f}".format(r["mib"])
+                lines.append(
+                    "| {} | {:.2f} | {:.2f} | {} |".format(r["name"], r["ratio"]["median"], r["ms"], mib)
+                )
+        lines.append("")
+    profiles = [line for line in known.values() if line["part"] == "profile" and "error" not in line]
+    if profiles:
+        lines += ["## Profiles", "", "| | launches | busy, us | of, us | most of it |"]
+        lines += ["| --- | --: | --: | --: | --- |"]
+        for row in profiles:
+            most = "; ".join("{} {:.0f} us".format(name[:40], us) for name, _, us in row["kernels"][:4])
+            title = row["key"].split(", ", 1)[1]
+            lines.append(
+                "| {} | {:.0f} | {:.0f} | {:.0f} | {} |".format(
+                    title, row["launches"], row["busy_us"], row["span_us"], most.replace("|", "/")
+                )
+            )
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _in_floors(row: dict, name: str) -> str:
+    times = row.get("queued_ms", row["ms"])
+    return "{:.2f}".format(times[name] / times["floor"])
+
+
+def main() -> int:
+    """Measure what is not known yet."""
+    args = parser().parse_args()
+    unknown = [part for part in args.parts if part not in PARTS]
+    if unknown:
+        parser().error("there is no part {!r}, but {}".format(unknown[0], ", ".join(PARTS)))
+    torch.manual_seed(0)
+    results = Results(args.out, args.seconds)
+    size = Size(16384, 1024, 4096, args.device, "bfloat16")
+    if args.quick:
+        size, args.repeats = Size(64, 16, 32, args.device, "bfloat16"), 2
+    results.measure("machine", "machine", lambda: {"machine": machine(torch.get_num_threads())})
+    functions = {
+        "profile": measure_profile,
+        "layer": measure_layer,
+        "routers": measure_routers,
+        "peers": measure_peers,
+    }
+    for part in args.parts or PARTS:
+        functions[part](results, size, args)
+    (args.out / "gpu.md").write_text(report(results.known))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
