@@ -24,6 +24,7 @@ from ..evolution.schedule import Schedule
 from ..moe import MoELayer, RoutingContext
 from ..moe.experts import from_dense
 from ..moe.loading import StateMismatch
+from ..moe.recorder import open_records
 
 
 class CheckpointMismatch(ValueError):
@@ -78,7 +79,7 @@ class _Batch:
     tokens: Optional[Tensor] = None
     embeddings: Optional[Tensor] = None
     memory: Dict[str, Any] = field(default_factory=dict)
-    generating: bool = False
+    statistics: bool = True
     first_row: int = 0
 
 
@@ -144,7 +145,7 @@ class MoEFeedForward:
             temperature=self.schedule.temperature(update),
             hard=phase == phase.HARD,
             memory=batch.memory,
-            statistics=not batch.generating,
+            statistics=batch.statistics,
             losses=moe.wanted_losses,
             noise_key=("gate", moe.spawner.seed, update, moe.spawner.layer) if self.training else None,
             first_row=batch.first_row,
@@ -183,12 +184,14 @@ class MoEFeedForward:
         """
         lookup, first_row = self.stack.lookup, self.rows_routed
         memory = lookup.memory
+        # nobody waits for losses in generation and evaluation, unless a criterion or a trainer has asked
+        statistics = bool(open_records()) and not generating
 
         def forward(x: Tensor):
             # a copy, so that a second pass for the sake of the gradients, perhaps in another thread, finds
             # what the first one found
             found = lookup.tokens, lookup.embeddings, dict(memory)
-            batch = _Batch(padding_mask, *found, generating, first_row)
+            batch = _Batch(padding_mask, *found, statistics, first_row)
             before = _batch.set(batch)
             try:
                 return layer(x)
