@@ -168,7 +168,11 @@ def _module(script):
 def command(script):
     """The console script of this interpreter's environment."""
     path = Path(sys.executable).parent / script
-    return [str(path)] if path.exists() else [sys.executable, "-m", _module(script)]
+    if path.exists():
+        return [str(path)]
+    if script == "evomoe":  # the plugin is used without being installed
+        return [sys.executable, str(USER_DIR / "bin" / script)]
+    return [sys.executable, "-m", _module(script)]
 
 
 def run(script, *values, check=True, stdin=None, cwd=None, **options):
