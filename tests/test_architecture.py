@@ -5,9 +5,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import fairseq_evomoe
 from fairseq_evomoe.moe import ROUTERS
+from support.cli import LM, build
+from support.tasks import PLAIN
 
 PACKAGE = Path(fairseq_evomoe.__file__).parent
 FLOORS = ["training", "checkpoints", "models", "criterions", "config", "evolution", "moe"]
@@ -80,13 +83,16 @@ def test_low_floors_know_no_flags_and_no_fairseq(floor):
             assert not any(n.split(".")[0] in ("fairseq", "omegaconf", "hydra") for n in names), name
 
 
-def files_of(call):
-    """The files of the package whose code runs in a call."""
+def files_on_the_way(call, dim, tokens):
+    """The files of the package whose functions are handed the hidden states of all tokens in a call."""
     seen = set()
 
     def look(frame, event, _):
         if event == "call" and frame.f_code.co_filename.startswith(str(PACKAGE)):
-            seen.add(Path(frame.f_code.co_filename).relative_to(PACKAGE).as_posix())
+            names = frame.f_code.co_varnames[: frame.f_code.co_argcount]
+            for value in [frame.f_locals.get(name) for name in names]:
+                if torch.is_tensor(value) and value.shape[-1:] == (dim,) and value.numel() == dim * tokens:
+                    seen.add(Path(frame.f_code.co_filename).relative_to(PACKAGE).as_posix())
 
     sys.setprofile(look)
     try:
@@ -94,6 +100,17 @@ def files_of(call):
     finally:
         sys.setprofile(None)
     return seen
+
+
+@pytest.mark.parametrize("router", sorted(set(ROUTERS) - {"soft"}))
+def test_a_token_crosses_few_files(router, lm_data):
+    """From the model's forward to an expert, whatever the router."""
+    settings = {**LM, **PLAIN, "moe_router": router, "decoder_embed_dim": 44, "decoder_ffn_embed_dim": 48}
+    model = build(lm_data, **settings, decoder_attention_heads=2).model.eval()
+    tokens = torch.randint(4, 20, (3, 7))
+    files = files_on_the_way(lambda: model(tokens), 44, 21)
+    assert "models/feed_forward.py" in files and "moe/layer.py" in files
+    assert len(files) <= 8, sorted(files)
 
 
 def test_every_router_is_one_file():

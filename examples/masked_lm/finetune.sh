@@ -5,7 +5,8 @@
 #
 # DATA is a folder for fairseq's sentence_prediction task, such as the bin/ of
 # `examples/data/prepare.py reviews OUT --vocabulary-from PRETRAINING_DATA`.
-# The experts are there from the start and routing is top-1 throughout (spawn and hard update 0).
+# The experts are there from the start and routing is top-1 throughout (spawn and hard update 0): a grown
+# model would go on so without these flags, and a dense one has its experts spawned on loading.
 # A model that was pretrained with a --moe-preset needs the same one here.
 set -eu
 data=$1 pretrained=$2 save_dir=$3

@@ -1,11 +1,13 @@
 """Options of routers that are registered after our models, such as those of another ``--user-dir``."""
 
-from dataclasses import fields, make_dataclass
-from typing import Any, Dict, Type
+from dataclasses import Field, fields, make_dataclass
+from typing import Any, Optional, Type
 
 from fairseq.models import MODEL_DATACLASS_REGISTRY, MODEL_REGISTRY
 from hydra.core.config_store import ConfigStore
 
+from ..config.config import routers_with
+from ..config.errors import PREFIX
 from ..config.options import flat_fields
 from .feed_forward import MoEModel
 
@@ -36,9 +38,9 @@ def refresh_options() -> None:
 
 
 def _extended(old: Type[Any]) -> Type[Any]:
-    known: Dict[str, Any] = {field.name: field.type for field in fields(old)}
-    own = vars(old).get("__annotations__", {})
-    new = [item for item in flat_fields() if item[0] not in own and _differs(known.get(item[0]), item[1])]
+    known = {field.name: field for field in fields(old)}
+    of_routers = [item for item in flat_fields() if _is_of_routers(item[0])]
+    new = [(name, kind, field) for name, kind, field in of_routers if _differs(known.get(name), kind, field)]
     if not new:
         return old
     made = make_dataclass(old.__name__, new, bases=(old,))
@@ -46,8 +48,14 @@ def _extended(old: Type[Any]) -> Type[Any]:
     return made
 
 
-def _differs(old: Any, new: Any) -> bool:
-    return old is None or _words(old) != _words(new)
+def _is_of_routers(name: str) -> bool:
+    """Whether a flat option may change when a router is registered; models have some others their own way."""
+    short = name[len(PREFIX) :] if name.startswith(PREFIX) else ""
+    return short == "router" or bool(routers_with(short))
+
+
+def _differs(old: Optional["Field[Any]"], kind: Any, field: "Field[Any]") -> bool:
+    return old is None or _words(old.type) != _words(kind) or old.metadata != field.metadata
 
 
 def _words(kind: Any) -> Any:

@@ -1,15 +1,21 @@
 """What stands in for a function, method, property or value of somebody else's does so once, whoever asks."""
 
 import functools
+import importlib
 import importlib.util
 import inspect
+import os
+import subprocess
 import sys
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
+from fairseq.data import data_utils
 
-from fairseq_evomoe import patching
+from fairseq_evomoe import compat, patching
 from fairseq_evomoe.patching import Patches, put, wrap
+from fairseq_evomoe.training import checkpoint_hooks, hooks
 
 
 @pytest.fixture
@@ -209,3 +215,50 @@ def test_what_is_replaced_is_recorded(module):
         ("somebody.Counter.step", f"{here}._Ten", "A number that somebody lacks."),
     ]
     assert sys.modules.get("somebody") is None
+
+
+PACKAGE = Path(patching.__file__).parent
+
+
+def test_a_second_copy_of_the_package_changes_nothing(monkeypatch):
+    """One under another name, such as that of another folder, as far as it can be imported."""
+    package = ModuleType("copied_evomoe")
+    package.__path__ = [str(PACKAGE)]
+    monkeypatch.setitem(sys.modules, "copied_evomoe", package)
+    before = [_current(compat.patches), data_utils.np]
+    assert all(before[0])
+    copy = importlib.import_module("copied_evomoe.compat")
+    try:
+        assert copy is not compat
+        copy.apply()
+        assert [_current(compat.patches), data_utils.np] == before
+        assert _current(copy.patches) == before[0]
+    finally:
+        for name in ("copied_evomoe.compat", "copied_evomoe.patching"):
+            del sys.modules[name]
+
+
+def test_hooks_are_installed_once():
+    every = [hooks.patches, checkpoint_hooks.patches]
+    before = [_current(patches) for patches in every]
+    hooks.install()
+    assert [_current(patches) for patches in every] == before
+
+
+def _current(patches):
+    """What there is in the places that are replaced."""
+    return [inspect.getattr_static(owner, name) for owner, name, _, _ in patches._steps]
+
+
+def test_importing_the_plugin_imports_nothing_that_fairseq_does_not():
+    code = """
+import sys
+import fairseq.trainer, fairseq_cli.train
+before = set(sys.modules)
+import fairseq_evomoe
+new = {name: getattr(sys.modules[name], "__file__", None) or "" for name in set(sys.modules) - before}
+print(sorted(name for name, file in new.items() if "packages" in file and "evomoe" not in name))
+"""
+    env = {**os.environ, "PYTHONPATH": str(PACKAGE.parent)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
