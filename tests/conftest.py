@@ -15,6 +15,20 @@ if not Path("/dev/nvidiactl").exists():  # without a GPU, Triton's interpreter r
 from support.data import BAD, GOOD, OBJECTS, preprocess, sentences, translated, write  # noqa: E402
 
 
+def pytest_configure(config):
+    """Let pytest-xdist hand out files in the order below, not those with the most tests first."""
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items):
+    """Files that take long come first, so that the last of them keeps no other process waiting."""
+    long = {
+        item.path for item in items if item.get_closest_marker("ranks") or item.get_closest_marker("slow")
+    }
+    items.sort(key=lambda item: item.path not in long)  # and else as they were
+
+
 @pytest.fixture(scope="session")
 def lm_data(tmp_path_factory):
     """Folder of a monolingual corpus for ``language_modeling`` and ``masked_lm``."""

@@ -108,6 +108,10 @@ def _count_from_before(config: MoEConfig, layers: List[MoEFeedForward], update: 
             "the checkpoint's experts have spawned already, so that they go on in the last stage (to begin "
             "with the first one, give --moe-spawn-update 0)"
         )
+    else:
+        logger.info(
+            "the checkpoint's experts have spawned already: their stages count from update 0, as the flags say"
+        )
 
 
 def spawn(trainer: Trainer) -> None:

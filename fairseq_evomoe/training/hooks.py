@@ -68,9 +68,9 @@ def begin_run(
     trainer.evomoe = RunState()
     layers = [layer for _, layer in moe_layers(model)]
     if layers:
-        check_before_trainer(cfg)
         if isinstance(model, MoEModel):
             settle_options(cfg, model.moe_config)
+        check_before_trainer(cfg)
         ranks.attach_ranks(cfg, model)
     original(trainer, cfg, task, model, criterion, *args, **kwargs)
     if layers:

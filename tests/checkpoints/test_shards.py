@@ -31,8 +31,8 @@ RESUMED = [
 
 
 def at(folder, update):
-    """The checkpoint of an update."""
-    return next(folder.glob(f"checkpoint_*_{update}.pt"))
+    """The checkpoint of an update, of which an epoch of two ranks has seven."""
+    return folder / f"checkpoint_{(update - 1) // 7 + 1}_{update}.pt"
 
 
 @pytest.fixture(scope="module")
@@ -45,8 +45,7 @@ def saved(lm_data, tmp_path_factory):
         [[lm_data], {**TWO, **EMA, "save_dir": sharded, "moe_sharded_checkpoint": True}],
     ]
     few = {**TWO, "save_dir": folder / "few", "moe_sharded_checkpoint": True, "keep_interval_updates": 1}
-    train_on_ranks(RANKS, [*jobs, [[lm_data], {**few, "no_last_checkpoints": True}]], folder / "jobs")
-    jobs = []
+    jobs.append([[lm_data], {**few, "no_last_checkpoints": True}])
     for update, kind, parallel in RESUMED:
         options = {**SETTINGS, **EMA, "moe_expert_parallel": parallel, "save_interval_updates": 0}
         options["restore_file"] = at(folder / kind, update)
@@ -57,7 +56,7 @@ def saved(lm_data, tmp_path_factory):
         options["finetune_from_model"] = at(folder / "whole", 5)
         options["save_dir"] = folder / f"upcycled-{parallel}"
         jobs.append([[lm_data], options])
-    train_on_ranks(RANKS, jobs, folder / "resumed")
+    train_on_ranks(RANKS, jobs, folder / "jobs")  # one after the other
     return folder
 
 

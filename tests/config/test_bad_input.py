@@ -152,7 +152,7 @@ def test_allowed(lm_data, changes):
     assert setup.trainer().get_num_updates() == 0  # built, and not refused
 
 
-@pytest.mark.parametrize("changes", [{}, {"moe_threshold": 1.0}, {"ddp_backend": "fully_sharded"}], ids=str)
+@pytest.mark.parametrize("changes", [{}, {"moe_threshold": 1.0}], ids=str)
 def test_sentence_is_the_last_line_of_the_command(lm_data, tmp_path, changes):
     settings = {**LM_ONE_LAYER, "moe_spawn_update": 14, **changes}
     result = run("fairseq-train", lm_data, check=False, **settings, cpu=True, save_dir=tmp_path)

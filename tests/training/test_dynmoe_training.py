@@ -185,14 +185,12 @@ def test_it_can_be_switched_off(lm_data, tmp_path, never_used):
 @pytest.mark.ranks
 def test_two_processes_decide_together(lm_data, tmp_path):
     settings = {**DYNMOE, "max_update": 8, "save_interval_updates": 5}
-    (result,) = train_on_ranks(
-        2, [[[lm_data], {**settings, "save_dir": tmp_path / "two"}]], tmp_path / "jobs"
-    )
+    # from the middle of a window: the checkpoint has the counts of both
+    middle = tmp_path / "two" / "checkpoint_2_5.pt"
+    jobs = [{"save_dir": tmp_path / "two"}, {"save_dir": tmp_path / "resumed", "restore_file": middle}]
+    result, resumed = train_on_ranks(2, [[[lm_data], {**settings, **job}] for job in jobs], tmp_path)
     assert len(result.lines("changed experts before update 3")) == 1  # only one of them logs
     two = state_of(tmp_path / "two" / "checkpoint_last.pt")
     assert two["decoder.layers.1.moe.experts.b2"].shape[0] > 4
-    # from the middle of a window: the checkpoint has the counts of both
-    middle = next((tmp_path / "two").glob("checkpoint_*_5.pt"))
-    resumed = {**settings, "restore_file": middle, "save_dir": tmp_path / "resumed"}
-    train_on_ranks(2, [[[lm_data], resumed]], tmp_path / "more")
+    assert [step["num_updates"] for step in resumed.log("train_inner")] == [6, 7, 8]
     assert_equal(state_of(tmp_path / "resumed" / "checkpoint_last.pt"), two)

@@ -155,7 +155,7 @@ def test_a_dummy_batch_reaches_every_parameter(options, lm_data):
 REFUSED = [
     ({"moe_expert_parallel": 2}, "--moe-expert-parallel 2 does not divide the number of ranks, 1"),
     ({"moe_expert_parallel": 5}, "--moe-expert-parallel must be from 1 to the --moe-experts (4)"),
-    ({"moe_expert_parallel": 0}, "--moe-expert-parallel must be from 1"),
+    ({"moe_expert_parallel": 0}, "--moe-expert-parallel must be at least 1"),
     ({"moe_sharded_checkpoint": True}, "--moe-sharded-checkpoint"),
     ({"moe_a2a_dtype": "bf16"}, "--moe-a2a-dtype"),
     ({"moe_a2a_compress": "lsh"}, "--moe-a2a-compress"),
