@@ -109,8 +109,8 @@ def _count_from_before(config: MoEConfig, layers: List[MoEFeedForward], update: 
             "with the first one, give --moe-spawn-update 0)"
         )
     else:
-        logger.info(
-            "the checkpoint's experts have spawned already: their stages count from update 0, as the flags say"
+        logger.warning(
+            "the checkpoint's experts have spawned already: their stages count from update 0, as flags say"
         )
 
 
