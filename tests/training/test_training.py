@@ -94,8 +94,8 @@ def test_the_spawn_says_what_it_does(lm_data, tmp_path):
     assert (int(update), int(before), int(after), method) == (6, 1, 4, "noise")
     assert [int(p_before.replace(",", ""))] == counted
     saved = parameters(tmp_path / "checkpoint_last.pt")
-    # one of the two layers has experts: three more of 32 x 48, and a gate with logits for each token
-    more = 3 * (2 * 32 * 48 + 48 + 32) + 4 * len(saved["decoder.embed_tokens.weight"])
+    # one of the two layers has experts: three more of 32 x 48, and a gate on the hidden state
+    more = 3 * (2 * 32 * 48 + 48 + 32) + 4 * 32
     assert int(p_after.replace(",", "")) == counted[0] + more
     assert saved["decoder.layers.1.moe.experts.w1"].shape == (4 * 48, 32)
     # between the warning of the spawn's update and the end, each update was counted once
