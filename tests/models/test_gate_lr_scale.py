@@ -52,7 +52,8 @@ def test_a_gate_that_is_given_is_not_scaled(gate_input):
 
 def test_a_run_spawns_with_it(lm_data):
     """With 4 gates and a vocabulary of some dozens, the spread of the table is known to some percent."""
-    trainer = build(lm_data, **{**LM, "moe_gate_lr_scale": 0.25, "moe_spawn_update": 2}).train(updates=4)
+    options = {"moe_gate_input": "table", "moe_gate_lr_scale": 0.25, "moe_spawn_update": 2}
+    trainer = build(lm_data, **{**LM, **options}).train(updates=4)
     router = trainer.get_model().decoder.layers[1].moe.router
     assert router.token_weight.std().item() == pytest.approx(3 / 0.25, rel=0.2)
 
@@ -60,7 +61,7 @@ def test_a_run_spawns_with_it(lm_data):
 @pytest.mark.parametrize(
     "options, words",
     [
-        ({"moe_gate_lr_scale": 0.0}, "--moe-gate-lr-scale must be over 0, but is 0"),
+        ({"moe_gate_lr_scale": 0.0}, "--moe-gate-lr-scale must be greater than 0, but is 0"),
         ({"moe_gate_lr_scale": 0.5, "moe_router": "hash"}, "--moe-gate-lr-scale 0.5 has no effect with"),
         ({"moe_gate_lr_scale": 0.5, "moe_router": "laplace"}, "--moe-gate-lr-scale 0.5 has no effect with"),
     ],
