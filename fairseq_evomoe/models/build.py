@@ -16,7 +16,7 @@ from fairseq.modules.transformer_layer import (
     TransformerDecoderLayerBase,
     TransformerEncoderLayerBase,
 )
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 
 from .. import compat
@@ -25,7 +25,7 @@ from ..config.errors import ConfigError
 from ..moe import Experts, Hidden, MoELayer, RoutingContext, Vocabulary
 from ..moe.options import OptionError
 from ..moe.plan import check_linear_gate
-from .feed_forward import MoEDecoderLayer, MoEEncoderLayer, StackInput
+from .feed_forward import MoEDecoderLayer, MoEEncoderLayer, StackInput, identity
 from .layer_drop import MoELayerDrop
 
 logger = logging.getLogger(__name__)
@@ -232,13 +232,9 @@ def _take_apart(config: MoEConfig, layer: nn.Module) -> Tuple[Hidden, bool]:
     of_model = F.gelu if layer.activation_fn is gelu else layer.activation_fn
     activation, gated = config.activation(of_model)
     hidden = Hidden(activation, layer.activation_dropout_module, norm)
-    layer.activation_fn = _identity
+    layer.activation_fn = identity
     layer.activation_dropout_module = layer.fc2 = nn.Identity()
     return hidden, gated
-
-
-def _identity(x: Tensor) -> Tensor:
-    return x
 
 
 def make_vocabulary(dictionary: Any, embeddings: Any) -> Vocabulary:

@@ -229,6 +229,11 @@ class MoEFeedForward:
                 state_dict[f"{experts}hidden.norm.{kind}"] = norm
 
 
+def identity(x: Tensor) -> Tensor:
+    """What is left of fairseq's own feed-forward network, after ``fc1``."""
+    return x
+
+
 class MoEEncoderLayer(MoEFeedForward, compat.EncoderLayer):
     """fairseq's encoder layer with an MoE layer."""
 
