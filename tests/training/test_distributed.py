@@ -18,7 +18,7 @@ def test_torchrun_without_world_size_is_refused(lm_data, tmp_path):
     result = launch(2, command("fairseq-train")[-1], *arguments)
     assert result.returncode != 0
     assert result.lines(
-        "ValueError: 2 processes were launched, but --distributed-world-size is 1, so each would train a "
+        "ConfigError: 2 processes were launched, but --distributed-world-size is 1, so each would train a "
         "model of its own into the same folder: add --distributed-world-size 2."
     )
     assert not list(tmp_path.iterdir())
