@@ -57,7 +57,7 @@ def test_the_ranks_of_a_slurm_job_find_each_other(lm_data, tmp_path):
     }
     tasks = [{**job, "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)} for rank in (0, 1)]
     results = run_side_by_side(
-        [(command("fairseq-train") + arguments, task) for task in tasks], tmp_path, time_limit=90
+        [(command("fairseq-train") + arguments, task) for task in tasks], tmp_path, time_limit=600
     )
     assert [result.returncode for result in results] == [0, 0], results[0].output
     log = results[0].log("train_inner")
