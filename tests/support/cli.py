@@ -200,13 +200,13 @@ def call(script, *values, stdin="", **options):
     return Result(output.getvalue())
 
 
-def call_hydra(path):
-    """Train in this process as ``fairseq-hydra-train`` does with a YAML file."""
+def call_hydra(path, *overrides):
+    """Train in this process as ``fairseq-hydra-train`` does with a YAML file and what replaces some of it."""
     module = importlib.import_module("fairseq_cli.hydra_train")
     hydra_init(path.stem)
     api = hydra if hasattr(hydra, "compose") else importlib.import_module("hydra.experimental")  # 1.0
     with api.initialize_config_dir(str(path.parent)):
-        cfg = api.compose(path.stem)
+        cfg = api.compose(path.stem, overrides=list(overrides))
     with _fresh_process() as output:
         module._hydra_main(cfg)
     return Result(output.getvalue())

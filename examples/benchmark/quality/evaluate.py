@@ -123,7 +123,7 @@ def looked_up_parameters(model: nn.Module) -> int:
     for module in model.modules():
         if isinstance(module, StableRouter):
             routers += module.embedding_VL.numel()
-        elif isinstance(module, LinearRouter) and module.gate_input == GateInput.table:
+        elif isinstance(module, LinearRouter) and module.options.gate_input == GateInput.table:
             routers += module.token_weight.numel()
     return sum(p.numel() for key, p in tables.items() if key not in multiplied) + routers
 

@@ -34,7 +34,7 @@ from fairseq.trainer import Trainer  # noqa: E402
 from protocol import read  # noqa: E402
 from systems import Settings, System  # noqa: E402
 
-SPAWN = {"moe_spawn_update": "0.1u"}
+SPAWN = {"moe_spawn_update": "10%"}
 # name -> file of the system, what is changed of it, and with how many experts it is trained
 SYSTEMS: dict[str, tuple[str, dict[str, Any], tuple[int, ...]]] = {
     "dense": ("dense", {}, (1,)),
