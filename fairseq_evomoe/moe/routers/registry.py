@@ -13,7 +13,7 @@ _R = TypeVar("_R", bound=Type["Router"])
 
 
 def register_router(name: str) -> Callable[[_R], _R]:
-    """Give a class of routers the name by which ``--moe-router`` and ``MoELayer`` know it.
+    """Give a class of routers the name by which the option ``router`` and ``MoELayer`` know it.
 
     Registering a name again replaces its class, so that a module may be imported twice.
 

@@ -44,7 +44,7 @@ class SoftRouter(Router):
 
         slots: int = option(
             1,
-            "Slots of each expert for each sequence, with --moe-router soft; about the mean length divided "
+            "Slots of each expert for each sequence, with moe-router soft; about the mean length divided "
             "by moe-experts for the cost of one expert a token.",
             at_least=1,
         )
