@@ -116,6 +116,7 @@ class Routing:
         losses: named auxiliary losses, float32 scalars with gradient, unweighted.
         gate_entropy: float32 scalar, entropy in nats of the gate's distribution, summed over tokens.
         probability_TE: float32, the gate's probabilities where the router has any, with gradient.
+        balance: scalar, the load-balance loss to be reported where ``losses`` has only the layer's part of it.
         dropped: pairs that a capacity left out; a number or an int64 scalar.
         slots: mixtures of tokens on which the experts work instead of tokens; ``token_N`` are slots then.
         sent_bytes: what this rank sends to others to carry the tokens to their experts and back.
@@ -131,6 +132,7 @@ class Routing:
     losses: Dict[str, Tensor] = field(default_factory=dict)
     gate_entropy: Optional[Tensor] = None
     probability_TE: Optional[Tensor] = None
+    balance: Optional[Tensor] = None
     dropped: Union[int, Tensor] = 0
     slots: Optional["Slots"] = None
     sent_bytes: int = 0
@@ -143,11 +145,12 @@ class Routing:
 
     def report(self) -> "Report":
         """What the routing of these tokens is like, without gradient."""
+        balance = self.losses.get("balance", 1.0) if self.balance is None else self.balance
         return Report(
             tokens=self.tokens,
             assignments=self.token_N.shape[0],
             load_E=self.load_E(),
-            balance=torch.as_tensor(self.losses.get("balance", 1.0)).detach(),
+            balance=torch.as_tensor(balance).detach(),
             gate_entropy=torch.zeros(()) if self.gate_entropy is None else self.gate_entropy,
             dropped=self.dropped,
             sent_bytes=self.sent_bytes,

@@ -113,7 +113,10 @@ class RecurrentRouter(TopKRouter):
         with torch.autocast(device_type=x_TD.device.type, enabled=False):
             state_TP = torch.gru_cell(x_TP, state_TP, *(p.to(x_TP.dtype) for p in parameters))
         context.memory["recurrent"] = state_TP
-        return super().forward(state_TP, context)
+        routing = super().forward(state_TP, context)
+        if "balance" in routing.losses:  # which are differences, and what is reported is not
+            routing.balance = context.memory["recurrent_balance_so_far"]
+        return routing
 
     def balance(self, expert_TK: Tensor, probability_TE: Tensor, context: RoutingContext) -> Tensor:
         """What this layer adds to the load-balance loss of all layers so far."""
@@ -123,6 +126,7 @@ class RecurrentRouter(TopKRouter):
         after = sums if before is None else (before[0] + sums[0], before[1] + sums[1], before[2] + sums[2])
         context.memory["recurrent_balance"] = after
         loss = _balance(after, context.ranks)
+        context.memory["recurrent_balance_so_far"] = loss.detach()
         return loss if before is None else loss - _balance(before, context.ranks)
 
     def _state(self, x_TP: Tensor, memory: Dict[str, Tensor]) -> Tensor:
