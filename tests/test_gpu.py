@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from fairseq_evomoe.moe import ROUTERS, Hidden, Routing
+from fairseq_evomoe.moe import ROUTERS, Hidden, Routing, RoutingContext, Vocabulary
 from fairseq_evomoe.moe.dispatch import kernels
 from fairseq_evomoe.moe.dispatch import local as ways
 from fairseq_evomoe.moe.dispatch.kernels import launch
@@ -82,6 +82,31 @@ def test_equal_experts_wait_for_nothing_from_the_device():
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("router", ["switch", "topk", "hash", "laplace", "recurrent", "stable"])
+def test_a_router_waits_for_nothing_from_the_device(router):
+    """With the noise of training; the device gives no size of a group, and is given no number."""
+    gate = ROUTERS[router](32, 4, vocabulary=Vocabulary(9, torch.ones(9)))
+    gate.initialize(torch.Generator().manual_seed(0))
+    gate.cuda().train()
+    token_T = torch.randint(9, (50,), device="cuda")
+
+    def step():
+        x_TD = torch.randn(50, 32, device="cuda", requires_grad=True)
+        routing = gate(x_TD, RoutingContext(token_T=token_T, noise_key=("gate", 1)))
+        routing.report()
+        total = routing.weight_N.sum() + sum(routing.losses.values())
+        if total.requires_grad:
+            total.backward()
+
+    step()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 HAS_KERNELS = pytest.mark.skipif(
