@@ -26,6 +26,7 @@ def records(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="a shell script")
 def test_all_of_it_in_small(lm_data, tmp_path):
     done = run(tmp_path, DATA=str(lm_data))
@@ -35,6 +36,13 @@ def test_all_of_it_in_small(lm_data, tmp_path):
     assert not [line for line in found if "error" in line and "grouped_mm" not in line["error"]]
     layer = next(line for line in found if line["key"] == "layer, T = 64, top-1, E = 8, balanced")
     assert layer["ratio"]["floor"]["median"] == 1 and layer["ratio"]["layer"]["median"] > 0
+    assert {"one function", "looked up"} < layer["ratio"].keys()
+    update = next(line for line in found if "whole update" in line["key"])
+    assert update["ratio"]["layer"]["median"] > 0 and update["profiles"].keys() == {
+        "layer",
+        "looked up",
+        "floor",
+    }
     profile = next(line for line in found if line["part"] == "profile")
     assert profile["launches"] > 10 and 0 < profile["busy_us"] <= profile["span_us"]
     assert (
@@ -61,6 +69,7 @@ def test_all_of_it_in_small(lm_data, tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_training_goes_on_from_its_checkpoints(lm_data, tmp_path):
     """The same numbers as without a cut."""
 
