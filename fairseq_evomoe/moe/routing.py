@@ -99,6 +99,14 @@ def count_experts(expert_N: Tensor, experts: int) -> Tensor:
     return (expert_N.unsqueeze(1) == torch.arange(experts, device=expert_N.device)).sum(0)
 
 
+def at_pairs(value_TE: Tensor, token_N: Tensor, expert_N: Tensor) -> Tensor:
+    """The value of each (token, expert) pair, each of which is there once: shape (N,).
+
+    Not by indexing with two tensors, for whose gradient a GPU sorts the pairs.
+    """
+    return value_TE.reshape(-1).gather(0, token_N * value_TE.shape[1] + expert_N)
+
+
 @dataclass
 class Vocabulary:
     """The dictionary of the tokens that a stack of layers reads.

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fairseq_evomoe.moe import RoutingContext, Vocabulary
-from fairseq_evomoe.moe.routing import count_experts
+from fairseq_evomoe.moe.routing import at_pairs, count_experts
 from support.router_checks import make
 
 V = 17
@@ -41,6 +41,16 @@ def test_a_step_with_any_number_of_experts_does(monkeypatch):
     monkeypatch.setattr(torch, "autocast", lambda **settings: nullcontext())
     with pytest.raises(NotImplementedError, match="nonzero"):
         route_and_go_back("dts", "meta")
+
+
+def test_values_at_pairs_are_those_of_an_index():
+    torch.manual_seed(0)
+    value_TE = torch.randn(7, 3).t().contiguous().t().requires_grad_()  # not in the order of its rows
+    token_N, expert_N = (torch.rand(7, 3) < 0.5).nonzero(as_tuple=True)
+    found = [at_pairs(value_TE, token_N, expert_N), value_TE[token_N, expert_N]]
+    factor_N = torch.randn(len(token_N))
+    grads = [torch.autograd.grad((values * factor_N).sum(), value_TE)[0] for values in found]
+    assert torch.equal(*found) and torch.equal(*grads)
 
 
 class LooksLikeAGpu(torch.Tensor):
