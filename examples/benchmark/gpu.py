@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Measure what the layer, the routers and other implementations cost on a GPU, and where the time goes.
 
-    python examples/benchmark/gpu.py [layer] [routers] [step] [profile] [peers] [compiled] --out FOLDER
+    python examples/benchmark/gpu.py [PART ...] --out FOLDER
 
 Each figure is a JSON line of FOLDER/gpu.jsonl as soon as it is there; the same command goes on where it was
 cut, and makes FOLDER/gpu.md of what there is.  `step` trains, and needs --data.  With --quick everything is
@@ -42,7 +42,7 @@ from fairseq_evomoe.moe.dispatch.kernels import launch  # noqa: E402
 from fairseq_evomoe.moe.routers import ROUTERS  # noqa: E402
 
 Step = Callable[[], None]
-PARTS = ["layer", "routers", "step", "profile", "peers", "compiled"]
+PARTS = ["layer", "routers", "step", "profile", "sizes", "peers", "compiled"]
 """In the order in which they are worth most, should time be up."""
 TOP_1 = "top-1, E = 8, balanced"
 
@@ -257,19 +257,25 @@ def one_token(size: Size, repeats: int) -> dict[str, Any]:
 
 
 def measure_layer(results: Results, size: Size, args: argparse.Namespace) -> None:
-    for tokens in (size.tokens,) if args.quick else (size.tokens, size.tokens // 4, 4 * size.tokens):
+    for name in MASKS:
+        key = "layer, T = {}, {}".format(size.tokens, name)
+        results.measure(key, "layer", lambda name=name: of_mask(name, size, args.repeats))
+    for name, grown in (("single expert", False), ("8 of 8 with its gate", True)):
+        key = "layer, T = {}, {}".format(size.tokens, name)
+        results.measure(key, "layer", lambda grown=grown: whole(size, grown, args.repeats))
+    key = "layer, one token, E = 64, with its gate"
+    results.measure(key, "layer", lambda: one_token(size, args.repeats))
+
+
+def measure_sizes(results: Results, size: Size, args: argparse.Namespace) -> None:
+    """The layer with other numbers of tokens and in other dtypes."""
+    for tokens in () if args.quick else (size.tokens // 4, 4 * size.tokens):
         for name in MASKS:
             if tokens > size.tokens and name.endswith("8 of 8"):
                 continue  # half a million rows
             of = replace(size, tokens=tokens)
             key = "layer, T = {}, {}".format(tokens, name)
             results.measure(key, "layer", lambda name=name, of=of: of_mask(name, of, args.repeats))
-        if tokens == size.tokens:
-            for name, grown in (("single expert", False), ("8 of 8 with its gate", True)):
-                key = "layer, T = {}, {}".format(tokens, name)
-                results.measure(key, "layer", lambda grown=grown: whole(size, grown, args.repeats))
-            key = "layer, one token, E = 64, with its gate"
-            results.measure(key, "layer", lambda: one_token(size, args.repeats))
     for kind, names in OTHERS.items():
         for name in names[:1] if args.quick else names:
             of = replace(size, dtype="float32")
@@ -519,6 +525,7 @@ def main() -> int:
         "routers": measure_routers,
         "step": measure_step,
         "profile": measure_profile,
+        "sizes": measure_sizes,
         "peers": measure_peers,
         "compiled": measure_compiled,
     }
