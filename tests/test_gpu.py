@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from fairseq_evomoe.moe import ROUTERS, Hidden, Routing, RoutingContext, Vocabulary
+from fairseq_evomoe.criterions.moe import statistics
+from fairseq_evomoe.moe import ROUTERS, Hidden, MoELayer, Routing, RoutingContext, Vocabulary, record
 from fairseq_evomoe.moe.dispatch import kernels
 from fairseq_evomoe.moe.dispatch import local as ways
 from fairseq_evomoe.moe.dispatch.kernels import launch
@@ -107,6 +108,20 @@ def test_a_router_waits_for_nothing_from_the_device(router):
         step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_statistics_of_a_batch_wait_for_nothing_from_the_device():
+    layer = MoELayer(32, 64, 4, "switch").cuda()
+    layer.spawn("copy")
+    with record() as routings:
+        y = layer(torch.randn(50, 32, device="cuda"))
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = statistics(layer, [layer], routings, y)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert found["moe_active"].tolist() == [50 * layer.experts.parameters_of_each()[0]]
 
 
 HAS_KERNELS = pytest.mark.skipif(
