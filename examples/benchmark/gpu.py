@@ -31,6 +31,8 @@ import layer as layers  # noqa: E402
 import peers  # noqa: E402
 import routers  # noqa: E402
 import torch  # noqa: E402
+from gpu_profile import profile  # noqa: E402
+from gpu_report import report  # noqa: E402
 from layer import Size  # noqa: E402
 from systems import DENSE, System  # noqa: E402
 from timing import clean_up, interleave, machine, peak_memory, ratios  # noqa: E402
@@ -375,44 +377,6 @@ def measure_peers(results: Results, size: Size, args: argparse.Namespace) -> Non
             results.measure("peers, top-{} of {}, {}".format(k, experts, names[0]), "peers", one)
 
 
-def profile(step: Step, steps: int = 3) -> dict[str, Any]:
-    """Where the time of a step goes: its kernels by time, how many, and how long the GPU has none.
-
-    On a CPU, PyTorch's operations take the kernels' place.
-    """
-    on_gpu = torch.cuda.is_initialized()
-    kinds = [torch.profiler.ProfilerActivity.CPU]
-    kinds += [torch.profiler.ProfilerActivity.CUDA] if on_gpu else []
-    for _ in range(2):
-        step()
-    with torch.profiler.profile(activities=kinds) as prof:
-        for _ in range(steps):
-            step()
-        if on_gpu:
-            torch.cuda.synchronize()
-    device = torch.autograd.DeviceType.CUDA if on_gpu else torch.autograd.DeviceType.CPU
-    events = [e for e in prof.events() if e.device_type == device]
-    spans = sorted((e.time_range.start, e.time_range.end) for e in events)
-    busy, end = 0.0, spans[0][0] if spans else 0.0
-    for first, last in spans:
-        busy += max(last - max(first, end), 0)
-        end = max(end, last)
-    totals: dict[str, list[float]] = {}
-    for event in events:
-        entry = totals.setdefault(event.name[:120], [0, 0])
-        entry[0] += 1 / steps
-        entry[1] += (event.time_range.end - event.time_range.start) / steps
-    order = sorted(totals.items(), key=lambda item: -item[1][1])
-    span = (end - spans[0][0]) / steps if spans else 0.0
-    return {
-        "launches": round(len(events) / steps, 1),
-        "busy_us": round(busy / steps, 1),
-        "span_us": round(span, 1),
-        "kernels": [[name, round(n, 2), round(us, 1)] for name, (n, us) in order[:30]],
-        "brief": "{:.0f} launches, {:.0f} of {:.0f} us busy".format(len(events) / steps, busy / steps, span),
-    }
-
-
 def measure_profile(results: Results, size: Size, args: argparse.Namespace) -> None:
     for name in PROFILED[:1] if args.quick else PROFILED:
 
@@ -437,75 +401,6 @@ def measure_profile(results: Results, size: Size, args: argparse.Namespace) -> N
             "profile",
             lambda name=name: profile(routers.deciding(routers.make(name, size), size, True)),
         )
-
-
-def report(known: dict[str, dict]) -> str:
-    """What is known as Markdown."""
-    lines = ["# Measured on a GPU", ""]
-    info = known.get("machine")
-    if info:
-        lines += ["{gpu}, torch {torch}, Python {python}, {cores} cores".format(**info["machine"]), ""]
-    kinds = {
-        "layer": ["layer", "one function", "looked up", "before", "products"],
-        "routers": ["router", "in training", "compiled"],
-    }
-    for part, names in kinds.items():
-        rows = [line for line in known.values() if line["part"] == part]
-        if not rows:
-            continue
-        names = [name for name in names if any(name in line.get("ratio", {}) for line in rows)]
-        lines += ["## {}".format(part.capitalize()), ""]
-        lines += ["In units of the floor: queued behind others, and (in brackets) alone.", ""]
-        lines += ["| case | at most | {} | floor, ms | MiB |".format(" | ".join(names))]
-        lines += ["| --- | --: |{} --: | --: |".format(" --: |" * len(names))]
-        for row in rows:
-            title = row["key"].split(", ", 1)[1]
-            if "error" in row:
-                lines.append("| {} | | {} |".format(title, row["error"]))
-                continue
-            cells = []
-            for name in names:
-                alone = row["ratio"].get(name, {}).get("median")
-                cells.append("-" if alone is None else "{} ({:.2f})".format(_in_floors(row, name), alone))
-            floor = row.get("queued_ms", row["ms"])["floor"] / row.get("calls", 1)
-            mib = " / ".join("{:.0f}".format(v) for v in row["mib"].values() if v is not None)
-            cells = [title, "{:.2f}".format(row["target"]), *cells, "{:.3f}".format(floor), mib]
-            lines.append("| {} |".format(" | ".join(cells)))
-        lines.append("")
-    for row in (line for line in known.values() if line["part"] == "peers"):
-        lines += ["### {}".format(row["key"]), ""]
-        if "error" in row:
-            lines += [row["error"], ""]
-            continue
-        lines += ["| | times ours | ms | MiB |", "| --- | --: | --: | --: |"]
-        for r in row["rows"]:
-            if "error" in r:
-                lines.append("| {} | {} | | |".format(r["name"], r["error"]))
-            else:
-                mib = "-" if r["mib"] is None else "{:.0f}".format(r["mib"])
-                lines.append(
-                    "| {} | {:.2f} | {:.2f} | {} |".format(r["name"], r["ratio"]["median"], r["ms"], mib)
-                )
-        lines.append("")
-    profiles = [line for line in known.values() if line["part"] == "profile" and "error" not in line]
-    if profiles:
-        lines += ["## Profiles", "", "| | launches | busy, us | of, us | most of it |"]
-        lines += ["| --- | --: | --: | --: | --- |"]
-        for row in profiles:
-            most = "; ".join("{} {:.0f} us".format(name[:40], us) for name, _, us in row["kernels"][:4])
-            title = row["key"].split(", ", 1)[1]
-            lines.append(
-                "| {} | {:.0f} | {:.0f} | {:.0f} | {} |".format(
-                    title, row["launches"], row["busy_us"], row["span_us"], most.replace("|", "/")
-                )
-            )
-        lines.append("")
-    return "\n".join(lines)
-
-
-def _in_floors(row: dict, name: str) -> str:
-    times = row.get("queued_ms", row["ms"])
-    return "{:.2f}".format(times[name] / times["floor"])
 
 
 def main() -> int:
