@@ -88,6 +88,25 @@ class RoutingContext:
         return noise.uniform(self.noise_key, first, rows, columns, like.device).to(like.dtype)
 
 
+def count_experts(expert_N: Tensor, experts: int) -> Tensor:
+    """How often each expert is named: int64, shape (E,).
+
+    On a GPU without `torch.bincount`, which waits there for the largest number; the comparisons take a byte
+    for each pair and expert, where a gate has logits of four.
+    """
+    if expert_N.device.type == "cpu":
+        return torch.bincount(expert_N, minlength=experts)
+    return (expert_N.unsqueeze(1) == torch.arange(experts, device=expert_N.device)).sum(0)
+
+
+def at_pairs(value_TE: Tensor, token_N: Tensor, expert_N: Tensor) -> Tensor:
+    """The value of each (token, expert) pair, each of which is there once: shape (N,).
+
+    Not by indexing with two tensors, for whose gradient a GPU sorts the pairs.
+    """
+    return value_TE.reshape(-1).gather(0, token_N * value_TE.shape[1] + expert_N)
+
+
 @dataclass
 class Vocabulary:
     """The dictionary of the tokens that a stack of layers reads.
@@ -141,7 +160,7 @@ class Routing:
 
     def load_E(self) -> Tensor:
         """Assignments for each expert: float32, shape (E,)."""
-        return torch.bincount(self.expert_N, minlength=self.experts).to(torch.float32)
+        return count_experts(self.expert_N, self.experts).to(torch.float32)
 
     def report(self) -> "Report":
         """What the routing of these tokens is like, without gradient."""

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 FOLDER = Path(__file__).resolve().parents[2] / "examples" / "benchmark"
-pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="a shell script")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform == "win32", reason="a shell script")]
 
 
 def run(folder, **environment):
@@ -47,6 +47,13 @@ def test_all_of_it_in_small(measured):
     assert not [line for line in found if "error" in line and "grouped_mm" not in line["error"]]
     layer = next(line for line in found if line["key"] == "layer, T = 64, top-1, E = 8, balanced")
     assert layer["ratio"]["floor"]["median"] == 1 and layer["ratio"]["layer"]["median"] > 0
+    assert {"one function", "looked up"} < layer["ratio"].keys()
+    update = next(line for line in found if "whole update" in line["key"])
+    assert update["ratio"]["layer"]["median"] > 0 and update["profiles"].keys() == {
+        "layer",
+        "looked up",
+        "floor",
+    }
     profile = next(line for line in found if line["part"] == "profile")
     assert profile["launches"] > 10 and 0 < profile["busy_us"] <= profile["span_us"]
     assert (

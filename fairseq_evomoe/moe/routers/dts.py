@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..losses import active_balance_loss, balance_loss, top1_balance_loss
 from ..options import OptionError, loss_weight, option
-from ..routing import Routing, RoutingContext
+from ..routing import Routing, RoutingContext, at_pairs
 from .registry import register_router
 from .router import BALANCE, RENORMALIZE, LinearRouter, Renormalize, at_most_all, divisor
 
@@ -129,13 +129,14 @@ class DenseToSparseRouter(LinearRouter):
         k = self.options.hard_experts
         best_TK = y_TE.topk(k).indices if k > 1 else y_TE.argmax(-1, True)
         if hard:
-            token_N = torch.arange(x_TD.shape[0], device=x_TD.device).repeat_interleave(k)
+            token_N = torch.arange(x_TD.shape[0], device=x_TD.device)
+            token_N = token_N if k == 1 else token_N.repeat_interleave(k)
             expert_N = best_TK.flatten()
             weight_N = weight_TE.gather(1, best_TK).flatten()
         else:
             mask_TE = (y_TE > self.options.threshold).scatter(1, best_TK, True)
             token_N, expert_N = mask_TE.nonzero(as_tuple=True)
-            weight_N = weight_TE[token_N, expert_N]
+            weight_N = at_pairs(weight_TE, token_N, expert_N)
         if self.options.renormalize != Renormalize.never:
             total_T = weight_N.new_zeros(x_TD.shape[0]).index_add(0, token_N, weight_N)
             weight_N = weight_N / divisor(total_T, self.options.renormalize)[token_N]

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from ..losses import active_balance_loss
 from ..options import like, loss_weight, option
-from ..routing import Routing, RoutingContext
+from ..routing import Routing, RoutingContext, at_pairs
 from .registry import register_router
 from .router import BALANCE, RENORMALIZE, LinearRouter, Renormalize, divisor
 
@@ -61,8 +61,8 @@ class TopPRouter(LinearRouter):
         token_N, rank_N = chosen_TE.nonzero(as_tuple=True)
         routing = Routing(
             token_N=token_N,
-            expert_N=expert_TE[token_N, rank_N],
-            weight_N=weight_TE[token_N, rank_N],
+            expert_N=at_pairs(expert_TE, token_N, rank_N),
+            weight_N=at_pairs(weight_TE, token_N, rank_N),
             tokens=x_TD.shape[0],
             experts=self.experts,
             probability_TE=probability_TE,
