@@ -135,7 +135,7 @@ class Routing:
         losses: named auxiliary losses, float32 scalars with gradient, unweighted.
         gate_entropy: float32 scalar, entropy in nats of the gate's distribution, summed over tokens.
         probability_TE: float32, the gate's probabilities where the router has any, with gradient.
-        balance: scalar, the load-balance loss to be reported where ``losses`` has only the layer's part of it.
+        balance: scalar, the load-balance loss to report where ``losses`` has only the layer's part of it.
         dropped: pairs that a capacity left out; a number or an int64 scalar.
         slots: mixtures of tokens on which the experts work instead of tokens; ``token_N`` are slots then.
         sent_bytes: what this rank sends to others to carry the tokens to their experts and back.
