@@ -9,12 +9,16 @@ import logging
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
 from fairseq import checkpoint_utils
+from fairseq.data.iterators import EpochBatchIterating
+from fairseq.dataclass.configs import CheckpointConfig
+from fairseq.file_io import PathManager
 from fairseq.trainer import Trainer
 
-from ..checkpoints import shards
+from ..checkpoints import index, saving, shards
 from ..checkpoints import whole as checkpoints
 from ..models.feed_forward import CheckpointMismatch, MoEFeedForward, moe_layers
 from ..moe import MoELayer
+from ..moe.ranks import ALONE
 from ..patching import Patches
 from . import growth, ranks
 from .state import RunState
@@ -25,6 +29,33 @@ Original = Callable[..., Any]
 
 patches = Patches()
 patches.replaces(checkpoint_utils, "load_checkpoint_to_cpu")(shards.load_all_files)
+patches.replaces(checkpoint_utils, "torch_persistent_save")(saving.write)
+patches.replaces(checkpoint_utils, "checkpoint_paths")(saving.found)
+patches.replaces(PathManager, "copy")(saving.copy)
+
+
+@patches.replaces(checkpoint_utils, "save_checkpoint")
+def save_safely(
+    original: Original,
+    cfg: CheckpointConfig,
+    trainer: Trainer,
+    epoch_itr: EpochBatchIterating,
+    val_loss: Optional[float],
+) -> Optional[str]:
+    """At every moment a whole checkpoint is on the disk, whatever rank dies."""
+    model = trainer.get_model()
+    local = not cfg.write_checkpoints_asynchronously and PathManager.supports_rename(cfg.save_dir)
+    if cfg.no_save or not local or not any(True for _ in moe_layers(model)):
+        return original(cfg, trainer, epoch_itr, val_loss)
+    own = ranks.ranks_of(model)
+    several = ranks.is_sharded(trainer) and trainer.cfg.model.moe_sharded_checkpoint
+    under_way = saving.Saving(own if several and own.rank < own.parallel else ALONE)
+    with saving.recorded(under_way):
+        result = original(cfg, trainer, epoch_itr, val_loss)
+    under_way.commit()
+    if trainer.data_parallel_rank == 0:
+        saving.delete_old(cfg, epoch_itr.end_of_epoch(), trainer.cfg.checkpoint.checkpoint_suffix)
+    return result
 
 
 @patches.replaces(Trainer, "consolidate_optimizer")
@@ -69,7 +100,7 @@ def suffix_of_file(original: Original, trainer: Trainer) -> str:
     suffix: str = original(trainer)
     # only while saving: a checkpoint of another number of files can be loaded
     if RunState.of(trainer).shards is not None:
-        suffix += shards.suffix_of(ranks.ranks_of(trainer.get_model()).group_rank)
+        suffix += index.suffix_of(ranks.ranks_of(trainer.get_model()).group_rank)
     return suffix
 
 
