@@ -231,7 +231,7 @@ def broken_record(path: str) -> Optional[str]:
 
 def _bytes_of(view: memoryview, record: zipfile.ZipInfo) -> memoryview:
     start, header = record.header_offset, 30
-    if record.compress_type != zipfile.ZIP_STORED or view[start : start + 4] != b"PK\x03\x04":
+    if record.compress_type != zipfile.ZIP_STORED or bytes(view[start : start + 4]) != b"PK\x03\x04":
         raise zipfile.BadZipFile(f"the header of {record.filename} is damaged")
     name, extra = struct.unpack("<HH", view[start + 26 : start + header])
     start += header + name + extra
