@@ -24,6 +24,7 @@ from fairseq.dataclass.configs import CheckpointConfig
 
 from ..moe.ranks import ALONE, Ranks
 from . import recovery, storage
+from .finite import not_finite
 from .index import path_of, suffix_of
 
 logger = logging.getLogger(__name__)
@@ -68,6 +69,12 @@ class Saving:
         """Write this rank's file under its temporary name."""
         self.names.append(name)
         with self._noting_errors(f"The checkpoint cannot be written to {name}"):
+            broken = not_finite(state)
+            if broken is not None:
+                raise CannotSave(
+                    f"{broken} has NaN or Inf: {name} is not written, and the checkpoints there stay. Go "
+                    "on from one of them with a lower --lr or --clip-norm."
+                )
             self._make_room(self.first_name(name))
             storage.write(state, name + storage.TEMPORARY)
             self.source = name
