@@ -1,13 +1,18 @@
 """At every moment of saving, a whole checkpoint is on the disk: ranks are killed at each step."""
 
+import os
 import shutil
+import signal
+from pathlib import Path
 
 import pytest
 import torch
 from fairseq import checkpoint_utils
 
 from fairseq_evomoe.checkpoints import recovery
-from support.dying_ranks import SETTINGS, save_and_die, state_at
+from fairseq_evomoe.moe.ranks import Ranks
+from fairseq_evomoe.training import checkpoint_hooks
+from support.dying_ranks import FULL, SETTINGS, save, save_and_die, state_at
 
 STEPS = range(12)  # more than there are
 
@@ -40,11 +45,11 @@ def updates_there(folder):
 def test_whenever_a_rank_dies_a_whole_checkpoint_is_there(size, rank, options, tmp_path):
     begun = tmp_path / "begun"
     begun.mkdir()
-    assert not save_and_die(size, begun, [1, 2], SETTINGS[options])
+    assert save_and_die(size, begun, [1, 2], SETTINGS[options]) == [0] * size
     for step in STEPS:
         folder = tmp_path / str(step)
         shutil.copytree(begun, folder)
-        died = save_and_die(size, folder, [3], SETTINGS[options], (rank, step))
+        died = -signal.SIGKILL in save_and_die(size, folder, [3], SETTINGS[options], (rank, step))
         there = updates_there(folder)
         assert there["checkpoint_last.pt"] in (2, 3) and there["checkpoint_best.pt"] in (2, 3)
         # the ranks start anew, and what was left half done is in nobody's way
@@ -60,3 +65,64 @@ def test_whenever_a_rank_dies_a_whole_checkpoint_is_there(size, rank, options, t
     else:
         raise AssertionError("there are more steps")
     assert step > 4
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_cannot_write_stops_all_and_the_old_checkpoint_stays(rank, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    assert save_and_die(2, folder, [1], SETTINGS["keep 1"]) == [0, 0]
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    assert save_and_die(2, folder, [2], SETTINGS["keep 1"], (rank, FULL)) == [1, 1]
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
+@pytest.fixture
+def events(monkeypatch):
+    """What one of two ranks does to the disk, in order; the other one is always there when it is met."""
+    done = []
+
+    def record(owner, name, describe):
+        original = getattr(owner, name)
+
+        def recording(*args, **kwargs):
+            result = original(*args, **kwargs)
+            done.append(describe(*args))
+            return result
+
+        monkeypatch.setattr(owner, name, recording)
+
+    path = lambda file: Path(os.readlink(f"/proc/self/fd/{file}")).name  # noqa: E731
+    record(torch, "save", lambda state, file: f"write {Path(file.name).name}")
+    record(shutil, "copyfile", lambda source, target: f"write {Path(target).name}")
+    record(os, "fsync", lambda file: f"flush {path(file)}")
+    record(os, "replace", lambda source, target: f"rename {Path(source).name}")
+    record(os, "remove", lambda target: f"delete {Path(target).name}")
+
+    def meet(told, own, group):
+        told[:] = [(None, [name.replace("-experts1", "") for name in own[1]])] * 2
+        done.append("meet")
+
+    monkeypatch.setattr("torch.distributed.all_gather_object", meet)
+    return done
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_what_is_renamed_is_on_the_disk(rank, events, tmp_path):
+    """A power cut loses what is not flushed, and keeps renames in any order until their folder is flushed."""
+    checkpoint_hooks.patches.apply()
+    (tmp_path / "run").mkdir()
+    for update in (1, 2):
+        events.clear()
+        save(update, tmp_path / "run", Ranks(size=2, rank=rank, parallel=2), SETTINGS["keep 1"])
+    end = "-experts1.pt.tmp" if rank else ".pt.tmp"
+    names = [name + end for name in ("checkpoint_1_2", "checkpoint_best", "checkpoint_last")]
+    written = [f"{what} {name}" for name in names for what in ("write", "flush")]
+    renamed = [f"rename {name}" for name in names] + ["flush run"]
+    assert events[0] == written[0] and events[1] == written[1]
+    meetings = [i for i, event in enumerate(events) if event == "meet"]
+    assert events[: meetings[1]] == written[:2] + ["meet"] + written[2:] + ["flush run"]
+    between = [events[meetings[i] + 1 : meetings[i + 1]] for i in (1, 2)]
+    assert between == ([[], renamed] if rank else [renamed, []])
+    deleted = events[meetings[3] + 1 :]
+    assert len(meetings) == 4 and deleted == ([] if rank else ["delete checkpoint_1_1.pt"])

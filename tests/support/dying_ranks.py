@@ -22,6 +22,9 @@ from fairseq_evomoe.moe.ranks import ALONE, Ranks
 from fairseq_evomoe.moe.sharding import deal_experts
 from fairseq_evomoe.training import checkpoint_hooks
 
+FULL = -1
+"""In place of a step: the rank lives, and has no space left on its disk."""
+
 LAYER, WIDTHS = "decoder.layers.1", [2, 2, 2, 2]
 SETTINGS = {
     "best and last": {},
@@ -91,9 +94,15 @@ def _work(rank, size, folder, meeting, updates, options, death):
             file.write(b"half of it")
             file.flush()
             _die()
+        if update == updates[-1] and death == (rank, FULL):
+            raise OSError("No space left on device")
         write(state, file, *args, **kwargs)
 
-    with mock.patch.object(saving, "step", count), mock.patch.object(torch, "save", write_half):
+    with (
+        mock.patch.object(saving, "step", count),
+        mock.patch.object(torch, "save", write_half),
+        mock.patch("time.sleep"),
+    ):
         for update in updates:
             steps.clear()
             save(update, folder, ranks, options)
@@ -129,4 +138,4 @@ def save_and_die(size, folder, updates, options, death=None):
     for process in processes:
         process.join(60)
         assert process.exitcode is not None
-    return any(process.exitcode == -signal.SIGKILL for process in processes)
+    return [process.exitcode for process in processes]
