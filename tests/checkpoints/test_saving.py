@@ -126,3 +126,15 @@ def test_what_is_renamed_is_on_the_disk(rank, events, tmp_path):
     assert between == ([[], renamed] if rank else [renamed, []])
     deleted = events[meetings[3] + 1 :]
     assert len(meetings) == 4 and deleted == ([] if rank else ["delete checkpoint_1_1.pt"])
+
+
+def test_what_still_has_its_temporary_name_is_not_written_over(tmp_path):
+    """A rank dies before it gives its files their names, and again while it writes the next ones."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    save_and_die(2, folder, [1, 2], SETTINGS["best and last"], (1, 4))
+    temporary = folder / "checkpoint_best-experts1.pt.tmp"
+    assert temporary.exists() and updates_there(folder)["checkpoint_best.pt"] == 2
+    save_and_die(2, folder, [3], SETTINGS["best and last"], (1, 0))
+    assert temporary.read_bytes() == b"half of it"
+    assert set(updates_there(folder).values()) == {2}
