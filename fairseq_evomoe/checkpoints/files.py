@@ -64,16 +64,20 @@ def save(files: Iterable[Tuple[str, Dict[str, Any]]], first: str) -> List[str]:
             paths.append(path)
             storage.write(content, path + storage.TEMPORARY)
         storage.flush_folders(paths)
+        storage.rename(first)  # as saving.py does: from now on the set is there
     except BaseException as error:
         storage.remove(path + storage.TEMPORARY for path in paths)
         if isinstance(error, (OSError, RuntimeError)):
             reason = str(error).rstrip(".")
-            raise CommandError(f"The checkpoint cannot be written to {paths[-1]}: {reason}.") from error
+            raise CommandError(
+                f"The checkpoint cannot be written to {(paths or [first])[-1]}: {reason}."
+            ) from error
         raise
     paths = [first, *(path for path in reversed(paths) if path != first)]
-    for path in paths:  # as saving.py does: with the first the set is there
+    storage.flush_folders([first])
+    for path in paths[1:]:
         storage.rename(path)
-        storage.flush_folders([path])
+    storage.flush_folders(paths)
     storage.remove(set(recovery.parts_of(first)) - set(paths))
     return paths
 
@@ -82,20 +86,13 @@ def load(path: str) -> Dict[str, Any]:
     """A checkpoint with all experts, from one file or several, checked to the last bit; on the CPU.
 
     Raises:
-        CommandError: there is none, or it has something that no checkpoint has.
+        CommandError: there is none.
         DamagedCheckpoint: one of the files is missing, damaged or from another checkpoint.
     """
     if not Path(path).is_file():
         raise CommandError(f"There is no checkpoint {path}.")
     recovery.check(path)
-    try:
-        state = storage.load(path)
-    except Exception as error:  # whatever unpickling other bytes leads to
-        raise CommandError(
-            f"{path} is not a checkpoint that can be read: {' '.join(str(error).split())}."
-        ) from error
-    if not isinstance(state, dict):
-        raise CommandError(f"{path} is no checkpoint of fairseq's.")
+    state = recovery.load(path)
     if INDEX in state:
         shards.assemble(state, path)
     return state

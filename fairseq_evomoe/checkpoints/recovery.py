@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import pickle
 import re
 import zipfile
 from pathlib import Path
@@ -40,7 +41,7 @@ def explanation(path: str, error: Exception) -> Exception:
         return UnreadableCheckpoint(f"{path} cannot be read: its permissions do not let you.")
     if os.path.isdir(local):
         return DamagedCheckpoint(f"{path} is a folder: give a file.")
-    return DamagedCheckpoint(f"{path} cannot be read: it is truncated, or no checkpoint.")
+    return DamagedCheckpoint(f"{path} cannot be read: it is truncated or damaged, or no checkpoint.")
 
 
 def peek(path: str) -> Dict[str, Any]:
@@ -53,6 +54,26 @@ def peek(path: str) -> Dict[str, Any]:
     try:
         state = storage.skim(_local(path))
     except Exception as error:  # whatever unpickling other bytes leads to
+        raise explanation(path, error) from error
+    if not isinstance(state, dict):
+        raise DamagedCheckpoint(f"{path} cannot be read: it is no checkpoint of fairseq's.")
+    return state
+
+
+def load(path: str) -> Dict[str, Any]:
+    """What a file of a checkpoint holds, on the CPU, with nothing in it executed.
+
+    Raises:
+        DamagedCheckpoint: it cannot be read, or holds something that no checkpoint needs.
+        UnreadableCheckpoint: it must not be read.
+    """
+    try:
+        state = storage.load(_local(path))
+    except pickle.UnpicklingError as error:
+        raise DamagedCheckpoint(
+            f"{path} is refused: it holds objects that no checkpoint needs, and nothing in it is executed."
+        ) from error
+    except Exception as error:
         raise explanation(path, error) from error
     if not isinstance(state, dict):
         raise DamagedCheckpoint(f"{path} cannot be read: it is no checkpoint of fairseq's.")

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..moe.loading import WIDTHS_OF_SHARD
 from ..moe.ranks import ALONE, Ranks
 from ..moe.sharding import concat_experts, deal_experts, take_experts
-from . import recovery, storage
+from . import recovery
 from .index import EXPERTS, INDEX, NUMBER, DamagedCheckpoint, Index, is_expert, layer_of, name_of, path_of
 from .saved_optimizer import LAYOUT, Layout, need_layout, replace
 
@@ -204,10 +204,7 @@ def _filled_layout(layout: Layout, model: Dict[str, Tensor]) -> Layout:
 
 
 def _read_shard(path: str, index: Index, number: int) -> Shard:
-    file = recovery.find_file(path, index, number)
-    with readable(path):
-        state = storage.load(file)
-    return Shard(**state[EXPERTS])
+    return Shard(**recovery.load(recovery.find_file(path, index, number))[EXPERTS])
 
 
 def shard_of_state(state: Dict[str, Any], index: Index, number: int) -> Shard:
