@@ -147,7 +147,8 @@ def loading(trainer: Trainer, path: str) -> Iterator[str]:
         DamagedCheckpoint: the checkpoint is not whole; it tells which one is.
     """
     ranks = ranks_of(trainer.get_model())
-    path = _whole_one(trainer, path)
+    if any(True for _ in moe_layers(trainer.get_model())):  # others are fairseq's own business
+        path = _whole_one(trainer, path)
     options = trainer.cfg.checkpoint
     on_all_ranks = options.load_checkpoint_on_all_dp_ranks
     sharded = ranks.parallel > 1 and PathManager.exists(path_of(path, 1))

@@ -10,9 +10,13 @@ import torch
 from fairseq import checkpoint_utils
 
 from fairseq_evomoe.checkpoints import recovery
+from fairseq_evomoe.config.errors import ConfigError
 from fairseq_evomoe.moe.ranks import Ranks
 from fairseq_evomoe.training import checkpoint_hooks
+from fairseq_evomoe.training.checks import check_before_trainer
+from support.cli import LM, build
 from support.dying_ranks import FULL, SETTINGS, save, save_and_die, state_at
+from support.refusals import refused
 
 STEPS = range(12)  # more than there are
 
@@ -138,3 +142,12 @@ def test_what_still_has_its_temporary_name_is_not_written_over(tmp_path):
     save_and_die(2, folder, [3], SETTINGS["best and last"], (1, 0))
     assert temporary.read_bytes() == b"half of it"
     assert set(updates_there(folder).values()) == {2}
+
+
+def test_what_writes_in_the_background_is_refused_in_several_files(lm_data):
+    """Ranks could not wait for each other's files."""
+    ranks = {"moe_expert_parallel": 2, "distributed_world_size": 2, "moe_sharded_checkpoint": True}
+    cfg = build(lm_data, **LM, **ranks, write_checkpoints_asynchronously=True).cfg
+    with pytest.raises(ConfigError) as error:
+        check_before_trainer(cfg)
+    refused(error, "--moe-sharded-checkpoint", "--write-checkpoints-asynchronously", "leave one of them out")
