@@ -150,6 +150,12 @@ def _sharding(cfg: FairseqConfig) -> Contradictions:
         )
     if parallel == 1:
         return
+    if _option(cfg, "sharded_checkpoint", False) and cfg.checkpoint.write_checkpoints_asynchronously:
+        yield OptionError(
+            "sharded_checkpoint",
+            "With `sharded_checkpoint` ranks wait until all files are written, which "
+            "--write-checkpoints-asynchronously does not: leave one of them out.",
+        )
     if cfg.common.amp:
         yield OptionError(
             "expert_parallel",

@@ -16,6 +16,7 @@ from fairseq.tasks.language_modeling import LanguageModelingTask
 from fairseq_cli import train
 
 import fairseq_evomoe  # noqa: F401
+from fairseq_evomoe.checkpoints import saving
 from fairseq_evomoe.models.feed_forward import MoEFeedForward
 from fairseq_evomoe.moe.sharding import rows_per_expert
 
@@ -67,6 +68,22 @@ def fail_in_update(failure, marker):
     MoEFeedForward.fc1 = fc1
 
 
+def die_in_saving(marker):
+    """Be killed while the other rank's file of the third checkpoint is as whole as this one's.
+
+    The first rank dies before its file has its name, the second one before its own has.
+    """
+    names = []
+
+    def step(name):
+        names.append(name)
+        last = "all written" if os.environ["RANK"] == "0" else "first renamed"
+        if name == last and names.count(last) == 3 and once(marker):
+            kill(None)
+
+    saving.step = step
+
+
 def fail_at_start(marker):
     """Fail where the data is loaded, which is before ranks exchange anything."""
     original = LanguageModelingTask.load_dataset
@@ -86,6 +103,8 @@ if __name__ == "__main__":
     if os.environ["RANK"] == rank:
         if failure == "start":
             fail_at_start(Path(marker))
+        elif failure == "saving":
+            die_in_saving(Path(marker))
         else:
             fail_in_update({"error": error, "kill": kill, "nan": nan}[failure], Path(marker))
     train.cli_main()
