@@ -115,7 +115,8 @@ class RankOptions(Options):
     a2a_compress: Compression = option(
         "none",
         "Send means of similar tokens instead of tokens while training: lsh finds them by cross-polytope "
-        "hashing (LSH-MoE).",
+        "hashing (LSH-MoE). Later tokens are part of such a mean, in a decoder too; in evaluation there is "
+        "none.",
     )
     lsh_hashes: int = option(
         6,

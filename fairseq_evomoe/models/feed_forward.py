@@ -99,6 +99,7 @@ class MoEFeedForward:
             training counts them.
         is_dummy_batch: whether the batch is a stand-in of fairseq's, which is not to be routed.
         stack: knows what the layers of the stack share.
+        causal: whether the layer must not see later tokens.
         ffn_dim: hidden units of the base expert.
         widths: hidden units of each expert once they have spawned.
         checkpoint_activations: whether to recompute activations in the backward pass.
@@ -114,6 +115,7 @@ class MoEFeedForward:
     checkpoint_activations = False
     offload_activations = False
     stack: StackInput
+    causal = False
     ffn_dim: int
     widths: List[int]
 
@@ -147,6 +149,7 @@ class MoEFeedForward:
             memory=batch.memory,
             statistics=batch.statistics,
             losses=moe.wanted_losses,
+            causal=self.causal,
             noise_key=("gate", moe.spawner.seed, update, moe.spawner.layer) if self.training else None,
             first_row=batch.first_row,
         )
@@ -245,6 +248,8 @@ class MoEEncoderLayer(MoEFeedForward, compat.EncoderLayer):
 
 class MoEDecoderLayer(MoEFeedForward, TransformerDecoderLayerBase):
     """fairseq's decoder layer with an MoE layer."""
+
+    causal = True
 
     def forward(
         self,

@@ -143,10 +143,6 @@ RENORMALIZE = (
     "(divided, but with the gradient of undivided ones)."
 )
 BALANCE = "Weight of the load-balance loss of each MoE layer, for each unit of the sample size."
-CAPACITY = (
-    "An expert takes at most this many times its even share of a batch's tokens, and the overflow goes on "
-    "by the residual connection alone; 0 drops nothing."
-)
 TOP_K = "Number of experts of each token; for comet, number of trees."
 
 
