@@ -24,7 +24,7 @@ from ..models.requirements import check_batch, check_names
 from ..moe import Router, record
 from ..moe.recorder import Record
 from ..patching import Patches, wrap
-from . import checkpoint_hooks, ema, growth, ranks
+from . import checkpoint_hooks, ema, freezing, growth, ranks
 from .checks import check_before_trainer, check_optimizer, check_run, settle_options
 from .state import RunState
 from .statistics import commit_statistics
@@ -75,6 +75,7 @@ def begin_run(
     original(trainer, cfg, task, model, criterion, *args, **kwargs)
     if layers:
         check_run(trainer.cfg, model, layers, criterion)
+        freezing.tell(model)
 
 
 @patches.replaces(options, "parse_args_and_arch")
@@ -157,6 +158,8 @@ def build_optimizer(original: Original, trainer: Trainer) -> None:
 
     def load_local_state(original: Original, state_dict: Dict[str, Any], *args: Any, **kwargs: Any) -> None:
         """The state has all experts, of which this rank has some."""
+        if next(moe_layers(trainer.get_model()), None) is not None:
+            freezing.check_state(trainer._optimizer, state_dict)
         if ranks.is_sharded(trainer):
             state_dict = checkpoints.local_optimizer_state(trainer, state_dict)
         original(state_dict, *args, **kwargs)
@@ -170,6 +173,7 @@ def build_ema(original: Original, trainer: Trainer) -> None:
     original(trainer)
     if trainer._ema is not None:
         ema.copy_integers(trainer._ema)
+        ema.freeze(trainer._ema)
         if ranks.is_sharded(trainer):
             ema.take_local_rows(trainer._ema)
 

@@ -52,18 +52,18 @@ def clip_grad_norm(trainer: Trainer, clip_norm: float) -> Tensor:
     """
     model = trainer.get_model()
     ranks = ranks_of(model)
-    split = {parameter for _, _, _, parameter in sharded_parameters(model)}
-    for parameter in split:
+    trained = [parameter for _, _, _, parameter in sharded_parameters(model) if parameter.requires_grad]
+    for parameter in trained:
         if parameter.grad is None:  # LayerDrop left the layer out
             parameter.grad = torch.zeros_like(parameter)
-    for _, _, _, parameter in sharded_parameters(model):
+    for parameter in trained:
         # as the other gradients: the mean over all ranks of what each rank's loss makes of them
         grad = parameter.grad
         assert grad is not None
         grad.div_(ranks.size)
         if ranks.size > ranks.parallel:
             dist.all_reduce(grad, group=ranks.replica_group)
-    aggregate = functools.partial(_whole_norm, trainer.optimizer, split, ranks)
+    aggregate = functools.partial(_whole_norm, trainer.optimizer, set(trained), ranks)
     return trainer.optimizer.clip_grad_norm(clip_norm, aggregate_norm_fn=aggregate)
 
 
