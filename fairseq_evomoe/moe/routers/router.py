@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, ClassVar, Dict, Iterator, Optional
+from typing import Any, ClassVar, Dict, Iterator, List, Optional
 
 import torch
 from torch import Tensor, nn
@@ -88,6 +88,11 @@ class Router(nn.Module):
     def loss_weights(self) -> Dict[str, float]:
         """Weight of each of the router's auxiliary losses."""
         return self.options.loss_weights()
+
+    @property
+    def tables(self) -> List[nn.Parameter]:
+        """Parameters that are looked up: a token takes its row of them, multiplied with nothing."""
+        return []
 
     @classmethod
     def options_of_state(
@@ -234,6 +239,12 @@ class LinearRouter(Router):
                 "has it, or choose hidden.",
             )
         return size
+
+    @property
+    def tables(self) -> List[nn.Parameter]:
+        """See the parent."""
+        table = self.options.gate_input == GateInput.table
+        return [self.token_weight] if table and self.token_weight is not None else []
 
     @classmethod
     def options_of_state(

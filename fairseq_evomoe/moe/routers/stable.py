@@ -1,7 +1,7 @@
 """StableMoE (arXiv 2204.08396)."""
 
 from dataclasses import dataclass
-from typing import Any, Optional
+from typing import Any, List, Optional
 
 import torch
 from torch import Tensor, nn
@@ -85,6 +85,11 @@ class StableRouter(CentroidRouter):
         self.embedding_VL = nn.Parameter(torch.empty(size, light_dim))
         self.light_centroid_EL = nn.Parameter(torch.empty(experts, light_dim))
         self.register_buffer("table_V", torch.full((size,), -1))
+
+    @property
+    def tables(self) -> List[nn.Parameter]:
+        """See the parent: the word embeddings of the light router."""
+        return [self.embedding_VL]
 
     @torch.no_grad()
     def initialize(self, generator: torch.Generator) -> None:
