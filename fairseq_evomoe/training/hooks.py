@@ -6,6 +6,7 @@ functions that call the original and, beside it, what the modules of this folder
 """
 
 import sys
+import weakref
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import torch
@@ -24,7 +25,7 @@ from ..models.requirements import check_batch, check_names
 from ..moe import Router, record
 from ..moe.recorder import Record
 from ..patching import Patches, wrap
-from . import checkpoint_hooks, ema, freezing, growth, ranks
+from . import checkpoint_hooks, ema, freezing, growth, preemption, ranks
 from .checks import check_before_trainer, check_optimizer, check_run, settle_options
 from .state import RunState
 from .statistics import commit_statistics
@@ -66,6 +67,7 @@ def begin_run(
 ) -> None:
     """The configuration is checked as a whole before time is wasted, and the layers are told of the ranks."""
     trainer.evomoe = RunState()
+    weakref.finalize(trainer, trainer.evomoe.listener.let_go).atexit = False
     layers = [layer for _, layer in moe_layers(model)]
     if layers:
         if isinstance(model, MoEModel):
@@ -76,6 +78,15 @@ def begin_run(
     if layers:
         check_run(trainer.cfg, model, layers, criterion)
         freezing.tell(model)
+        _listen_in_loop()
+
+
+def _listen_in_loop() -> None:
+    """Ask, after each update of the training loop that there is now, whether a signal has come."""
+    for name in ("fairseq_cli.train", "__main__"):  # python fairseq_cli/train.py
+        module = sys.modules.get(name)
+        if hasattr(module, "validate_and_save"):
+            wrap(module, "validate_and_save", preemption.stop_or_go_on)
 
 
 @patches.replaces(options, "parse_args_and_arch")
@@ -107,6 +118,7 @@ def update(
     growth.resize(trainer)
     for layer in layers:
         layer.begin_update()
+    run.listener.listen()
     before = trainer.get_num_updates()
     run.forget_checkpoint()
     run.broken = []
