@@ -128,6 +128,12 @@ class RankOptions(Options):
         "Dimensions of each hash, with moe-a2a-compress lsh; fewer compress more; 0: the width of a token.",
         at_least=0,
     )
+    timeout: int = option(
+        600,
+        "Seconds that a rank waits for the others, in any exchange, before the run ends with an error that "
+        "names the one that did not come; more than the slowest checkpoint takes to be written.",
+        at_least=1,
+    )
     sharded_checkpoint: bool = option(
         False,
         "Write a checkpoint as one file for each of the ranks that share the experts; needs "

@@ -25,7 +25,7 @@ from ..models.requirements import check_batch, check_names
 from ..moe import Router, record
 from ..moe.recorder import Record
 from ..patching import Patches, wrap
-from . import checkpoint_hooks, ema, freezing, growth, preemption, ranks
+from . import checkpoint_hooks, ema, freezing, growth, preemption, ranks, waiting
 from .checks import check_before_trainer, check_optimizer, check_run, settle_options
 from .state import RunState
 from .statistics import commit_statistics
@@ -34,12 +34,15 @@ Original = Callable[..., Any]
 """What a hook stands in for, of which it is given the arguments too."""
 
 patches = Patches()
+outermost = Patches()
+"""What is put around everything else, that of ``checkpoint_hooks.py`` too."""
 
 
 def install() -> None:
     """Teach fairseq's ``Trainer`` about experts.  A second call does nothing."""
     patches.apply()
     checkpoint_hooks.patches.apply()
+    outermost.apply()
     for name in ("fairseq.distributed", "fairseq_cli.train", "__main__"):  # python fairseq_cli/train.py
         module = sys.modules.get(name)
         if hasattr(module, "fsdp_enable_wrap"):
@@ -73,7 +76,7 @@ def begin_run(
         if isinstance(model, MoEModel):
             settle_options(cfg, model.moe_config)
         check_before_trainer(cfg)
-        ranks.attach_ranks(cfg, model)
+        trainer.evomoe.pulse = ranks.attach_ranks(cfg, model)
     original(trainer, cfg, task, model, criterion, *args, **kwargs)
     if layers:
         check_run(trainer.cfg, model, layers, criterion)
@@ -139,6 +142,17 @@ def update(
     if updated:
         growth.watch_loss(trainer, result)
     return result
+
+
+@outermost.replaces(Trainer, "train_step")
+@outermost.replaces(Trainer, "valid_step")
+@outermost.replaces(Trainer, "consolidate_optimizer")
+@outermost.replaces(Trainer, "save_checkpoint")
+@outermost.replaces(Trainer, "load_checkpoint")
+def name_the_absent(original: Original, trainer: Trainer, *args: Any, **kwargs: Any) -> Any:
+    """Where ranks exchange something, one that does not come is named."""
+    with waiting.naming_the_absent(RunState.of(trainer).pulse, waiting.seconds(trainer.cfg)):
+        return original(trainer, *args, **kwargs)
 
 
 @patches.replaces(Trainer, "_prepare_sample")

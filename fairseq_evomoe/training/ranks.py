@@ -6,7 +6,8 @@ same ones, and the norm is that of all experts on all ranks.
 """
 
 import functools
-from typing import Any, Dict, List, Set
+from datetime import timedelta
+from typing import Any, Dict, List, Optional, Set
 
 import torch
 import torch.distributed as dist
@@ -21,22 +22,31 @@ from ..models.feed_forward import MoEFeedForward, moe_layers
 from ..models.layers import keep_from_ddp, ranks_of, sharded_parameters
 from ..moe.ranks import Ranks
 from ..moe.sharding import rows_per_expert
+from . import waiting
 from .state import RunState
 
 
-def attach_ranks(cfg: FairseqConfig, model: nn.Module) -> None:
-    """Let the ranks of a run train the MoE layers of a model together; all ranks must call this."""
+def attach_ranks(cfg: FairseqConfig, model: nn.Module) -> Optional[waiting.Pulse]:
+    """Let the ranks of a run train the MoE layers of a model together; all ranks must call this.
+
+    Returns:
+        the sign of life of this one; ``None`` if it is alone.
+    """
     layers = [layer for _, layer in moe_layers(model)]
     if not layers or cfg.distributed_training.distributed_world_size == 1:
-        return
+        return None
+    timeout = waiting.seconds(cfg)
+    pulse = waiting.limit(timeout)
     # a rank that has failed is noticed here, where ranks are connected; to make a group, the others would
     # wait for it half an hour
     dist.barrier()
     group = distributed_utils.get_data_parallel_group()
-    ranks = Ranks.of_group(group, getattr(cfg.model, "moe_expert_parallel", 1))
+    parallel = getattr(cfg.model, "moe_expert_parallel", 1)
+    ranks = Ranks.of_group(group, parallel, timedelta(seconds=timeout))
     for layer in layers:
         layer.moe.attach_ranks(ranks)
     keep_from_ddp(model)
+    return pulse
 
 
 def is_sharded(trainer: Trainer) -> bool:

@@ -71,6 +71,7 @@ def fail_in_update(failure, marker):
 
     @functools.wraps(original)
     def fc1(self, x):
+        assert self.moe.sharded or not (self.moe.spawned and torch.distributed.is_initialized())
         if self.num_updates == UPDATE and self.moe.spawner.layer == LAYER and self.training and once(marker):
             # what a layer computes in the meantime
             self.moe._beside = functools.partial(failure, self.moe)
