@@ -7,6 +7,9 @@ import os
 from typing import Any, Iterator, List
 
 from fairseq.criterions import CRITERION_REGISTRY, FairseqCriterion
+from fairseq.criterions.adaptive_loss import AdaptiveLoss
+from fairseq.criterions.cross_entropy import CrossEntropyCriterion
+from fairseq.criterions.label_smoothed_cross_entropy import LabelSmoothedCrossEntropyCriterion
 from fairseq.criterions.masked_lm import MaskedLmLoss
 from fairseq.criterions.sentence_prediction import SentencePredictionCriterion
 from fairseq.dataclass.configs import FairseqConfig
@@ -19,7 +22,7 @@ from ..config.resolve import former_defaults, warn_of_idle_options, write_back
 from ..config.rules import rank_contradictions
 from ..criterions.moe import MoECriterion
 from ..models.feed_forward import MoEFeedForward, MoEModel
-from ..models.requirements import advice, architecture_of
+from ..models.requirements import advice, architecture_of, has_adaptive_softmax
 from ..moe.options import OptionError
 
 logger = logging.getLogger(__name__)
@@ -86,7 +89,7 @@ def check_run(
             "without --max-update, nothing limits how long --moe-spawn-update auto waits for a plateau of "
             "the training loss"
         )
-    _refuse([*_spawn(cfg, layers), *_criterion(cfg, model, criterion), *_losses(layers, criterion)])
+    _refuse([*_spawn(cfg, layers), *_criterion(cfg, model, criterion), *_losses(model, layers, criterion)])
 
 
 def _refuse(errors: List[OptionError]) -> None:
@@ -205,6 +208,19 @@ def _criterion(cfg: FairseqConfig, model: nn.Module, criterion: FairseqCriterion
             f"--criterion {_name(criterion)} asks for the tokens that are masked, and --arch {architecture} "
             f"masks none: {advice(model, criterion=True)}.",
         )
+    adaptive = has_adaptive_softmax(model)
+    if isinstance(criterion, AdaptiveLoss) and not adaptive:
+        yield OptionError(
+            "criterion",
+            f"--criterion {_name(criterion)} needs an adaptive softmax, and --arch {architecture} has none "
+            f"without --adaptive-softmax-cutoff: give it, or {advice(model, criterion=True)}.",
+        )
+    if isinstance(criterion, (CrossEntropyCriterion, LabelSmoothedCrossEntropyCriterion)) and adaptive:
+        yield OptionError(
+            "criterion",
+            f"--criterion {_name(criterion)} needs the logits of all words, which a model with "
+            f"--adaptive-softmax-cutoff does not give: {advice(model, criterion=True)}, or leave that out.",
+        )
     if isinstance(criterion, SentencePredictionCriterion):
         head = criterion.classification_head_name
         if head not in getattr(model, "classification_heads", {}):
@@ -221,7 +237,7 @@ def _takes_masked_tokens(model: nn.Module) -> bool:
     return any(part and "masked_tokens" in inspect.signature(part.forward).parameters for part in parts)
 
 
-def _losses(layers: List[MoEFeedForward], criterion: FairseqCriterion) -> Contradictions:
+def _losses(model: nn.Module, layers: List[MoEFeedForward], criterion: FairseqCriterion) -> Contradictions:
     """Auxiliary losses that nobody would add."""
     weights = {name: weight for layer in layers for name, weight in layer.loss_weights.items() if weight > 0}
     if weights and not isinstance(criterion, MoECriterion):
@@ -229,8 +245,7 @@ def _losses(layers: List[MoEFeedForward], criterion: FairseqCriterion) -> Contra
         yield OptionError(
             f"{name}_weight",
             f"--criterion {_name(criterion)} would drop the auxiliary losses of the MoE layers, but "
-            f"`{name}_weight` is {weight}: use --criterion {_replacement(criterion)}, or set the weight to "
-            "0.",
+            f"`{name}_weight` is {weight}: {_replacement(model, criterion)}, or set the weight to 0.",
         )
 
 
@@ -239,10 +254,11 @@ def _name(criterion: FairseqCriterion) -> str:
     return names[0] if names else type(criterion).__name__
 
 
-def _replacement(criterion: FairseqCriterion) -> str:
+def _replacement(model: nn.Module, criterion: FairseqCriterion) -> str:
+    """What adds the losses: that which extends the given criterion, or else what fits the model."""
     names = [
         name
         for name, cls in CRITERION_REGISTRY.items()
         if issubclass(cls, MoECriterion) and issubclass(cls, type(criterion))
     ]
-    return names[0] if names else "one of the evomoe criterions"
+    return f"use --criterion {names[0]}" if names else advice(model, criterion=True)
