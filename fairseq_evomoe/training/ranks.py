@@ -36,10 +36,7 @@ def attach_ranks(cfg: FairseqConfig, model: nn.Module) -> Optional[waiting.Pulse
     if not layers or cfg.distributed_training.distributed_world_size == 1:
         return None
     timeout = waiting.seconds(cfg)
-    pulse = waiting.limit(timeout)
-    # a rank that has failed is noticed here, where ranks are connected; to make a group, the others would
-    # wait for it half an hour
-    dist.barrier()
+    pulse = waiting.meet(timeout)
     group = distributed_utils.get_data_parallel_group()
     parallel = getattr(cfg.model, "moe_expert_parallel", 1)
     ranks = Ranks.of_group(group, parallel, timedelta(seconds=timeout))

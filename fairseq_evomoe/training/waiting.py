@@ -65,11 +65,20 @@ class Pulse:
 
     def _beats(self) -> Dict[str, bytes]:
         """How many signs of life there have been of each other rank, by the rank in words."""
+        moment = timedelta(seconds=SILENCE / (self.size + 1))
+        self.store.wait([f"evomoe_beat/{self.rank}"], moment)  # an error if the store itself is gone
         found = {}
         for rank in range(self.size):
-            if rank != self.rank:
-                name = f"rank {rank} ({self.store.get(f'evomoe_process/{rank}').decode()})"
-                found[name] = self.store.get(f"evomoe_beat/{rank}")
+            name, keys = f"rank {rank}", [f"evomoe_{what}/{rank}" for what in ("process", "beat")]
+            if rank == self.rank:
+                continue
+            try:
+                self.store.wait(keys, moment)
+            except RuntimeError:  # it has never come so far
+                found[name] = b""
+            else:
+                process, beats = map(self.store.get, keys)
+                found[f"{name} ({process.decode()})"] = beats
         return found
 
 
@@ -93,11 +102,14 @@ def _in_time(ask: Callable[[], Any]) -> Optional[Any]:
     return found[0] if found else None
 
 
-def limit(seconds: int) -> Pulse:
-    """Let no wait for other ranks be longer; all ranks must call this, before they make groups.
+def meet(seconds: int) -> Pulse:
+    """Wait for all ranks, and let no further wait for others be longer; all ranks must call this.
 
     Args:
-        seconds: for fairseq's groups, and for the store through which groups are made.
+        seconds: for fairseq's groups, which are made here, and for the store through which groups are made.
+
+    Raises:
+        RankAbsent: a rank has not come.
     """
     longest = timedelta(seconds=seconds)
     store = dist.distributed_c10d._get_default_store()
@@ -105,12 +117,17 @@ def limit(seconds: int) -> Pulse:
     change = getattr(dist.distributed_c10d, "_set_pg_timeout", None)  # since torch 2.1
     if change is not None:
         change(longest)
-    function: Any = distributed_utils.get_global_group
-    if not hasattr(function, "_global_group"):
-        function._global_group = dist.new_group(timeout=longest)
-    elif change is not None:  # of an earlier run in this process
-        change(longest, function._global_group)
-    return Pulse(store, dist.get_rank(), dist.get_world_size())
+    pulse = Pulse(store, dist.get_rank(), dist.get_world_size())
+    with naming_the_absent(pulse, seconds):
+        # a rank that has failed is noticed here, where ranks are connected; to make a group, the others would
+        # wait for it
+        dist.barrier()
+        function: Any = distributed_utils.get_global_group
+        if not hasattr(function, "_global_group"):
+            function._global_group = dist.new_group(timeout=longest)
+        elif change is not None:  # of an earlier run in this process
+            change(longest, function._global_group)
+    return pulse
 
 
 @contextlib.contextmanager

@@ -76,6 +76,10 @@ class Store:
     def get(self, key):
         return self.values[key]
 
+    def wait(self, keys, timeout):
+        if not all(key in self.values for key in keys):
+            raise RuntimeError("wait timeout")
+
 
 def test_of_many_ranks_the_silent_ones_are_named(monkeypatch):
     """Whoever waits in vain, and is not stopped himself, is not to blame."""
@@ -84,8 +88,10 @@ def test_of_many_ranks_the_silent_ones_are_named(monkeypatch):
     store = Store()
     beat = waiting.Pulse._beat
     with mock.patch.object(waiting.Pulse, "_beat", lambda self: beat(self) if self.rank < 3 else None):
-        pulses = [waiting.Pulse(store, rank, 5) for rank in range(5)]
-    assert [name[:6] for name in pulses[0].silent()] == ["rank 3", "rank 4"]
+        pulses = [waiting.Pulse(store, rank, 5) for rank in range(4)]
+    assert [name[:8] for name in pulses[0].silent()] == ["rank 3 (", "rank 4"]  # and 4 has never come
+    store.values.clear()
+    assert pulses[0].silent() == ["rank 0, or whoever keeps the store of all ranks,"]
 
 
 @pytest.mark.parametrize("text", ["out of luck", "CUDA out of memory"])
@@ -115,6 +121,6 @@ def test_groups_of_fairseq_have_the_limit(process_group, monkeypatch):
     made = []
     monkeypatch.setattr(dist, "new_group", lambda *args, timeout=None: made.append(timeout))
     monkeypatch.setattr(waiting.distributed_utils, "get_global_group", lambda: None)
-    waiting.limit(7)
+    waiting.meet(7)
     assert made == [timedelta(seconds=7)]
     assert dist.distributed_c10d._get_default_store().timeout == timedelta(seconds=7)
