@@ -21,7 +21,7 @@ from ..config.errors import PREFIX, ConfigError
 from ..config.resolve import former_defaults, warn_of_idle_options, write_back
 from ..config.rules import rank_contradictions
 from ..criterions.moe import MoECriterion
-from ..models.feed_forward import MoEFeedForward, MoEModel
+from ..models.feed_forward import MoEFeedForward, MoEModel, moe_layers
 from ..models.requirements import advice, architecture_of, has_adaptive_softmax
 from ..moe.options import OptionError
 
@@ -89,7 +89,32 @@ def check_run(
             "without --max-update, nothing limits how long --moe-spawn-update auto waits for a plateau of "
             "the training loss"
         )
-    _refuse([*_spawn(cfg, layers), *_criterion(cfg, model, criterion), *_losses(model, layers, criterion)])
+    _refuse(
+        [*_spawn(cfg, model, layers), *_criterion(cfg, model, criterion), *_losses(model, layers, criterion)]
+    )
+
+
+def check_length(cfg: FairseqConfig, model: nn.Module, updates: int, epochs: Any) -> None:
+    """Refuse a spawn, or a stage, that the epochs of the run would end before.
+
+    Args:
+        cfg: of the run.
+        model: the model.
+        updates: how many there have been.
+        epochs: the batches of an epoch; nothing is said of those whose number is not known.
+
+    Raises:
+        ConfigError: all contradictions, one sentence each.
+    """
+    layers = [layer for _, layer in moe_layers(model)]
+    last_epoch, epoch = cfg.optimization.max_epoch or 0, getattr(epochs, "next_epoch_idx", None)
+    if not layers or last_epoch <= 0 or epoch is None or not hasattr(epochs, "__len__"):
+        return
+    each = cfg.optimization.update_freq
+    frequencies = (each[min(e - 1, len(each) - 1)] for e in range(epoch, last_epoch + 1))
+    last = updates + sum(math.ceil(len(epochs) / frequency) for frequency in frequencies)
+    limit = f"the end of --max-epoch {last_epoch}, after {last} updates at most"
+    _refuse(list(_never(model, layers, last, limit)))
 
 
 def _refuse(errors: List[OptionError]) -> None:
@@ -187,14 +212,30 @@ def _optimizer(cfg: FairseqConfig, optimizer: FairseqOptimizer) -> Contradiction
         )
 
 
-def _spawn(cfg: FairseqConfig, layers: List[MoEFeedForward]) -> Contradictions:
-    spawn_update, max_update = layers[0].schedule.spawn_update, cfg.optimization.max_update
-    if layers[0].moe.num_experts > 1 and 0 < max_update <= spawn_update:
+def _spawn(cfg: FairseqConfig, model: nn.Module, layers: List[MoEFeedForward]) -> Contradictions:
+    max_update = cfg.optimization.max_update
+    if max_update > 0:
+        yield from _never(model, layers, max_update, f"--max-update {max_update}")
+
+
+def _never(model: nn.Module, layers: List[MoEFeedForward], last: int, limit: str) -> Contradictions:
+    """What would come after the last update; a plateau may let experts spawn before the latest moment."""
+    schedule, config = layers[0].schedule, getattr(model, "moe_config", None)
+    by_itself = config is not None and config.spawns_by_itself
+    if not layers[0].moe.spawned and not by_itself and last <= schedule.spawn_update:
         yield OptionError(
             "spawn_update",
-            f"`spawn_update` {spawn_update} is not before --max-update {max_update}, so the experts would "
-            "never spawn: lower the one or raise the other.",
+            f"`spawn_update` {schedule.spawn_update} is not before {limit}, so the experts would never "
+            "spawn: lower the one or raise the other.",
         )
+    if config is not None and "stable_update" in config.given:
+        update = config.router_options.stable_update
+        if last <= update:
+            yield OptionError(
+                "stable_update",
+                f"`stable_update` {update} is not before {limit}, so the assignment would never be "
+                "frozen: lower the one or raise the other.",
+            )
 
 
 def _criterion(cfg: FairseqConfig, model: nn.Module, criterion: FairseqCriterion) -> Contradictions:

@@ -26,7 +26,7 @@ from ..moe import Router, record
 from ..moe.recorder import Record
 from ..patching import Patches, wrap
 from . import checkpoint_hooks, ema, freezing, growth, preemption, ranks, waiting
-from .checks import check_before_trainer, check_optimizer, check_run, settle_options
+from .checks import check_before_trainer, check_length, check_optimizer, check_run, settle_options
 from .state import RunState
 from .statistics import commit_statistics
 
@@ -142,6 +142,15 @@ def update(
     if updated:
         growth.watch_loss(trainer, result)
     return result
+
+
+@patches.replaces(Trainer, "get_train_iterator")
+def check_epochs(original: Original, trainer: Trainer, *args: Any, **kwargs: Any) -> Any:
+    """With the data it is known how many updates an epoch has, and whether the run is long enough."""
+    epochs = original(trainer, *args, **kwargs)
+    if not trainer.task.has_sharded_data("train"):  # whose epochs differ in length
+        check_length(trainer.cfg, trainer.get_model(), trainer.get_num_updates(), epochs)
+    return epochs
 
 
 @outermost.replaces(Trainer, "train_step")
