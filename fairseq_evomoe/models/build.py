@@ -106,6 +106,13 @@ def _check_side(config: MoEConfig, side: str) -> None:
             f"`router` {config.router} mixes each token with later ones, which a decoder must not see: "
             f"choose another router, or use {config.router} in evomoe_roberta.",
         )
+    factor = getattr(config.router_options, "eval_capacity_factor", 0)
+    if side == "decoder" and factor > 0:
+        raise OptionError(
+            "eval_capacity_factor",
+            f"`eval_capacity_factor` {factor:g} would let what a decoder drops depend on how many tokens "
+            "there are, of which it must not know the later ones: leave it out, or use it in evomoe_roberta.",
+        )
 
 
 class _StackBuilder:

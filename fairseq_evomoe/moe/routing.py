@@ -42,6 +42,7 @@ class RoutingContext:
         statistics: whether losses and entropy of the gate are wanted; they are not while generating, and a
             router may leave them out then.
         losses: names of the losses that are wanted; ``None``: all.
+        causal: whether nothing may depend on later tokens of a sequence, as in a decoder.
         ranks: those whose batches count as one batch, in losses, balanced assignments and capacities.
         noise_key: what random numbers depend on beside the place of a token in the batch of all ranks, so
             that they are the same on any number of ranks; ``None``: they come from the default generator.
@@ -56,6 +57,7 @@ class RoutingContext:
     memory: Dict[str, Any] = field(default_factory=dict)
     statistics: bool = True
     losses: Optional[Collection[str]] = None
+    causal: bool = False
     ranks: Ranks = ALONE
     noise_key: Optional[Tuple[object, ...]] = None
     first_row: int = 0

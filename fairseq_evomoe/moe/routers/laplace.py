@@ -41,6 +41,7 @@ class LaplaceRouter(TopKRouter):
         renormalize: ClassVar[Renormalize] = Renormalize.always
         random_second: ClassVar[bool] = False
         capacity_factor: ClassVar[float] = 0.0
+        eval_capacity_factor: ClassVar[float] = 0.0
         balance_choices: ClassVar[BalanceChoices] = BalanceChoices.all
 
         def contradictions(self, experts: int) -> Iterator[OptionError]:

@@ -57,6 +57,7 @@ class RecurrentRouter(TopKRouter):
         gate_lr_scale: ClassVar[float] = 1.0
         random_second: ClassVar[bool] = False
         capacity_factor: ClassVar[float] = 0.0
+        eval_capacity_factor: ClassVar[float] = 0.0
         balance_choices: ClassVar[BalanceChoices] = BalanceChoices.all
 
         def contradictions(self, experts: int) -> Iterator[OptionError]:

@@ -4,14 +4,13 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..capacity import limit_load
+from ..capacity import CAPACITY, EVAL_CAPACITY, drop_overflow
 from ..losses import top1_balance_loss
 from ..options import loss_weight, option
 from ..routing import Routing, RoutingContext
 from .registry import register_router
 from .router import (
     BALANCE,
-    CAPACITY,
     RENORMALIZE,
     LinearRouter,
     Renormalize,
@@ -33,7 +32,7 @@ class SwitchRouter(LinearRouter):
         dim: D, width of a token.
         experts: E, number of experts.
         options: see ``Options``.  With a capacity factor c an expert takes at most ``floor(c ceil(T / E))``
-            tokens, the first ones; for the others only the residual connection is left.  Unless
+            tokens in training, the first ones; for the others only the residual connection is left.  Unless
             ``renormalize`` is never, which is ours, the weight is 1, see ``router.divisor``.
     """
 
@@ -48,6 +47,7 @@ class SwitchRouter(LinearRouter):
             below=1,
         )
         capacity_factor: float = option(0.0, CAPACITY, at_least=0)
+        eval_capacity_factor: float = option(0.0, EVAL_CAPACITY, at_least=0)
         renormalize: Renormalize = option("never", RENORMALIZE)
         balance_weight: float = loss_weight(0.01, BALANCE)
 
@@ -65,7 +65,7 @@ class SwitchRouter(LinearRouter):
         if self.options.renormalize != Renormalize.never:
             weight_T = weight_T / divisor(weight_T, self.options.renormalize)
         routing = top1_routing(expert_T, weight_T, self.experts)
-        limit_load(routing, self.options.capacity_factor, ranks=context.ranks)
+        drop_overflow(routing, self.options, self.training, context)
         if context.wants("balance"):
             routing.losses["balance"] = top1_balance_loss(probability_TE, context.ranks)
         return self.with_gate(routing, logits_TE, probability_TE, context)
