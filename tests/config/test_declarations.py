@@ -167,6 +167,8 @@ BAD = [
     ("soft", {"slots": 0}, "slots"),
     ("top-p", {"top_p": 0.0}, "top_p"),
     ("base", {"top_k": 1}, "top_k"),
+    ("remoe", {"mean_experts": 4.5}, "mean_experts"),
+    ("remoe", {"l1_factor": 1.0}, "l1_factor"),
 ]
 
 

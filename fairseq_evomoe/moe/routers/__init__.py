@@ -9,6 +9,7 @@ from .hash import HashRouter
 from .laplace import LaplaceRouter
 from .recurrent import RecurrentRouter
 from .registry import ROUTERS, register_router
+from .remoe import ReLURouter
 from .router import Router
 from .soft import SoftRouter
 from .stable import StableRouter
@@ -24,6 +25,7 @@ __all__ = [
     "DynMoERouter",
     "HashRouter",
     "LaplaceRouter",
+    "ReLURouter",
     "RecurrentRouter",
     "Router",
     "SoftRouter",

@@ -1,0 +1,22 @@
+"""Routers that learn something of the tokens of each update: a resumed run knows it, too, bit for bit."""
+
+import pytest
+import torch
+
+from support.cli import LM, parameters
+from support.resume import check_resume
+from support.tasks import PLAIN
+
+ROUTERS = {
+    "remoe": ({"moe_router": "remoe", "moe_l1_start": 0.01}, "penalty.coefficient"),
+}
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_a_run_resumes_bit_equal(name, lm_data, tmp_path):
+    options, buffer = ROUTERS[name]
+    settings = {**LM, **PLAIN, **options, "moe_freq": 1, "max_update": 6, "disable_validation": True}
+    whole = check_resume(lm_data, tmp_path, {**settings, "moe_spawn_update": 1}, (3,))
+    key = f"decoder.layers.1.moe.router.{buffer}"
+    middle, end = parameters(whole.at(3))[key], parameters(whole.last)[key]
+    assert middle.dtype == torch.float32 and not torch.equal(middle, end)
