@@ -169,6 +169,11 @@ BAD = [
     ("base", {"top_k": 1}, "top_k"),
     ("remoe", {"mean_experts": 4.5}, "mean_experts"),
     ("remoe", {"l1_factor": 1.0}, "l1_factor"),
+    ("switch", {"balance": "bias", "balance_weight": 0.01}, "balance_weight"),
+    ("topk", {"balance": "quantile", "balance_weight": 0.5}, "balance_weight"),
+    ("dts", {"balance": "even"}, "balance"),
+    ("top-p", {"balance_rate": 0.5}, "balance_rate"),
+    ("laplace", {"balance": "bias"}, "balance"),
 ]
 
 

@@ -69,6 +69,7 @@ def test_every_option_arrives_where_it_belongs(router, declaration):
         "hashes": {"experts": 16},
         "temperature_end": {"temperature_start": 9.0},
         "random_second": {"top_k": 2, "renormalize": "always"},
+        "balance_rate": {"balance": "bias"},
     }
     if declaration.choices:
         values = declaration.choices

@@ -30,11 +30,17 @@ CASES = [
     ("dynmoe", {"balance_weight": 0.01, "activity_weight": 0.01}),
     ("remoe", {"l1_start": 1.0}),
     ("remoe", {"l1_start": 1.0, "l1_form": "plain"}),
+    ("switch", {"balance": "bias", "capacity_factor": 0.8}),
 ]
 # routers that learn something of the tokens of all ranks after each update
 ADAPTIVE = [
     ("dynmoe", {"dynmoe_window": 9}),
     ("remoe", {}),
+    *(
+        (name, {"balance": how})
+        for name in ("switch", "topk", "dts", "top-p")
+        for how in ("bias", "quantile")
+    ),
 ]
 
 
@@ -97,9 +103,8 @@ def test_what_they_keep_of_an_update_is_what_one_process_keeps(name, options, si
     before = {key: tensor.clone() for key, tensor in one.state_dict().items()}
     for _ in range(3):
         x_TD = torch.randn(sum(sizes), DIM, dtype=torch.float64)
-        one(x_TD, RoutingContext())
-        for router, part in zip(ranks, x_TD.split(sizes)):
-            router(part, RoutingContext())
+        routed(one, x_TD, None)
+        on_ranks(lambda rank, part: routed(*part, None, ranks=rank), list(zip(ranks, x_TD.split(sizes))))
         end_update(one)
         end_update(*ranks)
     expected = one.state_dict()

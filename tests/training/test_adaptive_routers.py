@@ -9,6 +9,8 @@ from support.tasks import PLAIN
 
 ROUTERS = {
     "remoe": ({"moe_router": "remoe", "moe_l1_start": 0.01}, "penalty.coefficient"),
+    "bias": ({"moe_router": "switch", "moe_balance": "bias"}, "balancing.bias_E"),
+    "quantile": ({"moe_router": "topk", "moe_balance": "quantile"}, "balancing.bias_E"),
 }
 
 

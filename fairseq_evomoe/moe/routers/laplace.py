@@ -6,6 +6,7 @@ from typing import ClassVar, Iterator
 import torch
 from torch import Tensor
 
+from ..balancing import Balance
 from ..options import OptionError, like
 from ..routing import RoutingContext
 from .registry import register_router
@@ -42,6 +43,7 @@ class LaplaceRouter(TopKRouter):
         random_second: ClassVar[bool] = False
         capacity_factor: ClassVar[float] = 0.0
         balance_choices: ClassVar[BalanceChoices] = BalanceChoices.all
+        balance: ClassVar[Balance] = Balance.loss
 
         def contradictions(self, experts: int) -> Iterator[OptionError]:
             """See the parent."""
