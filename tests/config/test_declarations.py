@@ -174,6 +174,8 @@ BAD = [
     ("dts", {"balance": "even"}, "balance"),
     ("top-p", {"balance_rate": 0.5}, "balance_rate"),
     ("laplace", {"balance": "bias"}, "balance"),
+    ("xmoe", {"routing_dim": 0}, "routing_dim"),
+    ("xmoe", {"gate_input": "table"}, "gate_input"),
 ]
 
 

@@ -31,6 +31,7 @@ CASES = [
     ("remoe", {"l1_start": 1.0}),
     ("remoe", {"l1_start": 1.0, "l1_form": "plain"}),
     ("switch", {"balance": "bias", "capacity_factor": 0.8}),
+    ("xmoe", {"routing_dim": 3}),
 ]
 # routers that learn something of the tokens of all ranks after each update
 ADAPTIVE = [

@@ -11,6 +11,7 @@ ROUTERS = {
     "remoe": ({"moe_router": "remoe", "moe_l1_start": 0.01}, "penalty.coefficient"),
     "bias": ({"moe_router": "switch", "moe_balance": "bias"}, "balancing.bias_E"),
     "quantile": ({"moe_router": "topk", "moe_balance": "quantile"}, "balancing.bias_E"),
+    "xmoe": ({"moe_router": "xmoe", "moe_balance": "bias", "moe_routing_dim": 3}, "balancing.bias_E"),
 }
 
 

@@ -16,11 +16,13 @@ from .stable import StableRouter
 from .switch import SwitchRouter
 from .top_p import TopPRouter
 from .topk import TopKRouter
+from .xmoe import CosineRouter
 
 __all__ = [
     "ROUTERS",
     "BaseRouter",
     "CometRouter",
+    "CosineRouter",
     "DenseToSparseRouter",
     "DynMoERouter",
     "HashRouter",
