@@ -175,6 +175,8 @@ BAD = [
     ("top-p", {"balance_rate": 0.5}, "balance_rate"),
     ("laplace", {"balance": "bias"}, "balance"),
     ("xmoe", {"routing_dim": 0}, "routing_dim"),
+    ("dtop-p", {"mean_experts": 5.0}, "mean_experts"),
+    ("dtop-p", {"mean_experts": 0.5}, "mean_experts"),
     ("xmoe", {"gate_input": "table"}, "gate_input"),
 ]
 

@@ -32,11 +32,13 @@ CASES = [
     ("remoe", {"l1_start": 1.0, "l1_form": "plain"}),
     ("switch", {"balance": "bias", "capacity_factor": 0.8}),
     ("xmoe", {"routing_dim": 3}),
+    ("dtop-p", {}),
 ]
 # routers that learn something of the tokens of all ranks after each update
 ADAPTIVE = [
     ("dynmoe", {"dynmoe_window": 9}),
     ("remoe", {}),
+    ("dtop-p", {"mean_experts": 4.0}),
     *(
         (name, {"balance": how})
         for name in ("switch", "topk", "dts", "top-p")

@@ -12,6 +12,7 @@ ROUTERS = {
     "bias": ({"moe_router": "switch", "moe_balance": "bias"}, "balancing.bias_E"),
     "quantile": ({"moe_router": "topk", "moe_balance": "quantile"}, "balancing.bias_E"),
     "xmoe": ({"moe_router": "xmoe", "moe_balance": "bias", "moe_routing_dim": 3}, "balancing.bias_E"),
+    "dtop-p": ({"moe_router": "dtop-p", "moe_mean_experts": 3.0}, "controller.p"),
 }
 
 

@@ -3,6 +3,7 @@
 # the order is that of the options in --help
 from .base import BaseRouter
 from .comet import CometRouter
+from .dtop_p import SteeredTopPRouter
 from .dts import DenseToSparseRouter
 from .dynmoe import DynMoERouter
 from .hash import HashRouter
@@ -32,6 +33,7 @@ __all__ = [
     "Router",
     "SoftRouter",
     "StableRouter",
+    "SteeredTopPRouter",
     "SwitchRouter",
     "TopKRouter",
     "TopPRouter",

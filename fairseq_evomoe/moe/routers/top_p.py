@@ -1,6 +1,7 @@
 """Top-p routing (arXiv 2403.07652)."""
 
 from dataclasses import dataclass
+from typing import Union
 
 import torch
 from torch import Tensor
@@ -49,6 +50,11 @@ class TopPRouter(BalancedRouter):
 
     options: "TopPRouter.Options"
 
+    @property
+    def top_p(self) -> Union[float, Tensor]:
+        """The probability that a token's experts have together at least."""
+        return self.options.top_p
+
     def forward(self, x_TD: Tensor, context: RoutingContext) -> Routing:
         """Route tokens; see the class."""
         logits_TE = self.logits(x_TD, context)
@@ -59,7 +65,7 @@ class TopPRouter(BalancedRouter):
         if self.balancing is not None:
             sorted_TE = probability_TE.gather(1, expert_TE)
         before_TE = F.pad(sorted_TE.detach().cumsum(-1)[:, :-1], (1, 0))
-        chosen_TE = before_TE < self.options.top_p
+        chosen_TE = before_TE < self.top_p
         self.watch(probability_TE, choice_TE, torch.zeros_like(chosen_TE).scatter(1, expert_TE, chosen_TE))
         weight_TE = sorted_TE
         if self.options.renormalize != Renormalize.never:
