@@ -176,6 +176,8 @@ BAD = [
     ("laplace", {"balance": "bias"}, "balance"),
     ("xmoe", {"routing_dim": 0}, "routing_dim"),
     ("dtop-p", {"mean_experts": 5.0}, "mean_experts"),
+    ("expert-choice", {"mean_experts": 5.0}, "mean_experts"),
+    ("expert-threshold", {"mean_experts": 5.0}, "mean_experts"),
     ("dtop-p", {"mean_experts": 0.5}, "mean_experts"),
     ("xmoe", {"gate_input": "table"}, "gate_input"),
 ]

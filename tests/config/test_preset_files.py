@@ -14,7 +14,8 @@ from fairseq_evomoe.moe.options import OptionError
 NAMES = (
     "evomoe switch gshard mixtral base hash hash_balanced stable top_p hmoe_topk hmoe_topp dynmoe fusemoe "
     "comet rmoe soft mh_moe mode hypermoe deepseek upcycling drop_upcycling emoe evomoe_hmoe evomoe_context "
-    "evomoe_table narrow_hash remoe loss_free quantile_balancing xmoe dtop_p"
+    "evomoe_table narrow_hash remoe loss_free quantile_balancing xmoe dtop_p "
+    "expert_choice expert_threshold"
 ).split()
 RUN = {"max_update": 1000, "ffn_dims": [64]}
 
@@ -85,6 +86,8 @@ WHAT_IS_PUBLISHED = {
     "quantile_balancing": {"balance": "quantile", "balance_weight": 0.0, "shared_expert": True},
     "xmoe": {"top_k": 1, "renormalize": "never", "routing_dim": 16, "balance_weight": 0.01},
     "dtop_p": {"router": "dtop-p", "mean_experts": 2.0, "top_p": 0.4},
+    "expert_choice": {"mean_experts": 2.0},
+    "expert_threshold": {"mean_experts": 1.0, "cutoff_decay": 0.99},
     "narrow_hash": {"hashes": 4, "experts": 32, "total_ffn_dim": "8x"},
 }
 

@@ -33,12 +33,14 @@ CASES = [
     ("switch", {"balance": "bias", "capacity_factor": 0.8}),
     ("xmoe", {"routing_dim": 3}),
     ("dtop-p", {}),
+    ("expert-threshold", {}),
 ]
 # routers that learn something of the tokens of all ranks after each update
 ADAPTIVE = [
     ("dynmoe", {"dynmoe_window": 9}),
     ("remoe", {}),
     ("dtop-p", {"mean_experts": 4.0}),
+    ("expert-threshold", {"mean_experts": 2.0}),
     *(
         (name, {"balance": how})
         for name in ("switch", "topk", "dts", "top-p")

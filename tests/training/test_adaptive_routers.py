@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from support.cli import LM, parameters
+from support.cli import LM, MASKED_LM, parameters
 from support.resume import check_resume
 from support.tasks import PLAIN
 
@@ -13,6 +13,7 @@ ROUTERS = {
     "quantile": ({"moe_router": "topk", "moe_balance": "quantile"}, "balancing.bias_E"),
     "xmoe": ({"moe_router": "xmoe", "moe_balance": "bias", "moe_routing_dim": 3}, "balancing.bias_E"),
     "dtop-p": ({"moe_router": "dtop-p", "moe_mean_experts": 3.0}, "controller.p"),
+    "expert-threshold": ({"moe_router": "expert-threshold"}, "cutoffs.cutoff_E"),
 }
 
 
@@ -24,3 +25,9 @@ def test_a_run_resumes_bit_equal(name, lm_data, tmp_path):
     key = f"decoder.layers.1.moe.router.{buffer}"
     middle, end = parameters(whole.at(3))[key], parameters(whole.last)[key]
     assert middle.dtype == torch.float32 and not torch.equal(middle, end)
+
+
+def test_expert_choice_resumes_bit_equal(lm_data, tmp_path):
+    """It learns nothing of an update, but is no router of a decoder."""
+    options = {"moe_router": "expert-choice", "moe_freq": 1, "max_update": 6, "disable_validation": True}
+    check_resume(lm_data, tmp_path, {**MASKED_LM, **PLAIN, **options, "moe_spawn_update": 1}, (3,))

@@ -6,6 +6,8 @@ from .comet import CometRouter
 from .dtop_p import SteeredTopPRouter
 from .dts import DenseToSparseRouter
 from .dynmoe import DynMoERouter
+from .expert_choice import ExpertChoiceRouter
+from .expert_threshold import ExpertThresholdRouter
 from .hash import HashRouter
 from .laplace import LaplaceRouter
 from .recurrent import RecurrentRouter
@@ -26,6 +28,8 @@ __all__ = [
     "CosineRouter",
     "DenseToSparseRouter",
     "DynMoERouter",
+    "ExpertChoiceRouter",
+    "ExpertThresholdRouter",
     "HashRouter",
     "LaplaceRouter",
     "ReLURouter",
