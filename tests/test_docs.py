@@ -21,7 +21,7 @@ FOLDERS = (".github", "examples", "fairseq_evomoe", "tests")
 PAGES = sorted([*ROOT.glob("*.md"), *(page for name in FOLDERS for page in (ROOT / name).rglob("*.md"))])
 
 FIVE = ("preset", "router", "experts", "freq", "spawn_update")
-LOSSES = ("balance_form", "balance_choices")
+LOSSES = ("balance", "balance_rate", "balance_form", "balance_choices", "l1_form", "l1_start", "l1_factor")
 
 
 def _groups():

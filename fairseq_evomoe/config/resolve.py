@@ -124,7 +124,7 @@ def _make(cls: type, values: Mapping[str, Any]) -> Tuple[Any, List[OptionError]]
             kept[name] = declaration.convert(values[name])
         except OptionError as error:
             errors.append(error)
-    return cls(**kept), errors
+    return cls.given(kept), errors  # type: ignore[attr-defined]
 
 
 def _without_effect(

@@ -90,7 +90,7 @@ def _layer(config: MoEConfig) -> Iterator[OptionError]:
                 "leave it out.",
             )
     if layer.hyper_adapter:
-        if config.experts == 1 or router.needs_whole_sequence:
+        if config.experts == 1 or config.router == "soft":
             yield OptionError(
                 "hyper_adapter",
                 "`hyper_adapter` adds what the experts that a token was not sent to have to say, and with "

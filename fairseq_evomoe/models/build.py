@@ -103,8 +103,8 @@ def _check_side(config: MoEConfig, side: str) -> None:
     if side == "decoder" and config.router_class.needs_whole_sequence:
         raise OptionError(
             "router",
-            f"`router` {config.router} mixes each token with later ones, which a decoder must not see: "
-            f"choose another router, or use {config.router} in evomoe_roberta.",
+            f"With `router` {config.router} a token's output depends on later ones, which a decoder must not "
+            f"see: choose another router, or use {config.router} in evomoe_roberta.",
         )
     factor = getattr(config.router_options, "eval_capacity_factor", 0)
     if side == "decoder" and factor > 0:

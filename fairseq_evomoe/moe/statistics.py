@@ -52,6 +52,28 @@ class Collector(nn.Module):
         return self
 
 
+class MeanExperts(Collector):
+    """Base of what is adapted, after each update, to the mean number of experts that its tokens had."""
+
+    def watch(self, pairs: int, tokens: int) -> None:
+        """Count the active pairs of some tokens."""
+        self.add(self.no_sums() + torch.tensor([float(pairs), float(tokens)]).to(self.no_sums()))
+
+    def no_sums(self) -> Tensor:
+        """See ``Collector``: the number of pairs and that of tokens."""
+        return torch.zeros(2, device=next(self.buffers()).device)
+
+    def commit(self, sums_K: Tensor) -> None:
+        """See ``Collector``; an update without tokens changes nothing."""
+        pairs, tokens = sums_K
+        if tokens > 0:
+            self.adapt(pairs / tokens)
+
+    def adapt(self, mean: Tensor) -> None:
+        """Change the buffers by the mean number of experts, a float32 scalar."""
+        raise NotImplementedError
+
+
 class Activity(Collector):
     """How active each hidden unit of a layer's single expert is: a running mean of ``|f(W1 x + b1)|``.
 

@@ -66,6 +66,7 @@ def refuses(lm_data, tmp_path):
             ["--moe-threshold 0.001 has no effect", "--moe-router topk", "dts"],
         ),
         ({"moe_router": "soft"}, ["--moe-router soft", "later ones", "evomoe_roberta"]),
+        ({"moe_preset": "expert_choice"}, ["--moe-router expert-choice", "later ones", "evomoe_roberta"]),
         ({"moe_router": "stable", "max_update": 0, "max_epoch": 1}, ["--max-update", "--moe-stable-update"]),
         (
             {"moe_router": "base", "moe_penalty_weight": 0.1},

@@ -167,6 +167,19 @@ BAD = [
     ("soft", {"slots": 0}, "slots"),
     ("top-p", {"top_p": 0.0}, "top_p"),
     ("base", {"top_k": 1}, "top_k"),
+    ("remoe", {"mean_experts": 4.5}, "mean_experts"),
+    ("remoe", {"l1_factor": 1.0}, "l1_factor"),
+    ("switch", {"balance": "bias", "balance_weight": 0.01}, "balance_weight"),
+    ("topk", {"balance": "quantile", "balance_weight": 0.5}, "balance_weight"),
+    ("dts", {"balance": "even"}, "balance"),
+    ("top-p", {"balance_rate": 0.5}, "balance_rate"),
+    ("laplace", {"balance": "bias"}, "balance"),
+    ("xmoe", {"routing_dim": 0}, "routing_dim"),
+    ("dtop-p", {"mean_experts": 5.0}, "mean_experts"),
+    ("expert-choice", {"mean_experts": 5.0}, "mean_experts"),
+    ("expert-threshold", {"mean_experts": 5.0}, "mean_experts"),
+    ("dtop-p", {"mean_experts": 0.5}, "mean_experts"),
+    ("xmoe", {"gate_input": "table"}, "gate_input"),
 ]
 
 

@@ -14,7 +14,8 @@ from fairseq_evomoe.moe.options import OptionError
 NAMES = (
     "evomoe switch gshard mixtral base hash hash_balanced stable top_p hmoe_topk hmoe_topp dynmoe fusemoe "
     "comet rmoe soft mh_moe mode hypermoe deepseek upcycling drop_upcycling emoe evomoe_hmoe evomoe_context "
-    "evomoe_table narrow_hash"
+    "evomoe_table narrow_hash remoe loss_free quantile_balancing xmoe dtop_p "
+    "expert_choice expert_threshold"
 ).split()
 RUN = {"max_update": 1000, "ffn_dims": [64]}
 
@@ -80,6 +81,13 @@ WHAT_IS_PUBLISHED = {
         "balance_form": "normalized",
         "spawn_update": 100,
     },
+    "remoe": {"mean_experts": 1.0, "l1_start": 1e-8, "l1_factor": 1.2, "l1_form": "balanced"},
+    "loss_free": {"balance": "bias", "balance_rate": 0.001, "balance_weight": 0.0, "top_k": 4, "experts": 32},
+    "quantile_balancing": {"balance": "quantile", "balance_weight": 0.0, "shared_expert": True},
+    "xmoe": {"top_k": 1, "renormalize": "never", "routing_dim": 16, "balance_weight": 0.01},
+    "dtop_p": {"router": "dtop-p", "mean_experts": 2.0, "top_p": 0.4},
+    "expert_choice": {"mean_experts": 2.0},
+    "expert_threshold": {"mean_experts": 1.0, "cutoff_decay": 0.99},
     "narrow_hash": {"hashes": 4, "experts": 32, "total_ffn_dim": "8x"},
 }
 

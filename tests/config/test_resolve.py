@@ -69,6 +69,7 @@ def test_every_option_arrives_where_it_belongs(router, declaration):
         "hashes": {"experts": 16},
         "temperature_end": {"temperature_start": 9.0},
         "random_second": {"top_k": 2, "renormalize": "always"},
+        "balance_rate": {"balance": "bias"},
     }
     if declaration.choices:
         values = declaration.choices
@@ -81,6 +82,8 @@ def test_every_option_arrives_where_it_belongs(router, declaration):
             "expert_sizes": ("arithmetic", "hybrid"),
             "spawn_update": (7, "auto"),
             "max_experts": (0, 32),
+            "l1_factor": (1.5,),
+            "mean_experts": (1.5,),
         }.get(name, (0.5,) if declaration.type is float else (4,))
     for value in values:
         given = {"router": router, **companions.get(name, {}), name: value}

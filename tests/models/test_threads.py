@@ -19,6 +19,8 @@ ROUTERS = [
     {"moe_router": "topk", "moe_gate_input": "table"},
     {"moe_router": "recurrent"},
     {"moe_router": "base"},
+    {"moe_router": "topk", "moe_balance": "bias"},
+    {"moe_router": "remoe"},
 ]
 THREADS, TRANSLATIONS = 4, 40
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from fairseq_evomoe.moe import ROUTERS, RoutingContext, Vocabulary
+from fairseq_evomoe.moe.balancing import Balance
 from fairseq_evomoe.moe.routers.router import GateInput
 
 VOCABULARY = Vocabulary(17, torch.ones(17), dim=3)
@@ -15,7 +16,7 @@ LINEAR = ["dts", "switch", "topk", "top-p"]
 def test_the_input_of_a_linear_gate(name, gate_input):
     router = ROUTERS[name](6, 4, vocabulary=VOCABULARY, gate_input=gate_input)
     found = ROUTERS[name].options_of_state(router.state_dict(), VOCABULARY)
-    assert found == {"gate_input": GateInput(gate_input)}
+    assert found == {"gate_input": GateInput(gate_input), "balance": Balance.loss}
     again = ROUTERS[name](6, 4, vocabulary=VOCABULARY, **found)
     assert again.state_dict().keys() == router.state_dict().keys()
     again.load_state_dict(router.state_dict())
@@ -24,7 +25,7 @@ def test_the_input_of_a_linear_gate(name, gate_input):
 @pytest.mark.parametrize("gate_input", ["token", "table"])
 def test_without_a_vocabulary_a_table_looks_like_embeddings(gate_input):
     state = ROUTERS["dts"](6, 4, vocabulary=VOCABULARY, gate_input=gate_input).state_dict()
-    assert ROUTERS["dts"].options_of_state(state) == {}
+    assert ROUTERS["dts"].options_of_state(state) == {"balance": Balance.loss}
 
 
 def test_a_state_without_the_part_that_sees_tokens_is_that_of_both_with_zeros():
@@ -36,7 +37,15 @@ def test_a_state_without_the_part_that_sees_tokens_is_that_of_both_with_zeros():
     x = torch.randn(5, 6, dtype=torch.float64)
     context = RoutingContext(embedding_TC=torch.randn(5, 3))
     assert torch.equal(both(x, context).weight_N, hidden(x, context).weight_N)
-    assert ROUTERS["switch"].options_of_state(hidden.state_dict()) == {"gate_input": GateInput.hidden}
+    found = ROUTERS["switch"].options_of_state(hidden.state_dict())
+    assert found == {"gate_input": GateInput.hidden, "balance": Balance.loss}
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_whether_a_bias_keeps_the_loads_even(name):
+    state = ROUTERS[name](6, 4, balance="quantile").state_dict()
+    assert ROUTERS[name].options_of_state(state)["balance"] == Balance.bias
+    ROUTERS[name](6, 4, balance="bias").load_state_dict(state)
 
 
 @pytest.mark.parametrize("name", [name for name in ROUTERS if name not in LINEAR])

@@ -1,5 +1,6 @@
 """Losses, capacities and noise of several ranks are those of one process with all their tokens."""
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 
 from fairseq_evomoe.moe import RoutingContext, Vocabulary
 from support.rank_threads import on_ranks
-from support.router_checks import close, make
+from support.router_checks import close, end_update, make
 
 DIM, EXPERTS, V = 6, 5, 17
 SIZES = [(7, 13), (1, 0, 9, 4)]
@@ -27,6 +28,24 @@ CASES = [
     ("base", {}),
     ("comet", {}),
     ("dynmoe", {"balance_weight": 0.01, "activity_weight": 0.01}),
+    ("remoe", {"l1_start": 1.0}),
+    ("remoe", {"l1_start": 1.0, "l1_form": "plain"}),
+    ("switch", {"balance": "bias", "capacity_factor": 0.8}),
+    ("xmoe", {"routing_dim": 3}),
+    ("dtop-p", {}),
+    ("expert-threshold", {}),
+]
+# routers that learn something of the tokens of all ranks after each update
+ADAPTIVE = [
+    ("dynmoe", {"dynmoe_window": 9}),
+    ("remoe", {}),
+    ("dtop-p", {"mean_experts": 4.0}),
+    ("expert-threshold", {"mean_experts": 2.0}),
+    *(
+        (name, {"balance": how})
+        for name in ("switch", "topk", "dts", "top-p")
+        for how in ("bias", "quantile")
+    ),
 ]
 
 
@@ -79,6 +98,27 @@ def gradients(loss, inputs):
         return [torch.zeros_like(x) for x in inputs]
     found = torch.autograd.grad(loss, inputs, retain_graph=True, allow_unused=True)
     return [torch.zeros_like(x) if grad is None else grad for x, grad in zip(inputs, found)]
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("name, options", ADAPTIVE, ids=str)
+def test_what_they_keep_of_an_update_is_what_one_process_keeps(name, options, sizes):
+    torch.manual_seed(3)
+    one = make(name, DIM, EXPERTS, **options).train()
+    ranks = [copy.deepcopy(one) for _ in sizes]
+    before = {key: tensor.clone() for key, tensor in one.state_dict().items()}
+    for _ in range(3):
+        x_TD = torch.randn(sum(sizes), DIM, dtype=torch.float64)
+        routed(one, x_TD, None)
+        on_ranks(lambda rank, part: routed(*part, None, ranks=rank), list(zip(ranks, x_TD.split(sizes))))
+        end_update(one)
+        end_update(*ranks)
+    expected = one.state_dict()
+    assert any(not torch.equal(tensor, before[key]) for key, tensor in expected.items())
+    for router in ranks:
+        for key, tensor in router.state_dict().items():
+            assert torch.equal(tensor, ranks[0].state_dict()[key]), key
+            assert torch.allclose(tensor, expected[key], rtol=0, atol=1e-6), key
 
 
 @pytest.mark.parametrize("sizes", SIZES, ids=str)

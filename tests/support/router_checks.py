@@ -5,6 +5,7 @@ import math
 import torch
 
 from fairseq_evomoe.moe import ROUTERS, RoutingContext
+from fairseq_evomoe.moe.statistics import Collector
 
 
 def make(name, dim, experts, seed=0, **options):
@@ -52,7 +53,7 @@ def gradients_are_right(router, x, context=None):
     def run(*_):  # gradcheck changes its inputs, the parameters among them, in place
         routing = router(x, context or RoutingContext())
         outputs = (routing.weight_N, routing.probability_TE, *routing.losses.values())
-        return tuple(output for output in outputs if output.requires_grad)
+        return tuple(output for output in outputs if output is not None and output.requires_grad)
 
     return torch.autograd.gradcheck(run, (x.requires_grad_(), *router.parameters()))
 
@@ -89,3 +90,26 @@ def check_precision(name, dtype, **options):
     total = routing.weight_N.square().sum() + sum(routing.losses.values())
     total.backward()
     assert all(torch.isfinite(p.grad).all() and p.grad.dtype == dtype for p in router.parameters())
+
+
+def end_update(*ranks):
+    """What ends an update: the routers of some ranks add up what they have collected, and keep it."""
+    of_ranks = [[each for each in router.modules() if isinstance(each, Collector)] for router in ranks]
+    for collectors in zip(*of_ranks):
+        total_K = sum(each.drain() for each in collectors)
+        for collector in collectors:
+            collector.commit(total_K)
+
+
+def is_causal(router, x, **context):
+    """Whether the pairs of each token but the last stay, and their weights, when the last one changes."""
+
+    def pairs(x):
+        routing = router(x, RoutingContext(noise_key=("gate", 1), **context))
+        weight, mask = dense(routing)
+        return weight[:-1], mask[:-1]
+
+    changed = x.clone()
+    changed[-1] = -3 * changed[-1] + 1
+    (weight, mask), (other_weight, other_mask) = pairs(x), pairs(changed)
+    return torch.equal(mask, other_mask) and torch.equal(weight, other_weight)

@@ -130,8 +130,9 @@ def test_less_on_the_way_trains_nearly_the_same(name, trained):
 
 
 KINDS = [
-    *({"moe_router": name} for name in ROUTERS if name != "soft"),
+    *({"moe_router": name} for name, cls in ROUTERS.items() if not cls.needs_whole_sequence),
     {"moe_router": "soft", "task": "masked_lm"},
+    {"moe_router": "expert-choice", "task": "masked_lm"},
     {"moe_hyper_adapter": True, "moe_shared_expert": True},
     {"moe_heads": 4},
     {"moe_router": "hash", "moe_hashes": 2},

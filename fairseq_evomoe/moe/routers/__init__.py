@@ -3,31 +3,41 @@
 # the order is that of the options in --help
 from .base import BaseRouter
 from .comet import CometRouter
+from .dtop_p import SteeredTopPRouter
 from .dts import DenseToSparseRouter
 from .dynmoe import DynMoERouter
+from .expert_choice import ExpertChoiceRouter
+from .expert_threshold import ExpertThresholdRouter
 from .hash import HashRouter
 from .laplace import LaplaceRouter
 from .recurrent import RecurrentRouter
 from .registry import ROUTERS, register_router
+from .remoe import ReLURouter
 from .router import Router
 from .soft import SoftRouter
 from .stable import StableRouter
 from .switch import SwitchRouter
 from .top_p import TopPRouter
 from .topk import TopKRouter
+from .xmoe import CosineRouter
 
 __all__ = [
     "ROUTERS",
     "BaseRouter",
     "CometRouter",
+    "CosineRouter",
     "DenseToSparseRouter",
     "DynMoERouter",
+    "ExpertChoiceRouter",
+    "ExpertThresholdRouter",
     "HashRouter",
     "LaplaceRouter",
+    "ReLURouter",
     "RecurrentRouter",
     "Router",
     "SoftRouter",
     "StableRouter",
+    "SteeredTopPRouter",
     "SwitchRouter",
     "TopKRouter",
     "TopPRouter",

@@ -10,8 +10,9 @@ from torch import Tensor
 from ..losses import active_balance_loss, balance_loss, top1_balance_loss
 from ..options import OptionError, loss_weight, option
 from ..routing import Routing, RoutingContext, at_pairs
+from .balanced import BalancedRouter, chosen
 from .registry import register_router
-from .router import BALANCE, RENORMALIZE, LinearRouter, Renormalize, at_most_all, divisor
+from .router import BALANCE, RENORMALIZE, Renormalize, at_most_all, divisor
 
 
 class GateWeight(str, Enum):
@@ -43,7 +44,7 @@ class EvalRouting(str, Enum):
 
 
 @register_router("dts")
-class DenseToSparseRouter(LinearRouter):
+class DenseToSparseRouter(BalancedRouter):
     """Gumbel-softmax gate whose temperature falls, so that fewer and fewer experts pass a threshold.
 
     In training, with noise ``g ~ Gumbel(0, 1)``, temperature ``tau`` and threshold ``c``::
@@ -57,6 +58,9 @@ class DenseToSparseRouter(LinearRouter):
     sends a token to the k best experts by ``softmax(logits)``, ``adaptive`` to every expert with
     ``softmax(logits / tau) > c`` (and to the k best in any case).
 
+    With ``balance`` bias or quantile, which is ours, experts are chosen by y plus bias, see ``LoadBias``, in
+    evaluation by ``softmax(logits / tau)`` plus bias.
+
     Args:
         dim: D, width of a token.
         experts: E, number of experts.
@@ -64,7 +68,7 @@ class DenseToSparseRouter(LinearRouter):
     """
 
     @dataclass(frozen=True)
-    class Options(LinearRouter.Options):
+    class Options(BalancedRouter.Options):
         """The Dense-To-Sparse gate's threshold, noise, weights and losses, as published unless given."""
 
         threshold: float = option(
@@ -106,6 +110,7 @@ class DenseToSparseRouter(LinearRouter):
 
         def contradictions(self, experts: int) -> Iterator[OptionError]:
             """See the parent."""
+            yield from super().contradictions(experts)
             yield from at_most_all(self, "hard_experts", experts)
 
     options: "DenseToSparseRouter.Options"
@@ -118,25 +123,30 @@ class DenseToSparseRouter(LinearRouter):
         logits_TE = self.logits(x_TD, context)
         probability_TE = logits_TE.softmax(-1)
         hard = context.hard if self.training else self.options.eval_routing == EvalRouting.top1
+        softmax = self.options.gate_weight == GateWeight.softmax
         if self.training and (not hard or self.options.gate_noise == GateNoise.always):
             y_TE = ((logits_TE + gumbel(logits_TE, context)) / context.temperature).softmax(-1)
-        elif hard and (self.options.gate_weight == GateWeight.softmax or not self.training):
-            y_TE = probability_TE  # the k best are the same at any temperature
+        elif hard and self.balancing is None and (softmax or not self.training):
+            y_TE = probability_TE  # the k best are the same at any temperature, unless something is added
         else:
             y_TE = (logits_TE / context.temperature).softmax(-1)
-        weight_TE = y_TE if self.options.gate_weight == GateWeight.gumbel else probability_TE
+        weight_TE = probability_TE if softmax else y_TE
 
         k = self.options.hard_experts
-        best_TK = y_TE.topk(k).indices if k > 1 else y_TE.argmax(-1, True)
+        choice_TE = self.choice(y_TE)
+        best_TK = choice_TE.topk(k).indices if k > 1 else choice_TE.argmax(-1, True)
         if hard:
             token_N = torch.arange(x_TD.shape[0], device=x_TD.device)
             token_N = token_N if k == 1 else token_N.repeat_interleave(k)
             expert_N = best_TK.flatten()
             weight_N = weight_TE.gather(1, best_TK).flatten()
+            mask_TE = None if self.balancing is None else chosen(best_TK, self.experts)
         else:
-            mask_TE = (y_TE > self.options.threshold).scatter(1, best_TK, True)
+            mask_TE = (choice_TE > self.options.threshold).scatter(1, best_TK, True)
             token_N, expert_N = mask_TE.nonzero(as_tuple=True)
             weight_N = at_pairs(weight_TE, token_N, expert_N)
+        if mask_TE is not None:
+            self.watch(y_TE, choice_TE, mask_TE)
         if self.options.renormalize != Renormalize.never:
             total_T = weight_N.new_zeros(x_TD.shape[0]).index_add(0, token_N, weight_N)
             weight_N = weight_N / divisor(total_T, self.options.renormalize)[token_N]

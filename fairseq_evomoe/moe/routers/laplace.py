@@ -6,6 +6,7 @@ from typing import ClassVar, Iterator
 import torch
 from torch import Tensor
 
+from ..balancing import Balance
 from ..options import OptionError, like
 from ..routing import RoutingContext
 from .registry import register_router
@@ -43,6 +44,7 @@ class LaplaceRouter(TopKRouter):
         capacity_factor: ClassVar[float] = 0.0
         eval_capacity_factor: ClassVar[float] = 0.0
         balance_choices: ClassVar[BalanceChoices] = BalanceChoices.all
+        balance: ClassVar[Balance] = Balance.loss
 
         def contradictions(self, experts: int) -> Iterator[OptionError]:
             """See the parent."""

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
+from ..balancing import Balance
 from ..losses import product_of_means
 from ..merge_rule import MergeRule
 from ..options import OptionError, like, option
@@ -59,6 +60,7 @@ class RecurrentRouter(TopKRouter):
         capacity_factor: ClassVar[float] = 0.0
         eval_capacity_factor: ClassVar[float] = 0.0
         balance_choices: ClassVar[BalanceChoices] = BalanceChoices.all
+        balance: ClassVar[Balance] = Balance.loss
 
         def contradictions(self, experts: int) -> Iterator[OptionError]:
             """See the parent."""

@@ -149,6 +149,7 @@ RENORMALIZE = (
 )
 BALANCE = "Weight of the load-balance loss of each MoE layer, for each unit of the sample size."
 TOP_K = "Number of experts of each token; for comet, number of trees."
+MEAN_EXPERTS = "Mean number of experts of a token that a router with no fixed number of them aims at."
 
 
 class LinearRouter(Router):
@@ -399,7 +400,8 @@ def at_most_all(options: BaseOptions, name: str, experts: int) -> Iterator[Optio
     """What an option that counts the experts of a token has against the number that there are."""
     value = getattr(options, name)
     if value > experts:
-        yield OptionError(name, f"`{name}` must be from 1 to the {experts} experts, but is {value}.")
+        least = "more than 0" if isinstance(value, float) else "from 1"
+        yield OptionError(name, f"`{name}` must be {least} to the {experts} experts, but is {value}.")
 
 
 def entropy_sum(probability_TE: Tensor) -> Tensor:

@@ -8,11 +8,11 @@ from ..capacity import CAPACITY, EVAL_CAPACITY, drop_overflow
 from ..losses import top1_balance_loss
 from ..options import loss_weight, option
 from ..routing import Routing, RoutingContext
+from .balanced import BalancedRouter
 from .registry import register_router
 from .router import (
     BALANCE,
     RENORMALIZE,
-    LinearRouter,
     Renormalize,
     divisor,
     float32,
@@ -21,8 +21,10 @@ from .router import (
 
 
 @register_router("switch")
-class SwitchRouter(LinearRouter):
+class SwitchRouter(BalancedRouter):
     """Each token to the expert of the highest gate probability p, with weight p.
+
+    With ``balance`` bias or quantile the expert is that of the highest p plus bias, see ``LoadBias``.
 
     Losses: ``balance``, ``E * sum_e f_e P_e``, with f the share of the tokens whose best expert is e, before
     any are dropped, and P the mean probability; ``entropy``, the mean entropy of the probabilities, and
@@ -37,7 +39,7 @@ class SwitchRouter(LinearRouter):
     """
 
     @dataclass(frozen=True)
-    class Options(LinearRouter.Options):
+    class Options(BalancedRouter.Options):
         """Switch's noise, capacity and loss."""
 
         jitter: float = option(
@@ -61,7 +63,10 @@ class SwitchRouter(LinearRouter):
             x_TD = x_TD * (1 + self.options.jitter * (2 * context.uniform(x_TD) - 1))
         logits_TE = self.logits(x_TD, context)
         probability_TE = logits_TE.softmax(-1)
-        weight_T, expert_T = probability_TE.max(-1)
+        if self.balancing is None:
+            weight_T, expert_T = probability_TE.max(-1)
+        else:
+            weight_T, expert_T = (best_T1.squeeze(1) for best_T1 in self.best(probability_TE, 1))
         if self.options.renormalize != Renormalize.never:
             weight_T = weight_T / divisor(weight_T, self.options.renormalize)
         routing = top1_routing(expert_T, weight_T, self.experts)

@@ -1,19 +1,22 @@
 """Top-p routing (arXiv 2403.07652)."""
 
 from dataclasses import dataclass
+from typing import Union
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from ..losses import active_balance_loss
 from ..options import like, loss_weight, option
 from ..routing import Routing, RoutingContext, at_pairs
+from .balanced import BalancedRouter
 from .registry import register_router
 from .router import BALANCE, RENORMALIZE, LinearRouter, Renormalize, divisor
 
 
 @register_router("top-p")
-class TopPRouter(LinearRouter):
+class TopPRouter(BalancedRouter):
     """Each token to the fewest experts that together have the gate probability ``top_p``.
 
     With ``p = softmax(x W^T)``, experts are taken from the largest p on, up to and including the one with
@@ -21,7 +24,9 @@ class TopPRouter(LinearRouter):
     divided by the sum over the chosen ones unless ``renormalize`` is ``never``.  Losses: ``balance``,
     ``E * sum_e f_e P_e`` with f the share of the active pairs; ``entropy``, the mean entropy of p, which
     keeps the number of experts low; ``z``, ST-MoE's z-loss.  HMoE (arXiv 2408.10681) uses ``top_p`` 0.6 and
-    ``always``.
+    ``always``.  With ``balance`` bias or quantile they are taken from the largest p plus bias on, see
+    ``LoadBias``, until their p without it reach ``top_p``; how many that are depends on the order, so that
+    a quantile, which takes their number as given, leaves loads less even than with other routers.
 
     Args:
         dim: D, width of a token.
@@ -30,7 +35,7 @@ class TopPRouter(LinearRouter):
     """
 
     @dataclass(frozen=True)
-    class Options(LinearRouter.Options):
+    class Options(BalancedRouter.Options):
         """How much of the gate's probability a token's experts have, and the losses."""
 
         top_p: float = option(
@@ -45,14 +50,23 @@ class TopPRouter(LinearRouter):
 
     options: "TopPRouter.Options"
 
+    @property
+    def top_p(self) -> Union[float, Tensor]:
+        """The probability that a token's experts have together at least."""
+        return self.options.top_p
+
     def forward(self, x_TD: Tensor, context: RoutingContext) -> Routing:
         """Route tokens; see the class."""
         logits_TE = self.logits(x_TD, context)
         probability_TE = logits_TE.softmax(-1)
         # column r: the expert of rank r; it is needed as long as those before it do not reach top_p
-        sorted_TE, expert_TE = probability_TE.sort(dim=-1, descending=True)
+        choice_TE = self.choice(probability_TE)
+        sorted_TE, expert_TE = choice_TE.sort(dim=-1, descending=True)
+        if self.balancing is not None:
+            sorted_TE = probability_TE.gather(1, expert_TE)
         before_TE = F.pad(sorted_TE.detach().cumsum(-1)[:, :-1], (1, 0))
-        chosen_TE = before_TE < self.options.top_p
+        chosen_TE = before_TE < self.top_p
+        self.watch(probability_TE, choice_TE, torch.zeros_like(chosen_TE).scatter(1, expert_TE, chosen_TE))
         weight_TE = sorted_TE
         if self.options.renormalize != Renormalize.never:
             total_T1 = (weight_TE * chosen_TE).sum(-1, keepdim=True)

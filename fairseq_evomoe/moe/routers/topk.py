@@ -11,12 +11,12 @@ from ..capacity import CAPACITY, EVAL_CAPACITY, drop_overflow, keep_pairs
 from ..losses import choices_balance_loss, top1_balance_loss
 from ..options import OptionError, loss_weight, option
 from ..routing import Routing, RoutingContext
+from .balanced import BalancedRouter
 from .registry import register_router
 from .router import (
     BALANCE,
     RENORMALIZE,
     TOP_K,
-    LinearRouter,
     Renormalize,
     at_most_all,
     divisor,
@@ -32,12 +32,13 @@ class BalanceChoices(str, Enum):
 
 
 @register_router("topk")
-class TopKRouter(LinearRouter):
+class TopKRouter(BalancedRouter):
     """Each token to the k experts of the highest gate probability.
 
     With ``p = softmax(x W^T)``, the weight of a chosen expert is its p, divided by the sum over the chosen
     ones unless ``renormalize`` is ``never``.  While training, ``random_second`` keeps a second expert with
-    probability ``min(1, 2 w)``, where w is its weight, as GShard does.
+    probability ``min(1, 2 w)``, where w is its weight, as GShard does.  With ``balance`` bias or quantile the
+    chosen ones are those of the highest p plus bias, see ``LoadBias``.
 
     Losses: ``balance``, ``E * sum_e f_e P_e`` with P the mean of p and f how many of a token's choices are e
     on average: all k of them, as in Mixtral, or with ``balance_choices`` first, as in GShard, the first one
@@ -50,7 +51,7 @@ class TopKRouter(LinearRouter):
     """
 
     @dataclass(frozen=True)
-    class Options(LinearRouter.Options):
+    class Options(BalancedRouter.Options):
         """How many experts a token has, and their weights."""
 
         top_k: int = option(2, TOP_K, at_least=1)
@@ -71,6 +72,7 @@ class TopKRouter(LinearRouter):
 
         def contradictions(self, experts: int) -> Iterator[OptionError]:
             """See the parent."""
+            yield from super().contradictions(experts)
             yield from at_most_all(self, "top_k", experts)
             if self.random_second and (self.top_k != 2 or self.renormalize == Renormalize.never):
                 yield OptionError(
@@ -86,7 +88,7 @@ class TopKRouter(LinearRouter):
         """Route tokens; see the class."""
         logits_TE = self.logits(x_TD, context)
         probability_TE = logits_TE.softmax(-1)
-        weight_TK, expert_TK = probability_TE.topk(self.options.top_k, dim=-1)
+        weight_TK, expert_TK = self.best(probability_TE, self.options.top_k)
         renormalize = self.options.renormalize
         if renormalize != Renormalize.never:
             weight_TK = weight_TK / divisor(weight_TK.sum(-1, keepdim=True), renormalize)
