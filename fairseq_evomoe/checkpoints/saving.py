@@ -109,14 +109,16 @@ class Saving:
         self._meet(firsts)
         step("all renamed")
         if self.number == 0:
-            for (
-                first
-            ) in firsts:  # of sets that had more files; other ranks may be at the next checkpoint already
-                own = {path_of(first, number) for number in range(self._files)}
-                for ending in ("", storage.TEMPORARY):
-                    former = set(recovery.parts_of(first, ending)) - {path + ending for path in own}
-                    storage.remove(former)
+            self._remove_former(firsts)
         return firsts
+
+    def _remove_former(self, firsts: List[str]) -> None:
+        """Remove what is left of sets that had more files; other ranks may write the next one already."""
+        for first in firsts:
+            own = {path_of(first, number) for number in range(self._files)}
+            for ending in ("", storage.TEMPORARY):
+                former = set(recovery.parts_of(first, ending)) - {path + ending for path in own}
+                storage.remove(former)
 
     @property
     def _files(self) -> int:
