@@ -109,10 +109,16 @@ class Saving:
         self._meet(firsts)
         step("all renamed")
         if self.number == 0:
-            for first in firsts:  # of a set that had more files
-                former = set(recovery.parts_of(first)) - {path_of(first, n) for n in range(self._files)}
-                storage.remove(former)
+            self._remove_former(firsts)
         return firsts
+
+    def _remove_former(self, firsts: List[str]) -> None:
+        """Remove what is left of sets that had more files; other ranks may write the next one already."""
+        for first in firsts:
+            own = {path_of(first, number) for number in range(self._files)}
+            for ending in ("", storage.TEMPORARY):
+                former = set(recovery.parts_of(first, ending)) - {path + ending for path in own}
+                storage.remove(former)
 
     @property
     def _files(self) -> int:
@@ -175,7 +181,7 @@ def recorded(saving: Saving) -> Iterator[None]:
 def write(original: Original, state: Dict[str, Any], filename: str, *args: Any, **kwargs: Any) -> None:
     """A file of a checkpoint is written under a temporary name, until all ranks have written theirs."""
     saving = _under_way.get()
-    if saving is None:
+    if saving is None or saving.names:  # what somebody else's task writes beside it
         original(state, filename, *args, **kwargs)
     else:
         saving.write(state, filename)

@@ -6,8 +6,11 @@ import shutil
 import pytest
 import torch
 
+from fairseq_evomoe.checkpoints import storage
+from fairseq_evomoe.checkpoints.index import UnreadableCheckpoint
 from support.cli import CLASSIFICATION, LM, Run, assert_equal, call, parameters
 from support.optimizers import OPTIMIZERS
+from support.refusals import refused
 from support.resume import check_resume
 from support.tasks import DATA, TASKS
 
@@ -110,3 +113,15 @@ def test_a_checkpoint_that_is_not_there_is_refused(option, name, text, lm_data, 
     flag = "--" + option.replace("_", "-")
     assert f"{flag} {path} {text}" in str(error.value)
     assert not list(tmp_path.glob("run/*"))
+
+
+def test_a_checkpoint_that_must_not_be_read_is_not_replaced_by_another(again, lm_data, monkeypatch):
+    run, settings = again
+
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr(storage, "skim", refuse)
+    with pytest.raises(UnreadableCheckpoint) as error:
+        call("fairseq-train", lm_data, **settings)
+    refused(error, f"{run.last} cannot be read: its permissions do not let you")

@@ -151,3 +151,14 @@ def test_what_writes_in_the_background_is_refused_in_several_files(lm_data):
     with pytest.raises(ConfigError) as error:
         check_before_trainer(cfg)
     refused(error, "--moe-sharded-checkpoint", "--write-checkpoints-asynchronously", "leave one of them out")
+
+
+def test_files_of_a_set_with_more_of_them_do_not_stay(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    save_and_die(3, folder, [1, 2], SETTINGS["best and last"], (2, 5))  # one file has its name, one has not
+    assert len(list(folder.glob("*experts2*"))) == 3
+    for size in (2, 1):
+        assert save_and_die(size, folder, [3], SETTINGS["best and last"]) == [0] * size
+        assert set(updates_there(folder).values()) == {3}
+        assert len(list(folder.iterdir())) == 2 * size
