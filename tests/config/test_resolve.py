@@ -81,6 +81,7 @@ def test_every_option_arrives_where_it_belongs(router, declaration):
             "expert_sizes": ("arithmetic", "hybrid"),
             "spawn_update": (7, "auto"),
             "max_experts": (0, 32),
+            "freeze": ("router", "router,backbone"),
         }.get(name, (0.5,) if declaration.type is float else (4,))
     for value in values:
         given = {"router": router, **companions.get(name, {}), name: value}
