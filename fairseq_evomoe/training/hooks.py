@@ -76,7 +76,9 @@ def begin_run(
         if isinstance(model, MoEModel):
             settle_options(cfg, model.moe_config)
         check_before_trainer(cfg)
-        trainer.evomoe.pulse = ranks.attach_ranks(cfg, model)
+        pulse = trainer.evomoe.pulse = ranks.attach_ranks(cfg, model)
+        if pulse is not None:
+            weakref.finalize(trainer, pulse.end)
     original(trainer, cfg, task, model, criterion, *args, **kwargs)
     if layers:
         check_run(trainer.cfg, model, layers, criterion)

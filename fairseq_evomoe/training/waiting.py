@@ -32,7 +32,7 @@ class RankAbsent(RuntimeError):
 class Pulse:
     """A sign of life of this process in the store that all ranks share, from a thread of its own.
 
-    It goes on while the process waits for others, and ends when the process is stopped or gone.
+    It goes on while the process waits for others, and stops with the process, or at the ``end`` of the run.
 
     Args:
         store: of torch.distributed.
@@ -44,15 +44,21 @@ class Pulse:
         self.store, self.rank, self.size = store, rank, size
         store.set(f"evomoe_process/{rank}", f"process {os.getpid()} on {socket.gethostname()}")
         store.set(f"evomoe_beat/{rank}", "0")
-        threading.Thread(target=self._beat, daemon=True).start()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._beat, daemon=True)
+        self._thread.start()
 
     def _beat(self) -> None:
         beats = 0
         with contextlib.suppress(RuntimeError):  # the store is gone with the rank that keeps it
-            while True:
-                time.sleep(BEAT)
+            while not self._ended.wait(BEAT):
                 beats += 1
                 self.store.set(f"evomoe_beat/{self.rank}", str(beats))
+
+    def end(self) -> None:
+        """Nobody waits for this process any more."""
+        self._ended.set()
+        self._thread.join(BEAT)  # not for ever: the store may not answer
 
     def silent(self) -> List[str]:
         """The ranks without a sign of life, in words; takes one to three times ``SILENCE``."""

@@ -6,7 +6,9 @@ import torch
 from fairseq_evomoe.config.errors import ConfigError
 from fairseq_evomoe.moe import MoELayer
 from fairseq_evomoe.training import growth
-from support.cli import LM, Run, assert_equal, build, call, parameters
+from support.cli import LM, Run, assert_equal, build, call, evomoe, parameters
+from support.parallel import RANKS, SENTENCES, SHARED, TOLERANCE
+from support.rank_jobs import largest_difference, state_of, train_on_all_batches, train_on_ranks
 from support.refusals import refused
 from support.resume import check_resume
 from support.tasks import PLAIN, dense
@@ -144,3 +146,25 @@ def test_refused(options, parts, lm_data):
 def test_only_a_router_learns(lm_data):
     setup = build(lm_data, **{**LM, **PLAIN, "moe_freeze": "experts,backbone"})
     assert all(".router." in n for n, p in setup.model.named_parameters() if p.requires_grad)
+
+
+@pytest.mark.ranks
+def test_a_part_is_frozen_on_ranks_that_share_the_experts(lm_data, tmp_path):
+    """Each with a part of them, and of the checkpoint, from which the run goes on."""
+    jobs = {}
+    for part in ("experts", "backbone"):
+        settings = {**SENTENCES, "max_update": 10, "moe_freeze": part, "save_interval_updates": 8}
+        shared = {**settings, **SHARED, "moe_sharded_checkpoint": True, "save_dir": tmp_path / part}
+        resumed = {**shared, "save_dir": tmp_path / f"{part} resumed", "save_interval_updates": 0}
+        resumed["restore_file"] = tmp_path / part / "checkpoint_2_8.pt"
+        jobs[part] = settings, shared, resumed
+    runs = [[[lm_data], job] for _, shared, resumed in jobs.values() for job in (shared, resumed)]
+    train_on_ranks(RANKS, runs, tmp_path / "jobs")
+    for part, (settings, shared, resumed) in jobs.items():
+        one = tmp_path / f"{part} alone"
+        train_on_all_batches(RANKS, lm_data, save_dir=one, **settings)
+        whole, again = (tmp_path / f"{name}.pt" for name in (part, f"{part} again"))
+        evomoe("consolidate", shared["save_dir"] / "checkpoint_last.pt", "--out", whole)
+        evomoe("consolidate", resumed["save_dir"] / "checkpoint_last.pt", "--out", again)
+        assert largest_difference(state_of(whole), state_of(one / "checkpoint_last.pt")) < TOLERANCE
+        assert_equal(parameters(whole), parameters(again))

@@ -90,6 +90,9 @@ def test_of_many_ranks_the_silent_ones_are_named(monkeypatch):
     with mock.patch.object(waiting.Pulse, "_beat", lambda self: beat(self) if self.rank < 3 else None):
         pulses = [waiting.Pulse(store, rank, 5) for rank in range(4)]
     assert [name[:8] for name in pulses[0].silent()] == ["rank 3 (", "rank 4"]  # and 4 has never come
+    pulses[0].end()
+    assert not pulses[0]._thread.is_alive() and pulses[1]._thread.is_alive()
+    pulses[1].end(), pulses[2].end()
     store.values.clear()
     assert pulses[0].silent() == ["rank 0, or whoever keeps the store of all ranks,"]
 
@@ -121,6 +124,6 @@ def test_groups_of_fairseq_have_the_limit(process_group, monkeypatch):
     made = []
     monkeypatch.setattr(dist, "new_group", lambda *args, timeout=None: made.append(timeout))
     monkeypatch.setattr(waiting.distributed_utils, "get_global_group", lambda: None)
-    waiting.meet(7)
+    waiting.meet(7).end()
     assert made == [timedelta(seconds=7)]
     assert dist.distributed_c10d._get_default_store().timeout == timedelta(seconds=7)
