@@ -48,7 +48,8 @@ if ! "$bin/python" -c 'import fairseq, sacrebleu' 2>/dev/null; then
     run venv "$python" -m venv "$folder/venv"
     run install-torch "$bin/pip" install 'pip<24.1'
     run install-torch "$bin/pip" install 'numpy<1.24' 'cython<3' wheel 'setuptools<70' torch==1.12.1
-    run install-fairseq "$bin/pip" install fairseq==0.12.2 sacrebleu
+    # torchaudio, which fairseq asks for in any version, would bring a newer torch
+    run install-fairseq "$bin/pip" install fairseq==0.12.2 sacrebleu torch==1.12.1
 fi
 say "$("$bin/python" -c 'import fairseq, sys, torch
 print("Python", sys.version.split()[0], "torch", torch.__version__, "fairseq", fairseq.__version__)' 2>/dev/null)"

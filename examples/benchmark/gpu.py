@@ -1,41 +1,51 @@
 #!/usr/bin/env python3
 """Measure what the layer, the routers and other implementations cost on a GPU, and where the time goes.
 
-    python examples/benchmark/gpu.py [profile] [layer] [routers] [peers] --out FOLDER
+    python examples/benchmark/gpu.py [PART ...] --out FOLDER
 
 Each figure is a JSON line of FOLDER/gpu.jsonl as soon as it is there; the same command goes on where it was
-cut, and makes FOLDER/gpu.md of what there is.  With --quick everything is small, also on a CPU.
+cut, and makes FOLDER/gpu.md of what there is.  `step` trains, and needs --data.  With --quick everything is
+small, also on a CPU.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import io
 import json
+import logging
 import statistics
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Iterator
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parents[1])]
+sys.path[:0] = [str(HERE), str(HERE.parent / "systems"), str(HERE.parents[1])]
 
 import layer as layers  # noqa: E402
 import peers  # noqa: E402
 import routers  # noqa: E402
 import torch  # noqa: E402
+from gpu_profile import profile  # noqa: E402
+from gpu_report import report  # noqa: E402
 from layer import Size  # noqa: E402
+from systems import DENSE, System  # noqa: E402
 from timing import clean_up, interleave, machine, peak_memory, ratios  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 
 from fairseq_evomoe.moe import RoutingContext  # noqa: E402
 from fairseq_evomoe.moe.dispatch import local as ways  # noqa: E402
+from fairseq_evomoe.moe.dispatch.kernels import launch  # noqa: E402
 from fairseq_evomoe.moe.routers import ROUTERS  # noqa: E402
 
 Step = Callable[[], None]
-PARTS = ["profile", "layer", "routers", "peers"]
+PARTS = ["layer", "routers", "step", "profile", "sizes", "peers", "compiled"]
+"""In the order in which they are worth most, should time be up."""
 TOP_1 = "top-1, E = 8, balanced"
 
 # name -> at most so many times the floor, and which pairs are active
@@ -48,7 +58,13 @@ MASKS: dict[str, tuple[float, Callable[[Size], torch.Tensor]]] = {
     "dense stage, 8 of 8": (1.15, lambda size: layers.soft(size, 8, 8.0)),
 }
 PROFILED = [TOP_1, "top-1, E = 64, balanced", "top-2, E = 32", "dense stage, 8 of 8"]
+COMPILED = ["switch", "dts", "topk"]
 OTHERS = {"float32": [TOP_1, "top-2, E = 32"], "autocast": [TOP_1, "top-2, E = 32"]}
+STEP = (
+    "--decoder-layers 8 --decoder-embed-dim 1024 --decoder-input-dim 1024 --decoder-output-dim 1024 "
+    "--decoder-ffn-embed-dim 4096 --decoder-attention-heads 16 --dropout 0.1 "
+    "--tokens-per-sample 512 --batch-size 32 --lr 0.0005"
+)
 PEERS = [
     ["fairseq_evomoe, ReLU", "loop over masks", "transformers, Switch"],
     [
@@ -69,6 +85,7 @@ def parser() -> argparse.ArgumentParser:
     add("parts", nargs="*", metavar="part", help="of " + ", ".join(PARTS))
     add("--out", type=Path, required=True, help="folder for gpu.jsonl and gpu.md")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--data", type=Path, help="folder that fairseq reads, for step")
     add("--repeats", type=int, default=20, help="timed runs of each function (20)")
     add("--seconds", type=float, default=300, help="begin nothing new after so long (300)")
     add("--quick", action="store_true", help="everything small, to see that it works")
@@ -124,6 +141,30 @@ def as_before(step: Step) -> Step:
             step()
 
     return run
+
+
+@contextmanager
+def taking(look_up: bool) -> Iterator[None]:
+    """Dispatch by the candidates that are off until they are measured."""
+    before = ways.candidates, launch.look_up
+    ways.candidates, launch.look_up = {"one_function"}, look_up
+    try:
+        yield
+    finally:
+        ways.candidates, launch.look_up = before
+
+
+def with_candidates(step: Step) -> dict[str, Step]:
+    """A step by each of them."""
+
+    def by(look_up: bool) -> Step:
+        def run() -> None:
+            with taking(look_up):
+                step()
+
+        return run
+
+    return {"one function": by(False), "looked up": by(True)}
 
 
 def autocast(step: Step, device: str) -> Step:
@@ -190,7 +231,7 @@ def of_mask(name: str, size: Size, repeats: int, mixed: bool = False) -> dict[st
     step, floor = layers.sparse(size, mask), layers.dense(size, int(mask.sum()))
     if mixed:
         step, floor = autocast(step, size.device), autocast(floor, size.device)
-    functions = {"layer": step, "before": as_before(step), "floor": floor}
+    functions = {"layer": step, **with_candidates(step), "before": as_before(step), "floor": floor}
     if size.dtype == "bfloat16" and hasattr(F, "grouped_mm"):
         functions["products"] = products(size, mask)
     return {"target": MASKS[name][0], "size": str(size), **figures(functions, "floor", repeats)}
@@ -202,6 +243,7 @@ def whole(size: Size, grown: bool, repeats: int) -> dict[str, Any]:
     step = layers.whole(size, made, RoutingContext(temperature=50.0))
     functions = {
         "layer": step,
+        **with_candidates(step),
         "before": as_before(step),
         "floor": layers.dense(size, (8 if grown else 1) * size.tokens),
     }
@@ -212,24 +254,30 @@ def whole(size: Size, grown: bool, repeats: int) -> dict[str, Any]:
 def one_token(size: Size, repeats: int) -> dict[str, Any]:
     """Fifty tokens, one after another, through a layer of 64 experts with its gate."""
     step, floor = layers.decoding(size)
-    functions = {"layer": step, "before": as_before(step), "floor": floor}
+    functions = {"layer": step, **with_candidates(step), "before": as_before(step), "floor": floor}
     return {"target": 2.0, "size": str(size), "calls": 50, **figures(functions, "floor", repeats)}
 
 
 def measure_layer(results: Results, size: Size, args: argparse.Namespace) -> None:
-    for tokens in (size.tokens,) if args.quick else (size.tokens, size.tokens // 4, 4 * size.tokens):
+    for name in MASKS:
+        key = "layer, T = {}, {}".format(size.tokens, name)
+        results.measure(key, "layer", lambda name=name: of_mask(name, size, args.repeats))
+    for name, grown in (("single expert", False), ("8 of 8 with its gate", True)):
+        key = "layer, T = {}, {}".format(size.tokens, name)
+        results.measure(key, "layer", lambda grown=grown: whole(size, grown, args.repeats))
+    key = "layer, one token, E = 64, with its gate"
+    results.measure(key, "layer", lambda: one_token(size, args.repeats))
+
+
+def measure_sizes(results: Results, size: Size, args: argparse.Namespace) -> None:
+    """The layer with other numbers of tokens and in other dtypes."""
+    for tokens in () if args.quick else (size.tokens // 4, 4 * size.tokens):
         for name in MASKS:
             if tokens > size.tokens and name.endswith("8 of 8"):
                 continue  # half a million rows
             of = replace(size, tokens=tokens)
             key = "layer, T = {}, {}".format(tokens, name)
             results.measure(key, "layer", lambda name=name, of=of: of_mask(name, of, args.repeats))
-        if tokens == size.tokens:
-            for name, grown in (("single expert", False), ("8 of 8 with its gate", True)):
-                key = "layer, T = {}, {}".format(tokens, name)
-                results.measure(key, "layer", lambda grown=grown: whole(size, grown, args.repeats))
-            key = "layer, one token, E = 64, with its gate"
-            results.measure(key, "layer", lambda: one_token(size, args.repeats))
     for kind, names in OTHERS.items():
         for name in names[:1] if args.quick else names:
             of = replace(size, dtype="float32")
@@ -246,18 +294,69 @@ def measure_routers(results: Results, size: Size, args: argparse.Namespace) -> N
     for name in list(ROUTERS)[:2] if args.quick else ROUTERS:
 
         def one(name: str = name) -> dict[str, Any]:
+            router = routers.make(name, size)
             functions = {
-                "router": routers.deciding(routers.make(name, size), size),
+                "router": routers.deciding(router, size),
+                "in training": routers.deciding(router, size, True),
                 "floor": layers.dense(size, size.tokens),
             }
-            target = 1.0 if name == "base" else 0.25
             return {
-                "target": target,
+                "target": 1.0 if name == "base" else 0.25,
                 "size": str(size),
                 **figures(functions, "floor", max(args.repeats // 2, 2)),
             }
 
         results.measure("router, {}".format(name), "routers", one)
+
+
+def measure_compiled(results: Results, size: Size, args: argparse.Namespace) -> None:
+    """Routers by `torch.compile`: what fusing their launches would give."""
+    backend = "eager" if args.quick else "inductor"  # which would take half a minute on a CPU
+    for name in COMPILED[:1] if args.quick else COMPILED:
+
+        def one(name: str = name) -> dict[str, Any]:
+            router = routers.make(name, size)
+            functions = {
+                "in training": routers.deciding(router, size, True),
+                "compiled": routers.deciding(torch.compile(router, backend=backend), size, True),
+                "floor": layers.dense(size, size.tokens),
+            }
+            return {
+                "target": 0.25,
+                "size": str(size),
+                **figures(functions, "floor", max(args.repeats // 2, 2)),
+            }
+
+        results.measure("compiled router, {}".format(name), "routers", one)
+
+
+def measure_step(results: Results, size: Size, args: argparse.Namespace) -> None:
+    """Whole updates of `fairseq-train`: 8 layers, every second one with 16 experts, one for a token."""
+    if args.data is None:
+        return
+    path = HERE / "quality" / "gpu.py"
+    spec = importlib.util.spec_from_file_location("side_by_side", path)
+    side_by_side = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(side_by_side)
+    common = {"moe_experts": 16, "moe_freq": 2}
+    top_1 = System("top-1", "top-1", common=common, options={"moe_router": "switch", "moe_spawn_update": 0})
+    sizes = (side_by_side.SMALL if args.quick else STEP).split()
+    logging.disable(logging.INFO)
+
+    def build(system: System) -> Any:
+        with redirect_stdout(io.StringIO()):
+            return side_by_side.Contestant(system.id, system, settings, sizes)
+
+    settings = argparse.Namespace(data=args.data, out=args.out, updates=500, seed=1, batches=1)
+
+    def one() -> dict[str, Any]:
+        layer, floor = (partial(build(system).train, 1) for system in (top_1, DENSE))
+        functions = {"layer": layer, **with_candidates(layer), "floor": floor}
+        found = figures(functions, "floor", max(args.repeats // 2, 2))
+        found["profiles"] = {name: profile(functions[name], 1) for name in ("layer", "looked up", "floor")}
+        return {"target": 1.15, "size": " ".join(sizes), **found}
+
+    results.measure("layer, whole update of a language model, top-1 of 16 in 4 of 8 layers", "layer", one)
 
 
 def measure_peers(results: Results, size: Size, args: argparse.Namespace) -> None:
@@ -278,131 +377,30 @@ def measure_peers(results: Results, size: Size, args: argparse.Namespace) -> Non
             results.measure("peers, top-{} of {}, {}".format(k, experts, names[0]), "peers", one)
 
 
-def profile(step: Step, steps: int = 3) -> dict[str, Any]:
-    """Where the time of a step goes: its kernels by time, how many, and how long the GPU has none.
-
-    On a CPU, PyTorch's operations take the kernels' place.
-    """
-    on_gpu = torch.cuda.is_initialized()
-    kinds = [torch.profiler.ProfilerActivity.CPU]
-    kinds += [torch.profiler.ProfilerActivity.CUDA] if on_gpu else []
-    for _ in range(2):
-        step()
-    with torch.profiler.profile(activities=kinds) as prof:
-        for _ in range(steps):
-            step()
-        if on_gpu:
-            torch.cuda.synchronize()
-    device = torch.autograd.DeviceType.CUDA if on_gpu else torch.autograd.DeviceType.CPU
-    events = [e for e in prof.events() if e.device_type == device]
-    spans = sorted((e.time_range.start, e.time_range.end) for e in events)
-    busy, end = 0.0, spans[0][0] if spans else 0.0
-    for first, last in spans:
-        busy += max(last - max(first, end), 0)
-        end = max(end, last)
-    totals: dict[str, list[float]] = {}
-    for event in events:
-        entry = totals.setdefault(event.name[:120], [0, 0])
-        entry[0] += 1 / steps
-        entry[1] += (event.time_range.end - event.time_range.start) / steps
-    order = sorted(totals.items(), key=lambda item: -item[1][1])
-    span = (end - spans[0][0]) / steps if spans else 0.0
-    return {
-        "launches": round(len(events) / steps, 1),
-        "busy_us": round(busy / steps, 1),
-        "span_us": round(span, 1),
-        "kernels": [[name, round(n, 2), round(us, 1)] for name, (n, us) in order[:30]],
-        "brief": "{:.0f} launches, {:.0f} of {:.0f} us busy".format(len(events) / steps, busy / steps, span),
-    }
-
-
 def measure_profile(results: Results, size: Size, args: argparse.Namespace) -> None:
     for name in PROFILED[:1] if args.quick else PROFILED:
 
-        def one(name: str = name, old: bool = False) -> dict[str, Any]:
+        def one(name: str = name, way: str = "") -> dict[str, Any]:
             step = layers.sparse(size, MASKS[name][1](size))
-            return profile(as_before(step) if old else step)
+            return profile({"": step, "before": as_before(step), **with_candidates(step)}[way])
 
         def floor(name: str = name) -> dict[str, Any]:
             return profile(layers.dense(size, int(MASKS[name][1](size).sum())))
 
         results.measure("profile, {}".format(name), "profile", one)
         if name in PROFILED[:2]:
-            results.measure("profile, before, {}".format(name), "profile", lambda one=one: one(old=True))
+            for way in ("before", "one function", "looked up"):
+                key = "profile, {}, {}".format(way, name)
+                results.measure(key, "profile", lambda one=one, way=way: one(way=way))
         if name == TOP_1:
             results.measure("profile, floor of {}".format(name), "profile", floor)
     results.measure("profile, one token", "profile", lambda: profile(layers.decoding(size)[0], 1))
     for name in list(ROUTERS)[:1] if args.quick else ROUTERS:
         results.measure(
-            "profile, router {}".format(name),
+            "profile, router {}, in training".format(name),
             "profile",
-            lambda name=name: profile(routers.deciding(routers.make(name, size), size)),
+            lambda name=name: profile(routers.deciding(routers.make(name, size), size, True)),
         )
-
-
-def report(known: dict[str, dict]) -> str:
-    """What is known as Markdown."""
-    lines = ["# Measured on a GPU", ""]
-    info = known.get("machine")
-    if info:
-        lines += ["{gpu}, torch {torch}, Python {python}, {cores} cores".format(**info["machine"]), ""]
-    kinds = {"layer": ["layer", "looked up", "before", "products"], "routers": ["router"]}
-    for part, names in kinds.items():
-        rows = [line for line in known.values() if line["part"] == part]
-        if not rows:
-            continue
-        lines += ["## {}".format(part.capitalize()), ""]
-        lines += ["In units of the floor: queued behind others, and (in brackets) alone.", ""]
-        lines += ["| case | at most | {} | floor, ms | MiB |".format(" | ".join(names))]
-        lines += ["| --- | --: |{} --: | --: |".format(" --: |" * len(names))]
-        for row in rows:
-            title = row["key"].split(", ", 1)[1]
-            if "error" in row:
-                lines.append("| {} | | {} |".format(title, row["error"]))
-                continue
-            cells = []
-            for name in names:
-                alone = row["ratio"].get(name, {}).get("median")
-                cells.append("-" if alone is None else "{} ({:.2f})".format(_in_floors(row, name), alone))
-            floor = row.get("queued_ms", row["ms"])["floor"] / row.get("calls", 1)
-            mib = " / ".join("{:.0f}".format(v) for v in row["mib"].values() if v is not None)
-            cells = [title, "{:.2f}".format(row["target"]), *cells, "{:.3f}".format(floor), mib]
-            lines.append("| {} |".format(" | ".join(cells)))
-        lines.append("")
-    for row in (line for line in known.values() if line["part"] == "peers"):
-        lines += ["### {}".format(row["key"]), ""]
-        if "error" in row:
-            lines += [row["error"], ""]
-            continue
-        lines += ["| | times ours | ms | MiB |", "| --- | --: | --: | --: |"]
-        for r in row["rows"]:
-            if "error" in r:
-                lines.append("| {} | {} | | |".format(r["name"], r["error"]))
-            else:
-                mib = "-" if r["mib"] is None else "{:.0f}".format(r["mib"])
-                lines.append(
-                    "| {} | {:.2f} | {:.2f} | {} |".format(r["name"], r["ratio"]["median"], r["ms"], mib)
-                )
-        lines.append("")
-    profiles = [line for line in known.values() if line["part"] == "profile" and "error" not in line]
-    if profiles:
-        lines += ["## Profiles", "", "| | launches | busy, us | of, us | most of it |"]
-        lines += ["| --- | --: | --: | --: | --- |"]
-        for row in profiles:
-            most = "; ".join("{} {:.0f} us".format(name[:40], us) for name, _, us in row["kernels"][:4])
-            title = row["key"].split(", ", 1)[1]
-            lines.append(
-                "| {} | {:.0f} | {:.0f} | {:.0f} | {} |".format(
-                    title, row["launches"], row["busy_us"], row["span_us"], most.replace("|", "/")
-                )
-            )
-        lines.append("")
-    return "\n".join(lines)
-
-
-def _in_floors(row: dict, name: str) -> str:
-    times = row.get("queued_ms", row["ms"])
-    return "{:.2f}".format(times[name] / times["floor"])
 
 
 def main() -> int:
@@ -418,10 +416,13 @@ def main() -> int:
         size, args.repeats = Size(64, 16, 32, args.device, "bfloat16"), 2
     results.measure("machine", "machine", lambda: {"machine": machine(torch.get_num_threads())})
     functions = {
-        "profile": measure_profile,
         "layer": measure_layer,
         "routers": measure_routers,
+        "step": measure_step,
+        "profile": measure_profile,
+        "sizes": measure_sizes,
         "peers": measure_peers,
+        "compiled": measure_compiled,
     }
     for part in args.parts or PARTS:
         functions[part](results, size, args)

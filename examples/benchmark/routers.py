@@ -25,16 +25,28 @@ def make(name: str, size: Size) -> Router:
     return made.to(**size.like).train()
 
 
-def deciding(router: Router, size: Size) -> Callable[[], None]:
-    """A function that routes T tokens and goes back through weights and losses."""
+def deciding(router: Router, size: Size, trained: bool = False) -> Callable[[], None]:
+    """A function that routes T tokens and goes back through weights and losses.
+
+    Args:
+        router: what `make` returns.
+        size: of the tokens.
+        trained: whether it is as in training: without losses that have no weight, and with noise that
+            belongs to a token.
+    """
     x = torch.randn(size.tokens, size.dim, **size.like, requires_grad=True)
     token_T = torch.randint(WORDS, (size.tokens,), device=size.device)
     sequence_T = torch.arange(size.tokens, device=size.device) % SEQUENCES
 
+    more: dict = {}
+    if trained:
+        more["losses"] = ["balance"] + [name for name, weight in router.loss_weights.items() if weight > 0]
+        more["noise_key"] = "gate", 1
+
     def run() -> None:
         x.grad = None
         router.zero_grad()
-        routing = router(x, RoutingContext(token_T=token_T, sequence_T=sequence_T))
+        routing = router(x, RoutingContext(token_T=token_T, sequence_T=sequence_T, **more))
         total = routing.weight_N.sum() + sum(routing.losses.values())
         if total.requires_grad:
             total.backward()

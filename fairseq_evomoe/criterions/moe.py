@@ -55,20 +55,20 @@ def statistics(model: nn.Module, layers: List[MoELayer], routings: Record, like:
     reports = {i: routings[layer].report() for i, layer in enumerate(layers) if layer in routings}
     experts = max(layer.num_experts if layer.spawned else 1 for layer in layers)
     load_LE = like.new_zeros(len(layers), experts)
-    active_L = like.new_zeros(len(layers))
     balance, gate_entropy, dropped = (like.new_zeros(()) for _ in range(3))
     tokens_L = [0] * len(layers)
     sent_bytes = 0.0
     for i, report in reports.items():
         layer = layers[i]
         load_LE[i, : len(report.load_E)] = report.load_E
-        active_L[i] = report.load_E @ report.load_E.new_tensor(layer.experts.parameters_of_each())
         # each token of MH-MoE is several that are routed, all of which use an expert
         tokens_L[i] = report.tokens // (1 if layer.heads is None else layer.heads.heads)
         balance += report.tokens * report.balance
         gate_entropy += report.gate_entropy
         dropped += report.dropped
         sent_bytes += report.sent_bytes / layer.ranks.size
+    sizes_L = [layer.experts.parameters_of_each() for layer in layers]
+    size_LE = _copied([size + [0] * (experts - len(size)) for size in sizes_L], like)
     stage = next(iter(reports.values()), None)  # the same in all layers
     return {
         "moe_batches": 1.0,
@@ -80,14 +80,19 @@ def statistics(model: nn.Module, layers: List[MoELayer], routings: Record, like:
         "moe_gate_entropy": gate_entropy,
         "moe_dropped": dropped,
         # per layer, since the layers of encoder and decoder see different numbers of tokens
-        "moe_active": active_L,
-        "moe_layer_tokens": like.new_tensor(tokens_L),
+        "moe_active": (load_LE * size_LE).sum(1),
+        "moe_layer_tokens": _copied(tokens_L, like),
         "moe_other_params": float(_other_parameters(model, layers)),
         # the mean over ranks and layers; ranks are summed up later
         "moe_sent_bytes": sent_bytes / len(layers),
         "moe_phase": 0.0 if stage is None else float(stage.phase),
         "moe_temperature": 0.0 if stage is None else float(stage.temperature),
     }
+
+
+def _copied(numbers: List[Any], like: Tensor) -> Tensor:
+    """Numbers as a tensor like another one; a GPU gets them when it has time, and nobody waits for that."""
+    return torch.tensor(numbers, dtype=like.dtype).to(like.device, non_blocking=True)
 
 
 def _other_parameters(model: nn.Module, layers: List[MoELayer]) -> int:

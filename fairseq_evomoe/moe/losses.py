@@ -3,11 +3,10 @@
 On several ranks each is the loss of all their tokens as one batch, the same number on every rank.
 """
 
-import torch
 from torch import Tensor
 
 from .ranks import ALONE, Ranks
-from .routing import Routing
+from .routing import Routing, count_experts
 
 
 def balance_loss(routing: Routing, ranks: Ranks = ALONE) -> Tensor:
@@ -42,7 +41,7 @@ def top1_balance_loss(probability_TE: Tensor, ranks: Ranks = ALONE) -> Tensor:
         float32 scalar; the gradient flows through P.
     """
     tokens, experts = probability_TE.shape
-    best_E = torch.bincount(probability_TE.argmax(-1), minlength=experts)
+    best_E = count_experts(probability_TE.argmax(-1), experts)
     return product_of_means(best_E, probability_TE.sum(0), tokens, ranks)
 
 
@@ -60,7 +59,7 @@ def choices_balance_loss(expert_TK: Tensor, probability_TE: Tensor, ranks: Ranks
         float32 scalar; the gradient flows through P.
     """
     tokens, experts = probability_TE.shape
-    load_E = torch.bincount(expert_TK.flatten(), minlength=experts)
+    load_E = count_experts(expert_TK.flatten(), experts)
     return product_of_means(load_E, probability_TE.sum(0), tokens, ranks)
 
 

@@ -72,7 +72,8 @@ class Ranks:
             values: floating-point tensors of one device, each of the same shape on every rank, and numbers.
         """
         first = next(value for value in values if torch.is_tensor(value))
-        tensors = [value if torch.is_tensor(value) else first.new_tensor(float(value)) for value in values]
+        # not new_tensor, which on a GPU waits until the number is copied there
+        tensors = [value if torch.is_tensor(value) else first.new_full((), float(value)) for value in values]
         if self.size == 1:
             return tensors
         flat = _AllReduce.apply(torch.cat([tensor.reshape(-1) for tensor in tensors]), self.group)

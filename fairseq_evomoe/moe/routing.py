@@ -88,6 +88,25 @@ class RoutingContext:
         return noise.uniform(self.noise_key, first, rows, columns, like.device).to(like.dtype)
 
 
+def count_experts(expert_N: Tensor, experts: int) -> Tensor:
+    """How often each expert is named: int64, shape (E,).
+
+    On a GPU without `torch.bincount`, which waits there for the largest number; the comparisons take a byte
+    for each pair and expert, where a gate has logits of four.
+    """
+    if expert_N.device.type == "cpu":
+        return torch.bincount(expert_N, minlength=experts)
+    return (expert_N.unsqueeze(1) == torch.arange(experts, device=expert_N.device)).sum(0)
+
+
+def at_pairs(value_TE: Tensor, token_N: Tensor, expert_N: Tensor) -> Tensor:
+    """The value of each (token, expert) pair, each of which is there once: shape (N,).
+
+    Not by indexing with two tensors, for whose gradient a GPU sorts the pairs.
+    """
+    return value_TE.reshape(-1).gather(0, token_N * value_TE.shape[1] + expert_N)
+
+
 @dataclass
 class Vocabulary:
     """The dictionary of the tokens that a stack of layers reads.
@@ -116,6 +135,7 @@ class Routing:
         losses: named auxiliary losses, float32 scalars with gradient, unweighted.
         gate_entropy: float32 scalar, entropy in nats of the gate's distribution, summed over tokens.
         probability_TE: float32, the gate's probabilities where the router has any, with gradient.
+        balance: scalar, the load-balance loss to be reported where ``losses`` has only a part of it.
         dropped: pairs that a capacity left out; a number or an int64 scalar.
         slots: mixtures of tokens on which the experts work instead of tokens; ``token_N`` are slots then.
         sent_bytes: what this rank sends to others to carry the tokens to their experts and back.
@@ -131,6 +151,7 @@ class Routing:
     losses: Dict[str, Tensor] = field(default_factory=dict)
     gate_entropy: Optional[Tensor] = None
     probability_TE: Optional[Tensor] = None
+    balance: Optional[Tensor] = None
     dropped: Union[int, Tensor] = 0
     slots: Optional["Slots"] = None
     sent_bytes: int = 0
@@ -139,15 +160,16 @@ class Routing:
 
     def load_E(self) -> Tensor:
         """Assignments for each expert: float32, shape (E,)."""
-        return torch.bincount(self.expert_N, minlength=self.experts).to(torch.float32)
+        return count_experts(self.expert_N, self.experts).to(torch.float32)
 
     def report(self) -> "Report":
         """What the routing of these tokens is like, without gradient."""
+        balance = self.losses.get("balance", 1.0) if self.balance is None else self.balance
         return Report(
             tokens=self.tokens,
             assignments=self.token_N.shape[0],
             load_E=self.load_E(),
-            balance=torch.as_tensor(self.losses.get("balance", 1.0)).detach(),
+            balance=torch.as_tensor(balance).detach(),
             gate_entropy=torch.zeros(()) if self.gate_entropy is None else self.gate_entropy,
             dropped=self.dropped,
             sent_bytes=self.sent_bytes,

@@ -51,6 +51,12 @@ def test_noise_belongs_to_its_row(first, rows, seed):
     assert torch.equal(noise.uniform(("gate", seed), first, rows, 3, cpu), table[first : first + rows])
 
 
+@pytest.mark.parametrize("columns", [8, 1024])
+def test_a_gpu_draws_noise_in_few_launches(columns):
+    """A block for 256 rows made 64 of the noise of 16384 tokens."""
+    assert 16384 / noise.block_rows(columns, torch.device("cuda")) <= 4
+
+
 def test_noise_is_uniform_and_depends_on_the_key():
     cpu = torch.device("cpu")
     draw = noise.uniform((1, "a"), 0, 20000, 4, cpu)

@@ -6,8 +6,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from fairseq_evomoe.moe import Hidden, Routing
-from fairseq_evomoe.moe.dispatch import kernels
+from fairseq_evomoe.moe.dispatch import grouped, kernels
 from fairseq_evomoe.moe.dispatch import local as module
+from fairseq_evomoe.moe.dispatch.kernels import launch, sums
 from fairseq_evomoe.moe.dispatch.local import dispatch
 from support.dispatching import make_experts, routing_of, same, slow, with_gradients
 
@@ -21,10 +22,18 @@ pytestmark = [
 @pytest.fixture(autouse=True)
 def interpreter(monkeypatch):
     """Kernels that run on the CPU (``conftest.py`` tells Triton so), and no other way for the experts."""
-    monkeypatch.setattr(kernels, "usable", lambda x: kernels.triton is not None)
+    monkeypatch.setattr(kernels, "usable", lambda x: launch.triton is not None)
     monkeypatch.setattr(module, "_can_fuse", lambda x, experts: False)
-    monkeypatch.setattr(kernels, "_PROGRAMS", 6)  # the interpreter takes a millisecond for each operation
+    monkeypatch.setattr(sums, "_PROGRAMS", 6)  # the interpreter takes a millisecond for each operation
     return monkeypatch
+
+
+@pytest.fixture(params=[(), ("one_function",)], ids=["measured", "one_function"])
+def way(request, monkeypatch):
+    """The ways through the kernels; candidates are equal to what has been measured."""
+    monkeypatch.setattr(module, "candidates", set(request.param))
+    if request.param:
+        monkeypatch.setattr(grouped, "sum_of_experts", None)
 
 
 def exact(x, routing, experts):
@@ -39,7 +48,7 @@ COUNTS = [[3, 3, 3], [2, 0, 5], [0, 7, 0], [130, 0, 70]]
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("activation", [torch.relu, F.gelu, F.silu])
 @pytest.mark.parametrize("counts", COUNTS, ids=str)
-def test_values_and_gradients(counts, activation, gated):
+def test_values_and_gradients(counts, activation, gated, way):
     torch.manual_seed(0)
     tokens = max(counts)
     experts = make_experts(8, [16] * 3, Hidden(activation), gated, torch.float32)
@@ -60,7 +69,7 @@ def test_what_the_kernels_do_not_know_is_between_products(hidden, interpreter):
 
 
 @pytest.mark.parametrize("missing", ["x", "weight", "experts"])
-def test_gradients_that_nobody_wants(missing):
+def test_gradients_that_nobody_wants(missing, way):
     torch.manual_seed(0)
     experts = make_experts(8, [16] * 2, dtype=torch.float32)
     routing, x = routing_of(5, [3, 4], torch.float32), torch.randn(5, 8, requires_grad=True)
@@ -77,7 +86,7 @@ def test_gradients_that_nobody_wants(missing):
     assert all(torch.equal(a, b) for a, b in zip(got, expected))
 
 
-def test_bfloat16_is_as_exact_as_by_the_other_way(interpreter):
+def test_bfloat16_is_as_exact_as_by_the_other_way(interpreter, way):
     """But for the interpreter, which cuts bits off where a GPU rounds."""
     torch.manual_seed(0)
     experts = make_experts(32, [64] * 4, dtype=torch.float32)
@@ -136,7 +145,7 @@ def test_a_sum_does_not_depend_on_the_order_of_a_tokens_list():
     assert torch.equal(sums[0], sums[1]) and torch.equal(sums[0], sums[2])
 
 
-def test_autocast():
+def test_autocast(way):
     torch.manual_seed(0)
     experts = make_experts(8, [16] * 3, dtype=torch.float32)
     routing, x = routing_of(7, [2, 0, 5], torch.float32), torch.randn(7, 8, requires_grad=True)
@@ -163,5 +172,5 @@ def test_when_the_kernels_are_not_used(interpreter):
     interpreter.setattr(module, "without", {"grouped"})
     assert not module._can_group(x, experts)
     interpreter.setattr(module, "without", set())
-    interpreter.setattr(kernels, "triton", None)
+    interpreter.setattr(launch, "triton", None)
     assert not module._can_use_kernels(x, one, experts)

@@ -204,6 +204,14 @@ def test_layers_that_crowd_in_turn_are_balanced_together():
     assert sum(losses) == pytest.approx(1, abs=1e-3)
 
 
+def test_the_reported_balance_is_that_of_the_layers_so_far():
+    """The losses of layers are differences, the mean of which would tell nothing of the balance."""
+    routings = run(chain(4), tokens(4, 10))
+    losses = torch.stack([routing.losses["balance"].detach() for routing in routings])
+    reported = torch.stack([routing.report().balance for routing in routings])
+    assert close(reported, losses.cumsum(0)) and reported.min() > 0.5
+
+
 def test_gradients_of_the_pooled_balance_loss():
     """They reach the gates of all layers: what one layer's probabilities should be depends on the others."""
     routers, xs = chain(3, dim=3, experts=3, recurrent_dim=2), tokens(3, 4, dim=3)

@@ -17,3 +17,8 @@ def perplexity(data, path, **options):
 def hypotheses(output):
     """Sentence number -> hypothesis."""
     return dict(re.findall(r"^D-(\d+)\t\S+\t(.*)$", output, flags=re.MULTILINE))
+
+
+def scores(output):
+    """Sentence number -> the hypothesis' log-probability of a token, to base 2."""
+    return {i: float(x) for i, x in re.findall(r"^D-(\d+)\t(\S+)\t", output, flags=re.MULTILINE)}

@@ -5,6 +5,7 @@ their own.  So what is started here has a mark in its environment, which all tha
 """
 
 import contextlib
+import multiprocessing.connection
 import os
 import signal
 import socket
@@ -57,6 +58,32 @@ def run_side_by_side(commands, folder, time_limit):
     return [Result(path.read_text(), process.returncode) for path, process in zip(files, processes)]
 
 
+def wait_for_all(processes, time_limit, logs):
+    """Start processes of ``multiprocessing`` and wait until all have ended well, or else kill them.
+
+    Args:
+        processes: not started yet.
+        time_limit: seconds, after which an error is raised.
+        logs: where they write what they print; the ends are shown if one fails.
+    """
+    deadline = time.monotonic() + time_limit
+    try:
+        for process in processes:
+            process.start()
+        while alive := [process.sentinel for process in processes if process.is_alive()]:
+            assert time.monotonic() < deadline, f"not done in time\n{_ends_of(logs)}"
+            # the others would wait for one that has failed
+            assert not any(process.exitcode for process in processes), _ends_of(logs)
+            multiprocessing.connection.wait(alive, 1)
+        assert not any(process.exitcode for process in processes), _ends_of(logs)
+    finally:
+        for process in processes:
+            if process.is_alive():
+                process.kill()
+            if process.pid is not None:
+                process.join()
+
+
 def marked(mark):
     """The processes that have a mark, whoever is their parent; those that have ended have none."""
     found = []
@@ -75,4 +102,4 @@ def free_port():
 
 
 def _ends_of(files):
-    return "\n".join(f"{path.name}:\n{path.read_text()[-8000:]}" for path in files)
+    return "\n".join(f"{path.name}:\n{path.read_text()[-8000:]}" for path in files if path.exists())

@@ -22,7 +22,7 @@ import math
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Sequence
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent.parent / "systems"), str(HERE.parents[2])]
@@ -61,6 +61,7 @@ def parser() -> argparse.ArgumentParser:
     add("--out", type=Path, required=True, help="folder for quality.jsonl and quality.md")
     add("--updates", type=int, default=500, help="length of each run (500)")
     add("--piece", type=int, default=50, help="updates of one system before it is the next one's turn (50)")
+    add("--experts", type=int, nargs="+", default=[16, 64], help="of how many of each system (16 64)")
     add("--batches", type=int, default=10, help="how many batches of the valid part are looked at (10)")
     add("--seconds", type=float, default=440, help="stop after so long (440)")
     add("--stop", type=int, help="stop after this update, whatever the time is")
@@ -73,10 +74,9 @@ def parser() -> argparse.ArgumentParser:
 class Contestant:
     """A system in training, as `fairseq-train` would build it."""
 
-    def __init__(self, label: str, system: System, args: argparse.Namespace) -> None:
-        sizes = tuple((SMALL if args.quick else MODEL).split())
+    def __init__(self, label: str, system: System, args: argparse.Namespace, sizes: Sequence[str]) -> None:
         cuda = torch.cuda.is_available()
-        settings = Settings(args.data, "lm", args.updates, sizes + (() if cuda else ("--cpu",)))
+        settings = Settings(args.data, "lm", args.updates, (*sizes, *(() if cuda else ("--cpu",))))
         self.folder = args.out / "checkpoints" / "".join(c if c.isalnum() else "-" for c in label)
         flags = settings.train(system, args.seed, self.folder)[1:]
         known = options.parse_args_and_arch(options.get_training_parser(), input_args=flags)
@@ -163,14 +163,14 @@ def contestants(args: argparse.Namespace) -> list[Contestant]:
     """All systems, built and perhaps loaded."""
     made = []
     for name, (file, changes, sizes) in SYSTEMS.items():
-        for experts in (4,) if args.quick else sizes:
+        for experts in (4,) if args.quick else [size for size in sizes if size in (1, *args.experts)]:
             system = read(file)
             label = name if system.dense else "{}, {} experts".format(name, experts)
             more = {} if system.dense else {"moe_experts": experts}
             system = dataclasses.replace(system, options={**system.options, **changes, **more})
             start = time.monotonic()
             with contextlib.redirect_stdout(io.StringIO()):
-                made.append(Contestant(label, system, args))
+                made.append(Contestant(label, system, args, (SMALL if args.quick else MODEL).split()))
                 made[-1].load()
             print("{}: built in {:.1f} s".format(label, time.monotonic() - start), flush=True)
     return made

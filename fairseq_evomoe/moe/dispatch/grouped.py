@@ -1,4 +1,4 @@
-"""Experts of one width on a GPU: grouped products with `kernels.py` before, between and after them.
+"""Experts of one width on a GPU: grouped products with `kernels` before, between and after them.
 
 For N pairs, D and M the widths of a token and of an expert, a layer reads and writes beside the products: the
 gathered tokens (2 N D numbers), the activation (2 N M, 3 N M backward), the weighted sum (N D + T D) and its
@@ -35,7 +35,7 @@ def sum_of_experts(
         rows: the experts without it, from and to rows sorted by expert.
         dtype: of the result.
     """
-    return _AddUp.apply(rows(_Gather.apply(x_TD, pairs)), weight_N.contiguous(), bias_ED, pairs, dtype)
+    return _AddUp.apply(rows(_Gather.apply(x_TD, pairs)), weight_N, bias_ED, pairs, dtype)
 
 
 def products(
@@ -100,7 +100,7 @@ class _AddUp(torch.autograd.Function):
         grad_SD, grad_N = kernels.spread(
             grad_TD.contiguous(), ctx.pairs, row_SD, weight_N, bias_ED, of_weight
         )
-        grad_ED = kernels.sum_of_rows(grad_SD, ctx.pairs.end_E).to(bias_ED.dtype) if of_bias else None
+        grad_ED = kernels.sums_of_rows(grad_SD, ctx.pairs.end_E).sum(1).to(bias_ED.dtype) if of_bias else None
         return grad_SD, grad_N, grad_ED, None, None
 
 
@@ -118,12 +118,12 @@ class _Products(torch.autograd.Function):
         end_E: Tensor,
         activation: str,
     ) -> Tensor:
-        before_SM = _product(x_SD, w1_EMD.transpose(1, 2), end_E)
-        factor_SM = None if w3_EMD is None else _product(x_SD, w3_EMD.transpose(1, 2), end_E)
+        before_SM = product(x_SD, w1_EMD.transpose(1, 2), end_E)
+        factor_SM = None if w3_EMD is None else product(x_SD, w3_EMD.transpose(1, 2), end_E)
         hidden_SM = kernels.activate(before_SM, b1_EM, end_E, activation, factor_SM)
         ctx.activation = activation
         ctx.save_for_backward(x_SD, w1_EMD, b1_EM, w2_EMD, w3_EMD, end_E, before_SM, factor_SM, hidden_SM)
-        return _product(hidden_SM, w2_EMD, end_E)
+        return product(hidden_SM, w2_EMD, end_E)
 
     @staticmethod
     @once_differentiable
@@ -131,20 +131,22 @@ class _Products(torch.autograd.Function):
         x_SD, w1_EMD, b1_EM, w2_EMD, w3_EMD, end_E, before_SM, factor_SM, hidden_SM = ctx.saved_tensors
         of_x, of_w1, _, of_w2, of_w3, _, _ = ctx.needs_input_grad
         grad_SD = grad_SD.contiguous()
-        grad_w2 = _product(hidden_SM.t(), grad_SD, end_E) if of_w2 else None
-        grad_SM = _product(grad_SD, w2_EMD.transpose(1, 2), end_E)
-        grad_SM, grad_b1, factor_grad = kernels.activate_backward(
+        grad_w2 = product(hidden_SM.t(), grad_SD, end_E) if of_w2 else None
+        grad_SM = product(grad_SD, w2_EMD.transpose(1, 2), end_E)
+        grad_SM, sum_EPM, factor_grad = kernels.activate_backward(
             grad_SM, before_SM, b1_EM, end_E, ctx.activation, factor_SM
         )
-        grad_w1 = _product(grad_SM.t(), x_SD, end_E) if of_w1 else None
-        grad_x = _product(grad_SM, w1_EMD, end_E) if of_x else None
+        grad_b1 = sum_EPM.sum(1).to(b1_EM.dtype)
+        grad_w1 = product(grad_SM.t(), x_SD, end_E) if of_w1 else None
+        grad_x = product(grad_SM, w1_EMD, end_E) if of_x else None
         grad_w3 = None
         if factor_grad is not None:
-            grad_w3 = _product(factor_grad.t(), x_SD, end_E) if of_w3 else None
+            grad_w3 = product(factor_grad.t(), x_SD, end_E) if of_w3 else None
             if grad_x is not None:
-                grad_x += _product(factor_grad, w3_EMD, end_E)
+                grad_x += product(factor_grad, w3_EMD, end_E)
         return grad_x, grad_w1, grad_b1, grad_w2, grad_w3, None, None
 
 
-def _product(a: Tensor, b: Tensor, end_E: Tensor) -> Tensor:
+def product(a: Tensor, b: Tensor, end_E: Tensor) -> Tensor:
+    """Each expert's product: of its rows with its matrix, or of its columns with its rows."""
     return F.grouped_mm(a, b, offs=end_E)

@@ -19,11 +19,14 @@ from torch.nn import functional as F
 
 from ..experts import Experts
 from ..routing import Routing
-from . import grouped, kernels
+from . import grouped, kernels, one_function
 from .fused import ACTIVATIONS, fused_experts
 
 without: Set[str] = set()
 """Ways not to take, of ``kernels`` and ``grouped``: for tests and benchmarks that compare them."""
+
+candidates: Set[str] = set()
+"""Ways to take that have not been measured on a GPU yet, of ``one_function``: for tests and benchmarks."""
 
 _FEW = 16  # pairs for which sorting takes longer than the work
 _ALIGNMENT = 16  # bytes that every row of a grouped product must be a multiple of
@@ -161,16 +164,19 @@ def _by_kernels(
 ) -> Tensor:
     """``sum_of_outputs``, in ``dtype``, where ``_can_use_kernels`` holds."""
     count, like = len(experts.local), _autocast_dtype(x_TD) or x_TD.dtype
-    if token_N.shape[0] <= _FEW and not torch.is_grad_enabled() and like == experts.w1.dtype:
-        name = _name_of_activation(experts)
-        if name is not None:
-            weights = experts.w1, experts.b1, experts.w2, experts.b2, experts.w3
-            x, token, expert, weight = (t.contiguous() for t in (x_TD.to(like), token_N, expert_N, weight_N))
-            return kernels.few_pairs(x, token, expert, weight, weights, name).to(dtype)
-    pairs = kernels.sort_pairs(token_N.contiguous(), expert_N.contiguous(), x_TD.shape[0], count)
+    name = _name_of_activation(experts)
+    x_TD, token_N, expert_N, weight_N = x_TD.to(like), *map(Tensor.contiguous, (token_N, expert_N, weight_N))
+    few = token_N.shape[0] <= _FEW and not torch.is_grad_enabled() and like == experts.w1.dtype
+    if few and name is not None:
+        weights = experts.w1, experts.b1, experts.w2, experts.b2, experts.w3
+        return kernels.few_pairs(x_TD.contiguous(), token_N, expert_N, weight_N, weights, name).to(dtype)
+    pairs = kernels.sort_pairs(token_N, expert_N, x_TD.shape[0], count)
+    if "one_function" in candidates and name is not None:
+        w1, w2, w3 = experts.w1.to(like), experts.w2.to(like), experts.w3
+        cast = w1, experts.b1, w2, experts.b2, None if w3 is None else w3.to(like)
+        return one_function.sum_of_experts(x_TD, pairs, weight_N, cast, name, dtype)
 
     def rows(x_SD: Tensor) -> Tensor:
-        name = _name_of_activation(experts)
         if name is None:  # dropout, a normalisation or another function is between the products
             expert_S = expert_N[pairs.pair_S]
             return grouped_experts(x_SD, expert_S, experts, with_b2=False)
@@ -178,7 +184,7 @@ def _by_kernels(
         w3 = None if experts.w3 is None else experts.w3.view(count, -1, experts.dim).to(like)
         return grouped.products(x_SD, w1, experts.b1.view(count, -1), w2, w3, pairs.end_E, name)
 
-    return grouped.sum_of_experts(x_TD.to(like), pairs, weight_N, experts.b2, rows, dtype)
+    return grouped.sum_of_experts(x_TD, pairs, weight_N, experts.b2, rows, dtype)
 
 
 def _name_of_activation(experts: Experts) -> Optional[str]:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..losses import active_balance_loss, entropy, mean
 from ..options import OptionError, loss_weight, option
-from ..routing import Routing, RoutingContext
+from ..routing import Routing, RoutingContext, at_pairs
 from .registry import register_router
 from .router import BALANCE, TOP_K, Router, at_most_all, entropy_sum, fill_uniform, linear32
 
@@ -89,7 +89,7 @@ class CometRouter(Router):
         routing = Routing(
             token_N=token_N,
             expert_N=expert_N,
-            weight_N=weight_TE[token_N, expert_N],
+            weight_N=at_pairs(weight_TE, token_N, expert_N),
             tokens=tokens,
             experts=self.experts,
             gate_entropy=entropy_sum(weight_TE),

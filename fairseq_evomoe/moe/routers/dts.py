@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..losses import active_balance_loss, balance_loss, top1_balance_loss
 from ..options import OptionError, loss_weight, option
-from ..routing import Routing, RoutingContext
+from ..routing import Routing, RoutingContext, at_pairs
 from .balanced import BalancedRouter, chosen
 from .registry import register_router
 from .router import BALANCE, RENORMALIZE, Renormalize, at_most_all, divisor
@@ -136,14 +136,15 @@ class DenseToSparseRouter(BalancedRouter):
         choice_TE = self.choice(y_TE)
         best_TK = choice_TE.topk(k).indices if k > 1 else choice_TE.argmax(-1, True)
         if hard:
-            token_N = torch.arange(x_TD.shape[0], device=x_TD.device).repeat_interleave(k)
+            token_N = torch.arange(x_TD.shape[0], device=x_TD.device)
+            token_N = token_N if k == 1 else token_N.repeat_interleave(k)
             expert_N = best_TK.flatten()
             weight_N = weight_TE.gather(1, best_TK).flatten()
             mask_TE = None if self.balancing is None else chosen(best_TK, self.experts)
         else:
             mask_TE = (choice_TE > self.options.threshold).scatter(1, best_TK, True)
             token_N, expert_N = mask_TE.nonzero(as_tuple=True)
-            weight_N = weight_TE[token_N, expert_N]
+            weight_N = at_pairs(weight_TE, token_N, expert_N)
         if mask_TE is not None:
             self.watch(y_TE, choice_TE, mask_TE)
         if self.options.renormalize != Renormalize.never:

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from ..losses import mean, product_of_means
 from ..merge_rule import MergeRule
 from ..options import OptionError, loss_weight, option
-from ..routing import Routing, RoutingContext
+from ..routing import Routing, RoutingContext, at_pairs
 from ..statistics import Collector
 from .registry import register_router
 from .router import BALANCE, Router, float32, linear32
@@ -150,7 +150,7 @@ class DynMoERouter(Collector, Router):
             self._count(x_TD, active_TE)
 
         token_N, expert_N = active_TE.nonzero(as_tuple=True)
-        margin_N = margin_TE[token_N, expert_N]
+        margin_N = at_pairs(margin_TE, token_N, expert_N)
         step_N = 1 + (margin_N - margin_N.detach())
         routing = Routing(
             token_N=token_N,

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..options import OptionError, option
-from ..routing import Routing, RoutingContext
+from ..routing import Routing, RoutingContext, at_pairs
 from .registry import register_router
 from .router import MEAN_EXPERTS, LinearRouter, at_most_all
 
@@ -57,7 +57,7 @@ class ExpertChoiceRouter(LinearRouter):
         routing = Routing(
             token_N=token_N,
             expert_N=expert_N,
-            weight_N=probability_TE[token_N, expert_N],
+            weight_N=at_pairs(probability_TE, token_N, expert_N),
             tokens=x_TD.shape[0],
             experts=self.experts,
         )

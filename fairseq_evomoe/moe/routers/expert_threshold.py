@@ -9,7 +9,7 @@ from torch import Tensor
 from ..merge_rule import MergeRule
 from ..options import OptionError, option
 from ..quantile import Histogram
-from ..routing import Routing, RoutingContext, Vocabulary
+from ..routing import Routing, RoutingContext, Vocabulary, at_pairs
 from ..statistics import Collector
 from .registry import register_router
 from .router import MEAN_EXPERTS, LinearRouter, at_most_all
@@ -125,7 +125,7 @@ class ExpertThresholdRouter(LinearRouter):
         return Routing(
             token_N=token_N,
             expert_N=expert_N,
-            weight_N=score_TE[token_N, expert_N],
+            weight_N=at_pairs(score_TE, token_N, expert_N),
             tokens=score_TE.shape[0],
             experts=self.experts,
         )

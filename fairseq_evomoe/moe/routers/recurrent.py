@@ -12,7 +12,7 @@ from ..losses import product_of_means
 from ..merge_rule import MergeRule
 from ..options import OptionError, like, option
 from ..ranks import Ranks
-from ..routing import Routing, RoutingContext, Vocabulary
+from ..routing import Routing, RoutingContext, Vocabulary, count_experts
 from .registry import register_router
 from .router import GateInput, Renormalize, Router, at_most_all, fill_uniform, linear32
 from .topk import BalanceChoices, TopKRouter
@@ -115,16 +115,20 @@ class RecurrentRouter(TopKRouter):
         with torch.autocast(device_type=x_TD.device.type, enabled=False):
             state_TP = torch.gru_cell(x_TP, state_TP, *(p.to(x_TP.dtype) for p in parameters))
         context.memory["recurrent"] = state_TP
-        return super().forward(state_TP, context)
+        routing = super().forward(state_TP, context)
+        if "balance" in routing.losses:  # which are differences, and what is reported is not
+            routing.balance = context.memory["recurrent_balance_so_far"]
+        return routing
 
     def balance(self, expert_TK: Tensor, probability_TE: Tensor, context: RoutingContext) -> Tensor:
         """What this layer adds to the load-balance loss of all layers so far."""
-        load_E = torch.bincount(expert_TK.flatten(), minlength=self.experts).to(probability_TE.dtype)
+        load_E = count_experts(expert_TK.flatten(), self.experts).to(probability_TE.dtype)
         sums = (load_E, probability_TE.sum(0), probability_TE.shape[0])
         before = context.memory.get("recurrent_balance")
         after = sums if before is None else (before[0] + sums[0], before[1] + sums[1], before[2] + sums[2])
         context.memory["recurrent_balance"] = after
         loss = _balance(after, context.ranks)
+        context.memory["recurrent_balance_so_far"] = loss.detach()
         return loss if before is None else loss - _balance(before, context.ranks)
 
     def _state(self, x_TP: Tensor, memory: Dict[str, Tensor]) -> Tensor:

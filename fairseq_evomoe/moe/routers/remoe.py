@@ -11,7 +11,7 @@ from ..losses import mean, product_of_means
 from ..merge_rule import MergeRule
 from ..options import OptionError, loss_weight, option
 from ..ranks import Ranks
-from ..routing import Routing, RoutingContext, Vocabulary
+from ..routing import Routing, RoutingContext, Vocabulary, at_pairs
 from ..statistics import MeanExperts
 from .registry import register_router
 from .router import MEAN_EXPERTS, LinearRouter, at_most_all
@@ -133,7 +133,7 @@ class ReLURouter(LinearRouter):
         routing = Routing(
             token_N=token_N,
             expert_N=expert_N,
-            weight_N=gate_TE[token_N, expert_N],
+            weight_N=at_pairs(gate_TE, token_N, expert_N),
             tokens=gate_TE.shape[0],
             experts=self.experts,
         )

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from ..losses import active_balance_loss
 from ..options import like, loss_weight, option
-from ..routing import Routing, RoutingContext
+from ..routing import Routing, RoutingContext, at_pairs
 from .balanced import BalancedRouter
 from .registry import register_router
 from .router import BALANCE, RENORMALIZE, LinearRouter, Renormalize, divisor
@@ -66,7 +66,9 @@ class TopPRouter(BalancedRouter):
             sorted_TE = probability_TE.gather(1, expert_TE)
         before_TE = F.pad(sorted_TE.detach().cumsum(-1)[:, :-1], (1, 0))
         chosen_TE = before_TE < self.top_p
-        self.watch(probability_TE, choice_TE, torch.zeros_like(chosen_TE).scatter(1, expert_TE, chosen_TE))
+        if self.balancing is not None:
+            mask_TE = torch.zeros_like(chosen_TE).scatter(1, expert_TE, chosen_TE)
+            self.watch(probability_TE, choice_TE, mask_TE)
         weight_TE = sorted_TE
         if self.options.renormalize != Renormalize.never:
             total_T1 = (weight_TE * chosen_TE).sum(-1, keepdim=True)
@@ -75,8 +77,8 @@ class TopPRouter(BalancedRouter):
         token_N, rank_N = chosen_TE.nonzero(as_tuple=True)
         routing = Routing(
             token_N=token_N,
-            expert_N=expert_TE[token_N, rank_N],
-            weight_N=weight_TE[token_N, rank_N],
+            expert_N=at_pairs(expert_TE, token_N, rank_N),
+            weight_N=at_pairs(weight_TE, token_N, rank_N),
             tokens=x_TD.shape[0],
             experts=self.experts,
             probability_TE=probability_TE,
