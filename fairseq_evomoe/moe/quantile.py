@@ -28,8 +28,9 @@ class Histogram:
         experts = value_TE.shape[1]
         bin_TE = ((value_TE - self.low) * (self.bins / (self.high - self.low))).floor_()
         index_TE = bin_TE.clamp_(0, self.bins - 1).long()
-        index_TE += self.bins * torch.arange(experts, device=value_TE.device)
-        return torch.bincount(index_TE.flatten(), minlength=experts * self.bins).float().view(experts, -1)
+        counts_EB = torch.zeros(experts, self.bins, device=value_TE.device)
+        # not by torch.bincount, for which a GPU waits
+        return counts_EB.scatter_add_(1, index_TE.t(), torch.ones_like(index_TE.t(), dtype=torch.float32))
 
     def exceeded_by(self, share: Tensor, counts_EB: Tensor) -> Tensor:
         """The number that this share of each column's numbers is over.

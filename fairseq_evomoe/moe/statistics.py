@@ -57,7 +57,9 @@ class MeanExperts(Collector):
 
     def watch(self, pairs: int, tokens: int) -> None:
         """Count the active pairs of some tokens."""
-        self.add(self.no_sums() + torch.tensor([float(pairs), float(tokens)]).to(self.no_sums()))
+        sums_K = self.no_sums()  # filled number by number, for which a GPU need not wait
+        sums_K[0], sums_K[1] = pairs, tokens
+        self.add(sums_K)
 
     def no_sums(self) -> Tensor:
         """See ``Collector``: the number of pairs and that of tokens."""

@@ -66,7 +66,9 @@ class TopPRouter(BalancedRouter):
             sorted_TE = probability_TE.gather(1, expert_TE)
         before_TE = F.pad(sorted_TE.detach().cumsum(-1)[:, :-1], (1, 0))
         chosen_TE = before_TE < self.top_p
-        self.watch(probability_TE, choice_TE, torch.zeros_like(chosen_TE).scatter(1, expert_TE, chosen_TE))
+        if self.balancing is not None:
+            mask_TE = torch.zeros_like(chosen_TE).scatter(1, expert_TE, chosen_TE)
+            self.watch(probability_TE, choice_TE, mask_TE)
         weight_TE = sorted_TE
         if self.options.renormalize != Renormalize.never:
             total_T1 = (weight_TE * chosen_TE).sum(-1, keepdim=True)
