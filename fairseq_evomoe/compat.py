@@ -13,7 +13,7 @@ import os
 import re
 import sys
 import warnings
-from typing import Any, Callable, Dict, Iterator
+from typing import Any, Callable, Dict, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -327,7 +327,7 @@ class EncoderLayer(TransformerEncoderLayerBase):
     _load_from_state_dict = nn.Module._load_from_state_dict
 
 
-def remove_encoder_fast_path(layers: nn.ModuleList) -> None:
+def remove_encoder_fast_path(layers: Sequence[nn.Module]) -> None:
     """Take the "BetterTransformer" path of fairseq 0.12.2 out of an encoder some of whose layers have an MoE.
 
     ``modules/transformer_layer.py:71-184`` of 0.12.2 keeps second copies of a layer's weights, filled from

@@ -1,7 +1,7 @@
 """What every criterion of this plugin adds to fairseq's own: auxiliary losses and statistics."""
 
 import math
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Tuple
 
 import torch
 from fairseq import metrics
@@ -20,7 +20,9 @@ class MoECriterion:
     ``moe_*`` statistics are reported beside it.
     """
 
-    def forward(self, model: nn.Module, sample: Dict[str, Any], reduce: bool = True):
+    def forward(
+        self, model: nn.Module, sample: Dict[str, Any], reduce: bool = True
+    ) -> Tuple[Tensor, int, Dict[str, Any]]:
         """See fairseq's ``FairseqCriterion.forward``."""
         layers = [module for module in model.modules() if isinstance(module, MoELayer)]
         with record() as routings:
