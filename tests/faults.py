@@ -31,6 +31,7 @@ from fairseq_evomoe.config.errors import ConfigError
 from support.cli import LM, assert_equal, call, evomoe
 from support.data import preprocess, sentences, write
 from support.dying_ranks import SETTINGS, save_and_die, state_at
+from support.malicious import ATTACKS, infect
 from support.processes import free_port
 from support.rank_jobs import CPU_RANKS
 
@@ -147,6 +148,18 @@ class Faults:
         if kind == 5:
             path.unlink()
 
+    def attack(self):
+        """A file would execute something."""
+        folder = shutil.copytree(self.folder / "made", self.empty_folder() / "made")
+        name = self.draw.choice(["last", "parts", "parts-experts1"])
+        first, trace = folder / f"checkpoint_{name.split('-')[0]}.pt", folder / "trace"
+        infect(folder / f"checkpoint_{name}.pt", self.draw.choice(list(ATTACKS)), trace)
+        recovery.fault(str(first))
+        with quiet(), expecting(SystemExit):
+            evomoe("reshard", first, "--parts", 2, "--out", folder / "out.pt")
+        assert not trace.exists() and not list(folder.glob("out*"))
+        return REFUSED
+
     def wrong_setting(self):
         """Something is asked for that would begin anew, or write over something."""
         folder = shutil.copytree(self.folder / "made", self.empty_folder() / "made")
@@ -175,6 +188,7 @@ KINDS = {
     "ranks killed while they save": (Faults.kill_while_saving, 4),
     "trainings killed and started again": (Faults.kill_while_training, 1),
     "files damaged": (Faults.damage, 6),
+    "malicious pickles given to commands": (Faults.attack, 1),
     "wrong settings and outputs": (Faults.wrong_setting, 3),
 }
 """What is injected, and how often."""

@@ -14,6 +14,7 @@ from fairseq_evomoe.checkpoints import recovery, storage
 from fairseq_evomoe.checkpoints.index import DamagedCheckpoint, UnreadableCheckpoint
 from fairseq_evomoe.checkpoints.saved_optimizer import LAYOUT
 from support.cli import LM, assert_equal, call, evomoe
+from support.malicious import ATTACKS, infect
 
 LAYER = "decoder.layers.1"
 FLIPS = 30
@@ -219,31 +220,11 @@ def test_checkpoints_are_checked_on_request(folder, capsys):
     assert f"{folder}/whole.pt cannot be read: it is truncated" in output.out
 
 
-class Malicious:
-    """What is executed when it is unpickled by somebody trusting."""
-
-    def __init__(self, call, *arguments):
-        self.call, self.arguments = call, arguments
-
-    def __reduce__(self):
-        return self.call, self.arguments
-
-
-ATTACKS = {
-    "system": (os.system, "touch {}"),
-    "eval": (eval, "open('{}', 'w')"),
-}
-
-
 @pytest.mark.parametrize("attack", ATTACKS)
 @pytest.mark.parametrize("name", ["whole.pt", "parts.pt", "parts-experts1.pt"])
 def test_nothing_is_executed(attack, name, folder, capsys):
     trace = folder / "executed"
-    call, *arguments = ATTACKS[attack]
-    arguments = [x.format(trace) if isinstance(x, str) else x for x in arguments]
-    state = torch.load(folder / name)
-    state["extra_state"]["surprise"] = Malicious(call, *arguments)
-    torch.save(state, folder / name)
+    infect(folder / name, attack, trace)
     with pytest.raises(pickle.UnpicklingError):
         storage.load_restricted(str(folder / name))  # what is used with an old torch
     with pytest.raises(pickle.UnpicklingError):
