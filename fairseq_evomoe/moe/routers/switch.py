@@ -72,5 +72,5 @@ class SwitchRouter(BalancedRouter):
         routing = top1_routing(expert_T, weight_T, self.experts)
         limit_load(routing, self.options.capacity_factor, ranks=context.ranks)
         if context.wants("balance"):
-            routing.losses["balance"] = top1_balance_loss(probability_TE, context.ranks)
+            routing.losses["balance"] = top1_balance_loss(probability_TE, context.ranks, self.balance_factor)
         return self.with_gate(routing, logits_TE, probability_TE, context)
