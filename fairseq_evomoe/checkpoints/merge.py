@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..evolution.merge import Merge, MergeError, plan_merge, weight_similarity
 from ..evolution.sizes import expert_widths, size_ratios
+from ..moe.balancing import Balance
 from ..moe.routers import ROUTERS, Router
 from .saved_optimizer import LAYOUT, Layout, find_layout, replace_rows
 from .saved_options import SavedOptions
@@ -186,6 +187,12 @@ def _check_number(layers: List[Layer], options: SavedOptions, experts: int) -> N
         raise MergeError(
             f"The checkpoint's `{name}` sends each token to {options[name]} experts: `experts` must be at "
             f"least as many, but is {experts}."
+        )
+    free = sum(options[kind] for kind in ("zero_experts", "copy_experts", "constant_experts"))
+    if free and options["balance"] != Balance.loss:
+        raise MergeError(
+            f"The bias of `balance` {options['balance'].value} counts `zero_experts`, `copy_experts` and "
+            "`constant_experts` among the others, and is not merged then: merge checkpoints without them."
         )
     if experts > 1:
         return

@@ -127,6 +127,7 @@ class MoELayer(SpawningLayer):
     def _route(self, x_TD: Tensor, context: RoutingContext) -> Tensor:
         assert self.router is not None
         routing: Routing = self.router(x_TD, context)
+        free_TD = self.router.output_of_free(x_TD, routing)
         if self.sharded:
             transport = self.transport if self.training else replace(self.transport, lsh=None)
             shipment = send(x_TD, routing, self.experts, self.ranks, transport)
@@ -141,6 +142,7 @@ class MoELayer(SpawningLayer):
             else:
                 y_TD = dispatch(x_TD, routing, self.experts)
             beside_TD = self._beside(x_TD, routing, context)
+        y_TD = y_TD if free_TD is None else y_TD + free_TD
         y_TD = y_TD if self.scaling_factor == 1 else y_TD * self.scaling_factor
         self._note(routing, context)
         return y_TD if beside_TD is None else y_TD + beside_TD

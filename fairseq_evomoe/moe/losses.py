@@ -3,13 +3,15 @@
 On several ranks each is the loss of all their tokens as one batch, the same number on every rank.
 """
 
+from typing import Optional
+
 from torch import Tensor
 
 from .ranks import ALONE, Ranks
 from .routing import Routing, count_experts
 
 
-def balance_loss(routing: Routing, ranks: Ranks = ALONE) -> Tensor:
+def balance_loss(routing: Routing, ranks: Ranks = ALONE, factor_E: Optional[Tensor] = None) -> Tensor:
     """Load-balance loss: ``E^2 * mean_e(mean_t(gate_te) * mean_t(mask_te))``.
 
     ``gate`` is the weight with which an expert's output is used and ``mask`` whether it is used at
@@ -20,15 +22,18 @@ def balance_loss(routing: Routing, ranks: Ranks = ALONE) -> Tensor:
     Args:
         routing: the active pairs.
         ranks: those over whose tokens the means are taken.
+        factor_E: see ``product_of_means``.
 
     Returns:
         float32 scalar; the gradient flows through the weights.
     """
     gate_E = routing.weight_N.new_zeros(routing.experts).index_add(0, routing.expert_N, routing.weight_N)
-    return product_of_means(routing.load_E(), gate_E, routing.tokens, ranks)
+    return product_of_means(routing.load_E(), gate_E, routing.tokens, ranks, factor_E)
 
 
-def top1_balance_loss(probability_TE: Tensor, ranks: Ranks = ALONE) -> Tensor:
+def top1_balance_loss(
+    probability_TE: Tensor, ranks: Ranks = ALONE, factor_E: Optional[Tensor] = None
+) -> Tensor:
     """Load-balance loss of Switch (arXiv 2101.03961) and GShard: ``E * sum_e f_e P_e``.
 
     f is the share of the tokens whose best expert is e, P the mean of its probability; 1 if even.
@@ -36,16 +41,19 @@ def top1_balance_loss(probability_TE: Tensor, ranks: Ranks = ALONE) -> Tensor:
     Args:
         probability_TE: probabilities of the gate, shape (T, E).
         ranks: those over whose tokens the means are taken.
+        factor_E: see ``product_of_means``.
 
     Returns:
         float32 scalar; the gradient flows through P.
     """
     tokens, experts = probability_TE.shape
     best_E = count_experts(probability_TE.argmax(-1), experts)
-    return product_of_means(best_E, probability_TE.sum(0), tokens, ranks)
+    return product_of_means(best_E, probability_TE.sum(0), tokens, ranks, factor_E)
 
 
-def choices_balance_loss(expert_TK: Tensor, probability_TE: Tensor, ranks: Ranks = ALONE) -> Tensor:
+def choices_balance_loss(
+    expert_TK: Tensor, probability_TE: Tensor, ranks: Ranks = ALONE, factor_E: Optional[Tensor] = None
+) -> Tensor:
     """Load-balance loss of Mixtral (arXiv 2401.04088, as in its public code): ``E * sum_e f_e P_e``.
 
     f is how many of a token's k choices are expert e on average, P the mean of its probability; k if even.
@@ -54,16 +62,17 @@ def choices_balance_loss(expert_TK: Tensor, probability_TE: Tensor, ranks: Ranks
         expert_TK: int64, the choices of each token.
         probability_TE: probabilities of the gate, shape (T, E).
         ranks: those over whose tokens the means are taken.
+        factor_E: see ``product_of_means``.
 
     Returns:
         float32 scalar; the gradient flows through P.
     """
     tokens, experts = probability_TE.shape
     load_E = count_experts(expert_TK.flatten(), experts)
-    return product_of_means(load_E, probability_TE.sum(0), tokens, ranks)
+    return product_of_means(load_E, probability_TE.sum(0), tokens, ranks, factor_E)
 
 
-def active_balance_loss(routing: Routing, ranks: Ranks = ALONE) -> Tensor:
+def active_balance_loss(routing: Routing, ranks: Ranks = ALONE, factor_E: Optional[Tensor] = None) -> Tensor:
     """Load-balance loss of a routing with several experts a token: ``E * sum_e f_e P_e``.
 
     f is the share of the active pairs that expert e has, P the mean of its probability; 1 if even.
@@ -76,6 +85,8 @@ def active_balance_loss(routing: Routing, ranks: Ranks = ALONE) -> Tensor:
     load_E = routing.load_E().to(probability_TE.dtype)
     load_E, probability_E, tokens = ranks.total(load_E, probability_TE.sum(0), routing.tokens)
     share_E = load_E / load_E.sum().clamp(min=1)
+    if factor_E is not None:
+        share_E = share_E * factor_E.to(share_E)
     return routing.experts * (share_E * probability_E).sum() / tokens.clamp(min=1)
 
 
@@ -100,7 +111,9 @@ def penalty_loss(routing: Routing, width_E: Tensor, ranks: Ranks = ALONE) -> Ten
     return product_of_means(size_E, probability_TE.sum(0), routing.tokens, ranks)
 
 
-def product_of_means(load_E: Tensor, gate_E: Tensor, tokens: int, ranks: Ranks) -> Tensor:
+def product_of_means(
+    load_E: Tensor, gate_E: Tensor, tokens: int, ranks: Ranks, factor_E: Optional[Tensor] = None
+) -> Tensor:
     """``E * sum_e (load_e / T) (gate_e / T)``, of sums over all ranks.
 
     Args:
@@ -108,7 +121,9 @@ def product_of_means(load_E: Tensor, gate_E: Tensor, tokens: int, ranks: Ranks) 
         gate_E: sum over them of what the gate gives each expert.
         tokens: T of this rank.
         ranks: those whose tokens count as one batch.
+        factor_E: factor of each expert's product; ``None``: 1.
     """
+    gate_E = gate_E if factor_E is None else gate_E * factor_E.to(gate_E)
     load_E, gate_E, total = ranks.total(load_E.to(gate_E.dtype), gate_E, tokens)
     return load_E.shape[0] * (load_E * gate_E).sum() / total.clamp(min=1).square()
 

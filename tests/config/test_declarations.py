@@ -180,6 +180,10 @@ BAD = [
     ("expert-threshold", {"mean_experts": 5.0}, "mean_experts"),
     ("dtop-p", {"mean_experts": 0.5}, "mean_experts"),
     ("xmoe", {"gate_input": "table"}, "gate_input"),
+    ("topk", {"free_balance": 0.5}, "free_balance"),
+    ("switch", {"copy_experts": -1}, "copy_experts"),
+    ("laplace", {"zero_experts": 1}, "zero_experts"),
+    ("dtop-p", {"zero_experts": 1}, "zero_experts"),
 ]
 
 

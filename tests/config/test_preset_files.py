@@ -15,7 +15,7 @@ NAMES = (
     "evomoe switch gshard mixtral base hash hash_balanced stable top_p hmoe_topk hmoe_topp dynmoe fusemoe "
     "comet rmoe soft mh_moe mode hypermoe deepseek upcycling drop_upcycling emoe evomoe_hmoe evomoe_context "
     "evomoe_table narrow_hash remoe loss_free quantile_balancing xmoe dtop_p "
-    "expert_choice expert_threshold"
+    "expert_choice expert_threshold moe_plus_plus"
 ).split()
 RUN = {"max_update": 1000, "ffn_dims": [64]}
 
@@ -88,6 +88,7 @@ WHAT_IS_PUBLISHED = {
     "dtop_p": {"router": "dtop-p", "mean_experts": 2.0, "top_p": 0.4},
     "expert_choice": {"mean_experts": 2.0},
     "expert_threshold": {"mean_experts": 1.0, "cutoff_decay": 0.99},
+    "moe_plus_plus": {"zero_experts": 1, "copy_experts": 1, "constant_experts": 2, "free_balance": 0.75},
     "narrow_hash": {"hashes": 4, "experts": 32, "total_ffn_dim": "8x"},
 }
 

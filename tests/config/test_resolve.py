@@ -70,6 +70,7 @@ def test_every_option_arrives_where_it_belongs(router, declaration):
         "temperature_end": {"temperature_start": 9.0},
         "random_second": {"top_k": 2, "renormalize": "always"},
         "balance_rate": {"balance": "bias"},
+        "free_balance": {"zero_experts": 1},
     }
     if declaration.choices:
         values = declaration.choices

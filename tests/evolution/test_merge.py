@@ -214,12 +214,15 @@ def test_every_rule_is_that_of_a_tensor(name):
     """A name that is misspelt would be found only with a checkpoint that has the tensor."""
     seen = "gate_input" in ROUTERS[name].Options.declared()
     found = set()
-    balanced = {"balance": "bias"} if "balance" in ROUTERS[name].Options.declared() else {}
+    declared = ROUTERS[name].Options.declared()
+    balanced = {"balance": "bias"} if "balance" in declared else {}
+    balanced.update({"constant_experts": 1} if "constant_experts" in declared else {})
     for options in [{"gate_input": kind} for kind in ("hidden", "both", "table")] if seen else [{}]:
         router = ROUTERS[name](8, 6, vocabulary=Vocabulary(30, torch.ones(30), 5), **options, **balanced)
         found |= {key if key in router.merge_rules else key.split(".")[0] for key in router.state_dict()}
     inherited = set() if seen else {"token_weight"}  # of a gate that sees the layer's input alone
-    inherited |= set() if balanced else {"balancing"}
+    inherited |= {"balancing"} - ({"balancing"} if "balance" in declared else set())
+    inherited |= {"free"} - ({"free"} if "constant_experts" in declared else set())
     assert found == set(ROUTERS[name].merge_rules) - inherited
 
 

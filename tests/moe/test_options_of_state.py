@@ -8,6 +8,7 @@ from fairseq_evomoe.moe.balancing import Balance
 from fairseq_evomoe.moe.routers.router import GateInput
 
 VOCABULARY = Vocabulary(17, torch.ones(17), dim=3)
+PLAIN = {"balance": Balance.loss, "constant_experts": 0}
 LINEAR = ["dts", "switch", "topk", "top-p"]
 
 
@@ -16,7 +17,7 @@ LINEAR = ["dts", "switch", "topk", "top-p"]
 def test_the_input_of_a_linear_gate(name, gate_input):
     router = ROUTERS[name](6, 4, vocabulary=VOCABULARY, gate_input=gate_input)
     found = ROUTERS[name].options_of_state(router.state_dict(), VOCABULARY)
-    assert found == {"gate_input": GateInput(gate_input), "balance": Balance.loss}
+    assert found == {"gate_input": GateInput(gate_input), **PLAIN}
     again = ROUTERS[name](6, 4, vocabulary=VOCABULARY, **found)
     assert again.state_dict().keys() == router.state_dict().keys()
     again.load_state_dict(router.state_dict())
@@ -25,7 +26,7 @@ def test_the_input_of_a_linear_gate(name, gate_input):
 @pytest.mark.parametrize("gate_input", ["token", "table"])
 def test_without_a_vocabulary_a_table_looks_like_embeddings(gate_input):
     state = ROUTERS["dts"](6, 4, vocabulary=VOCABULARY, gate_input=gate_input).state_dict()
-    assert ROUTERS["dts"].options_of_state(state) == {"balance": Balance.loss}
+    assert ROUTERS["dts"].options_of_state(state) == PLAIN
 
 
 def test_a_state_without_the_part_that_sees_tokens_is_that_of_both_with_zeros():
@@ -38,7 +39,7 @@ def test_a_state_without_the_part_that_sees_tokens_is_that_of_both_with_zeros():
     context = RoutingContext(embedding_TC=torch.randn(5, 3))
     assert torch.equal(both(x, context).weight_N, hidden(x, context).weight_N)
     found = ROUTERS["switch"].options_of_state(hidden.state_dict())
-    assert found == {"gate_input": GateInput.hidden, "balance": Balance.loss}
+    assert found == {"gate_input": GateInput.hidden, **PLAIN}
 
 
 @pytest.mark.parametrize("name", LINEAR)

@@ -32,6 +32,8 @@ CASES = [
     ("remoe", {"l1_start": 1.0, "l1_form": "plain"}),
     ("switch", {"balance": "bias", "capacity_factor": 0.8}),
     ("xmoe", {"routing_dim": 3}),
+    *((name, {"zero_experts": 1, "constant_experts": 2}) for name in ("switch", "topk", "top-p")),
+    ("dts", {"copy_experts": 1, "threshold": 0.1}),
     ("dtop-p", {}),
     ("expert-threshold", {}),
 ]

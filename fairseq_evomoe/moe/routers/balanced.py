@@ -1,4 +1,4 @@
-"""Linear gates whose loads a loss or a bias keeps even."""
+"""Linear gates whose loads a loss or a bias keeps even, and which may have free experts."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar, Dict, Iterator, Optional, Tuple, Type, TypeVar
@@ -7,14 +7,16 @@ import torch
 from torch import Tensor
 
 from ..balancing import Balance, LoadBias
+from ..capacity import keep_pairs
+from ..free_experts import FreeExperts
 from ..merge_rule import MergeRule
 from ..options import OptionError, loss_weight, option
-from ..routing import Vocabulary
-from .router import BALANCE, LinearRouter
+from ..routing import Routing, RoutingContext, Vocabulary
+from .router import BALANCE, LinearRouter, fill_uniform, linear32
 
 _O = TypeVar("_O", bound="BalancedRouter.Options")
 
-RATE = 0.001
+RATE, FREE_BALANCE = 0.001, 0.75
 
 
 class BalancedRouter(LinearRouter):
@@ -24,8 +26,14 @@ class BalancedRouter(LinearRouter):
     to the scores by which a token's experts are chosen; their weights are those without it, and the weight of
     the load-balance loss is 0 unless it is given, which is refused.
 
+    Free experts (MoE++, see ``FreeExperts``) are columns of the gate behind those of the experts that work,
+    and chosen among them.  In the load-balance loss theirs are weighed by ``free_balance``: the smaller it
+    is, the more tokens they get.  ``output_of_free`` takes their pairs out of a routing.
+
     Attributes:
+        experts: number of columns of the gate: of the experts that work, and of the free ones.
         balancing: the bias; ``None`` with ``balance`` loss.
+        free: the free experts; ``None``: there are none.
     """
 
     @dataclass(frozen=True)
@@ -42,6 +50,28 @@ class BalancedRouter(LinearRouter):
             RATE, "What moe-balance bias adds to or takes from an expert's bias after each update.", above=0
         )
         balance_weight: float = loss_weight(0.01, BALANCE)
+        zero_experts: int = option(
+            0, "Number of experts beside the others that give nothing, and cost nothing (MoE++).", at_least=0
+        )
+        copy_experts: int = option(
+            0, "Number of experts beside the others that give the token itself (MoE++).", at_least=0
+        )
+        constant_experts: int = option(
+            0,
+            "Number of experts beside the others that mix the token with a learned vector (MoE++).",
+            at_least=0,
+        )
+        free_balance: float = option(
+            FREE_BALANCE,
+            "Weight of zero, copy and constant experts in the load-balance loss, in units of that of the "
+            "others; the smaller, the more tokens they get.",
+            above=0,
+        )
+
+        @property
+        def free_experts(self) -> int:
+            """Number of experts that cost next to nothing."""
+            return self.zero_experts + self.copy_experts + self.constant_experts
 
         @classmethod
         def given(cls: Type[_O], values: Dict[str, Any]) -> _O:
@@ -65,28 +95,95 @@ class BalancedRouter(LinearRouter):
                     f"`balance_rate` is the step of `balance` bias, and has no effect with `balance` "
                     f"{self.balance.value}: leave it out, or give `balance` bias.",
                 )
+            if self.free_experts and experts == 1:
+                yield OptionError(
+                    "experts",
+                    "`zero_experts`, `copy_experts` and `constant_experts` are chosen by a gate, which there "
+                    "is not with `experts` 1: leave them out or give more.",
+                )
+            if self.free_balance != FREE_BALANCE and not self.free_experts:
+                yield OptionError(
+                    "free_balance",
+                    f"`free_balance` {self.free_balance} has no effect without `zero_experts`, "
+                    "`copy_experts` or `constant_experts`: leave it out, or give one of them.",
+                )
 
     options: "BalancedRouter.Options"
-    merge_rules: ClassVar[Dict[str, MergeRule]] = {**LinearRouter.merge_rules, "balancing": MergeRule.mean}
+    merge_rules: ClassVar[Dict[str, MergeRule]] = {
+        **LinearRouter.merge_rules,
+        "balancing": MergeRule.mean,
+        "free": MergeRule.unchanged,
+    }
     balancing: Optional[LoadBias]
+    free: Optional[FreeExperts]
 
     def __init__(
         self, dim: int, experts: int, vocabulary: Optional[Vocabulary] = None, **options: Any
     ) -> None:
         super().__init__(dim, experts, vocabulary, **options)
+        given = self.options
         self.register_module("balancing", None)
-        if self.options.balance != Balance.loss:
-            self.balancing = LoadBias(experts, self.options.balance, self.options.balance_rate)
+        self.register_module("free", None)
+        if given.free_experts:
+            self.free = FreeExperts(dim, given.zero_experts, given.copy_experts, given.constant_experts)
+            self.experts += self.free.count
+        if given.balance != Balance.loss:
+            self.balancing = LoadBias(self.experts, given.balance, given.balance_rate)
 
     @classmethod
     def options_of_state(
         cls, tensors: Dict[str, Tensor], vocabulary: Optional[Vocabulary] = None
     ) -> Dict[str, Any]:
-        """See the parent: whether there is a bias; ``bias`` and ``quantile`` have the same."""
+        """See the parent: whether there is a bias, and constants; ``bias`` and ``quantile`` have the same."""
         found = super().options_of_state(tensors, vocabulary)
-        if tensors and "balance" in cls.Options.declared():
-            found["balance"] = Balance.bias if "balancing.bias_E" in tensors else Balance.loss
-        return found
+        told = {
+            "balance": Balance.bias if "balancing.bias_E" in tensors else Balance.loss,
+            "constant_experts": len(tensors.get("free.constant_CD", ())),
+        }
+        known = cls.Options.declared() if tensors else {}
+        return {**found, **{name: value for name, value in told.items() if name in known}}
+
+    @torch.no_grad()
+    def initialize(self, generator: torch.Generator) -> None:
+        """The gate as in the parent, free experts' rows too; their vectors from N(0, 0.02^2)."""
+        super().initialize(generator)
+        if self.free is not None:
+            bound = self.dim**-0.5
+            fill_uniform(self.free.weight, bound / self.options.gate_lr_scale, generator)
+            if self.free.constant_CD is not None and self.free.mixing is not None:
+                fill_uniform(self.free.mixing, bound, generator)
+                noise_CD = torch.randn(self.free.constant_CD.shape, generator=generator)
+                self.free.constant_CD.copy_(0.02 * noise_CD)
+
+    def _products(self, x_TD: Tensor, context: RoutingContext) -> Tensor:
+        """As in the parent, and those of free experts, which see the layer's input, behind them."""
+        logits_TE = super()._products(x_TD, context)
+        if self.free is None:
+            return logits_TE
+        return torch.cat([logits_TE, linear32(x_TD, self.free.weight)], dim=1)
+
+    @property
+    def balance_factor(self) -> Optional[Tensor]:
+        """Weight of each column in the load-balance loss, shape (E,); ``None``: all have 1."""
+        if self.free is None:
+            return None
+        factor_E = torch.ones(self.experts)
+        factor_E[-self.free.count :] = self.options.free_balance
+        return factor_E
+
+    def output_of_free(self, x_TD: Tensor, routing: Routing) -> Optional[Tensor]:
+        """See the parent."""
+        if self.free is None:
+            return None
+        working = self.experts - self.free.count
+        free_N = routing.expert_N >= working
+        pairs = routing.token_N[free_N], routing.expert_N[free_N] - working, routing.weight_N[free_N]
+        keep_pairs(routing, ~free_N)
+        routing.experts = working
+        if routing.probability_TE is not None:
+            routing.probability_TE = routing.probability_TE[:, :working]
+        y_TD: Tensor = self.free(x_TD, *pairs)
+        return y_TD
 
     def choice(self, score_TE: Tensor) -> Tensor:
         """What a token's experts are chosen by: the scores, and the bias if there is one."""

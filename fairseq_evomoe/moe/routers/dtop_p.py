@@ -1,7 +1,7 @@
 """DTop-p: top-p routing whose p is steered to a mean number of experts (arXiv 2512.13996)."""
 
 from dataclasses import dataclass
-from typing import Any, Dict, Iterator, Optional
+from typing import Any, ClassVar, Dict, Iterator, Optional
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from ..merge_rule import MergeRule
 from ..options import OptionError, option
 from ..routing import Routing, RoutingContext, Vocabulary
 from ..statistics import MeanExperts
+from .balanced import FREE_BALANCE
 from .registry import register_router
 from .router import MEAN_EXPERTS, at_most_all
 from .top_p import TopPRouter
@@ -99,6 +100,12 @@ class SteeredTopPRouter(TopPRouter):
         integral_gain: float = option(
             0.05, "The same for each error since the start, which is what makes it reach the mean.", above=0
         )
+
+        # what its controller counts costs what an expert costs
+        zero_experts: ClassVar[int] = 0  # type: ignore[misc]
+        copy_experts: ClassVar[int] = 0  # type: ignore[misc]
+        constant_experts: ClassVar[int] = 0  # type: ignore[misc]
+        free_balance: ClassVar[float] = FREE_BALANCE  # type: ignore[misc]
 
         def contradictions(self, experts: int) -> Iterator[OptionError]:
             """See the parent."""

@@ -165,10 +165,10 @@ class DenseToSparseRouter(BalancedRouter):
     def _balance(self, routing: Routing, probability_TE: Tensor, context: RoutingContext) -> Tensor:
         """The load-balance loss; the published one is of Switch's form in evaluation (authors' code)."""
         if self.options.balance_form == BalanceForm.normalized:
-            return active_balance_loss(routing, context.ranks)
+            return active_balance_loss(routing, context.ranks, self.balance_factor)
         if not self.training:
-            return top1_balance_loss(probability_TE, context.ranks)
-        return balance_loss(routing, context.ranks)
+            return top1_balance_loss(probability_TE, context.ranks, self.balance_factor)
+        return balance_loss(routing, context.ranks, self.balance_factor)
 
 
 def gumbel(like: Tensor, context: RoutingContext) -> Tensor:

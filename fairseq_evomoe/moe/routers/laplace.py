@@ -45,6 +45,7 @@ class LaplaceRouter(TopKRouter):
         eval_capacity_factor: ClassVar[float] = 0.0
         balance_choices: ClassVar[BalanceChoices] = BalanceChoices.all
         balance: ClassVar[Balance] = Balance.loss
+        free_experts: ClassVar[int] = 0
 
         def contradictions(self, experts: int) -> Iterator[OptionError]:
             """See the parent."""

@@ -125,6 +125,18 @@ class Router(nn.Module):
         """
         raise NotImplementedError
 
+    def output_of_free(self, x_TD: Tensor, routing: Routing) -> Optional[Tensor]:
+        """What experts that are the router's own give, whose pairs are taken out of ``routing``, in place.
+
+        Args:
+            x_TD: the tokens that were routed.
+            routing: what became of them; what is left are pairs of the layer's experts.
+
+        Returns:
+            (T, D), dtype of ``x_TD``; ``None``: there are no such experts.
+        """
+        return None
+
 
 class GateInput(str, Enum):
     """What a linear gate sees of a token."""

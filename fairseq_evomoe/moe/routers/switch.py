@@ -72,5 +72,5 @@ class SwitchRouter(BalancedRouter):
         routing = top1_routing(expert_T, weight_T, self.experts)
         drop_overflow(routing, self.options, self.training, context)
         if context.wants("balance"):
-            routing.losses["balance"] = top1_balance_loss(probability_TE, context.ranks)
+            routing.losses["balance"] = top1_balance_loss(probability_TE, context.ranks, self.balance_factor)
         return self.with_gate(routing, logits_TE, probability_TE, context)

@@ -84,5 +84,5 @@ class TopPRouter(BalancedRouter):
             probability_TE=probability_TE,
         )
         if context.wants("balance"):
-            routing.losses["balance"] = active_balance_loss(routing, context.ranks)
+            routing.losses["balance"] = active_balance_loss(routing, context.ranks, self.balance_factor)
         return self.with_gate(routing, logits_TE, probability_TE, context)

@@ -103,8 +103,8 @@ class TopKRouter(BalancedRouter):
     def balance(self, expert_TK: Tensor, probability_TE: Tensor, context: RoutingContext) -> Tensor:
         """The load-balance loss, of the choices before any are dropped."""
         if self.options.balance_choices == BalanceChoices.first:
-            return top1_balance_loss(probability_TE, context.ranks)
-        return choices_balance_loss(expert_TK, probability_TE, context.ranks)
+            return top1_balance_loss(probability_TE, context.ranks, self.balance_factor)
+        return choices_balance_loss(expert_TK, probability_TE, context.ranks, self.balance_factor)
 
     def _draw_second(self, routing: Routing, context: RoutingContext) -> None:
         # of two weights the second is at most a half, so that the first expert is always kept

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from ..merge_rule import MergeRule
 from ..options import like, option
 from ..routing import RoutingContext, Vocabulary
+from .balanced import FREE_BALANCE
 from .base import fill_orthogonal
 from .registry import register_router
 from .router import GateInput, Renormalize, fill_uniform, linear32
@@ -59,6 +60,10 @@ class CosineRouter(TopKRouter):
         gate_lr_scale: ClassVar[float] = 1.0  # type: ignore[misc]
         table_std: ClassVar[float] = 0.0  # type: ignore[misc]
         random_second: ClassVar[bool] = False  # type: ignore[misc]
+        zero_experts: ClassVar[int] = 0  # type: ignore[misc]
+        copy_experts: ClassVar[int] = 0  # type: ignore[misc]
+        constant_experts: ClassVar[int] = 0  # type: ignore[misc]
+        free_balance: ClassVar[float] = FREE_BALANCE  # type: ignore[misc]
 
     MOST_SCALE = 100.0
 
