@@ -181,7 +181,8 @@ def _whole_one(trainer: Trainer, path: str) -> str:
     if _goes_on_by_itself(trainer, path):
         logger.warning(f"{path} is not whole: the run goes on from {whole} ({fault})")
         return whole
-    raise DamagedCheckpoint(f"{fault} The newest whole one there is {whole}: give --restore-file {whole}.")
+    option = "--finetune-from-model" if trainer.cfg.checkpoint.finetune_from_model else "--restore-file"
+    raise DamagedCheckpoint(f"{fault} The newest whole one there is {whole}: give {option} {whole}.")
 
 
 def _settled_files(path: str) -> Tuple[List[str], Optional[str], bool]:
