@@ -74,10 +74,10 @@ class Faults:
         return Path(tempfile.mkdtemp(dir=self.folder))
 
     def kill_while_saving(self):
-        """Two ranks, or one, are killed at random steps of saving, a few times in a row."""
+        """One of up to four ranks is killed at random steps of saving, a few times in a row."""
         folder = self.empty_folder() / "run"
         folder.mkdir()
-        size, options = self.draw.choice([1, 2, 2]), SETTINGS[self.draw.choice(list(SETTINGS))]
+        size, options = self.draw.choice([1, 2, 2, 4]), SETTINGS[self.draw.choice(list(SETTINGS))]
         save_and_die(size, folder, [1, 2], options)
         least = 2
         for update in range(3, 3 + self.draw.randint(1, 4)):

@@ -176,11 +176,13 @@ def _whole_one(trainer: Trainer, path: str) -> str:
         raise UnreadableCheckpoint(fault)
     whole = _of_first_rank(trainer, recovery.newest_whole, path)
     if whole is None:
-        raise DamagedCheckpoint(f"{fault} There is no whole one in its folder.")
+        way_out = "move it away to begin anew" if is_last(trainer, path) else "give another"
+        raise DamagedCheckpoint(f"{fault} There is no whole one in its folder: {way_out}.")
     if _goes_on_by_itself(trainer, path):
         logger.warning(f"{path} is not whole: the run goes on from {whole} ({fault})")
         return whole
-    raise DamagedCheckpoint(f"{fault} The newest whole one there is {whole}: give --restore-file {whole}.")
+    option = "--finetune-from-model" if trainer.cfg.checkpoint.finetune_from_model else "--restore-file"
+    raise DamagedCheckpoint(f"{fault} The newest whole one there is {whole}: give {option} {whole}.")
 
 
 def _settled_files(path: str) -> Tuple[List[str], Optional[str], bool]:

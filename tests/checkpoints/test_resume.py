@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fairseq_evomoe.checkpoints import storage
-from fairseq_evomoe.checkpoints.index import UnreadableCheckpoint
+from fairseq_evomoe.checkpoints.index import DamagedCheckpoint, UnreadableCheckpoint
 from support.cli import CLASSIFICATION, LM, Run, assert_equal, call, parameters
 from support.optimizers import OPTIMIZERS
 from support.refusals import refused
@@ -125,3 +125,12 @@ def test_a_checkpoint_that_must_not_be_read_is_not_replaced_by_another(again, lm
     with pytest.raises(UnreadableCheckpoint) as error:
         call("fairseq-train", lm_data, **settings)
     refused(error, f"{run.last} cannot be read: its permissions do not let you")
+
+
+def test_a_run_without_a_whole_checkpoint_does_not_begin_anew(again, lm_data):
+    run, settings = again
+    for path in run.folder.iterdir():
+        os.truncate(path, 100)
+    with pytest.raises(DamagedCheckpoint) as error:
+        call("fairseq-train", lm_data, **settings)
+    refused(error, f"{run.last} cannot be read", "no whole one in its folder: move it away to begin anew")
