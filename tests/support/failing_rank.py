@@ -8,6 +8,7 @@ It fails once.  Right before, it writes the number of ranks to the file MARKER: 
 import functools
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -49,6 +50,12 @@ def nan(moe, *_):
 def stop(moe, *_):
     """What a debugger does, or a machine that swaps."""
     os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def unplug(moe, *_):
+    """The cable of this rank's host is pulled out."""
+    subprocess.run(["ip", "link", "set", os.environ["GLOO_SOCKET_IFNAME"], "down"], check=True)
+    return MoELayer._beside(moe, *_)
 
 
 def ask(number, moe, *_):
@@ -115,6 +122,7 @@ FAILURES = {
     "kill": kill,
     "nan": nan,
     "stop": stop,
+    "unplug": unplug,
     "SIGTERM": functools.partial(ask, signal.SIGTERM),
     "SIGUSR1": functools.partial(ask, signal.SIGUSR1),
 }

@@ -24,44 +24,97 @@ SETTINGS.update(moe_expert_parallel=2, moe_timeout=TIMEOUT, distributed_world_si
 
 
 @pytest.fixture
-def stopped(lm_data, tmp_path):
-    """Function that trains two ranks, one of which is stopped, until the other has ended."""
+def train(lm_data, tmp_path):
+    """Function that starts two ranks, one of which fails as it is told: their processes.
+
+    ``prefixes`` are what the command of each begins with, and ``environment`` is that of both.
+    """
     processes = []
 
-    def train(rank):
-        marker = tmp_path / "failed"
-        program = [sys.executable, "-m", failing_rank.__name__, "stop", str(rank), str(marker)]
+    def start(failure, rank, prefixes=((), ()), **environment):
+        program = [sys.executable, "-m", failing_rank.__name__, failure, str(rank), str(tmp_path / "failed")]
         arguments = flags(lm_data, **SETTINGS, **CPU_RANKS, save_dir=tmp_path)
         common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-        for i in range(2):
-            env = {**os.environ, **common, "RANK": str(i), "OMP_NUM_THREADS": "1", "PYTHONPATH": PATH}
+        common.update(environment, OMP_NUM_THREADS="1", PYTHONPATH=PATH)
+        for i, prefix in enumerate(prefixes):
+            env = {**os.environ, **common, "RANK": str(i)}
             with (tmp_path / f"{i}.log").open("w") as log:
-                command = program + arguments
+                command = [*prefix, *program, *arguments]
                 processes.append(subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT))
-        code = processes[1 - rank].wait(timeout=300)
-        seconds = time.time() - marker.stat().st_mtime
-        return code, seconds, (tmp_path / f"{1 - rank}.log").read_text(), processes[rank].pid
+        return processes
 
-    yield train
+    yield start
     for process in processes:
         with contextlib.suppress(ProcessLookupError):
             os.kill(process.pid, signal.SIGKILL)
         process.wait()
 
 
+@pytest.fixture
+def end_of(tmp_path):
+    """Function that waits for a rank to end: code, seconds since one has failed, and what was printed."""
+
+    def end(processes, rank):
+        code = processes[rank].wait(timeout=300)
+        seconds = time.time() - (tmp_path / "failed").stat().st_mtime
+        return code, seconds, (tmp_path / f"{rank}.log").read_text()
+
+    return end
+
+
 @pytest.mark.ranks
-def test_a_rank_that_is_stopped_is_named(stopped):
-    code, seconds, output, process = stopped(1)
+def test_a_rank_that_is_stopped_is_named(train, end_of):
+    processes = train("stop", 1)
+    code, seconds, output = end_of(processes, 0)
     assert code == 1 and seconds < TIMEOUT + 60
-    assert f"no answer from rank 1 (process {process} on " in output
+    assert f"no answer from rank 1 (process {processes[1].pid} on " in output
     assert f"(--moe-timeout {TIMEOUT})" in output
 
 
 @pytest.mark.ranks
-def test_the_rank_that_keeps_the_store_is_named(stopped):
-    code, seconds, output, _ = stopped(0)
+def test_the_rank_that_keeps_the_store_is_named(train, end_of):
+    code, seconds, output = end_of(train("stop", 0), 1)
     assert code == 1 and seconds < TIMEOUT + 60
     assert "no answer from rank 0, or whoever keeps the store of all ranks, (--moe-timeout" in output
+
+
+@pytest.fixture
+def two_hosts():
+    """Two network namespaces with a link between them: names, the first one's address, name of the link."""
+    names = [f"evomoe{os.getpid()}{i}" for i in range(2)]
+    link, made = "link0", []
+
+    def ip(*arguments):
+        subprocess.run(["ip", *arguments], check=True, capture_output=True)
+
+    try:
+        for name in names:
+            ip("netns", "add", name)
+            made.append(name)
+        ip("-n", names[0], "link", "add", link, "type", "veth", "peer", "name", link, "netns", names[1])
+        for i, name in enumerate(names):
+            ip("-n", name, "address", "add", f"10.77.0.{i + 1}/24", "dev", link)
+            for device in ("lo", link):
+                ip("-n", name, "link", "set", device, "up")
+    except (OSError, subprocess.CalledProcessError):
+        for name in made:
+            ip("netns", "del", name)
+        pytest.skip("this user cannot make network namespaces")
+    yield names, "10.77.0.1", link
+    for name in names:
+        ip("netns", "del", name)
+
+
+@pytest.mark.ranks
+def test_a_link_that_is_cut_ends_both_sides(two_hosts, train, end_of):
+    """While tokens are under way; each side names the other."""
+    hosts, address, link = two_hosts
+    prefixes = [["ip", "netns", "exec", host] for host in hosts]
+    processes = train("unplug", 1, prefixes, MASTER_ADDR=address, GLOO_SOCKET_IFNAME=link)
+    for rank, absent in enumerate(("rank 1 (process ", "rank 0, or whoever keeps the store of all ranks,")):
+        code, seconds, output = end_of(processes, rank)
+        assert code == 1 and seconds < TIMEOUT + 60
+        assert f"no answer from {absent}" in output
 
 
 class Store:
