@@ -13,7 +13,7 @@ import os
 import re
 import sys
 import warnings
-from typing import Any, Callable, Dict, Iterator
+from typing import Any, Callable, Dict, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -22,9 +22,11 @@ from fairseq.dataclass import utils as dataclass_utils
 from fairseq.dataclass.configs import DistributedTrainingConfig, FairseqConfig
 from fairseq.distributed import LegacyDistributedDataParallel
 from fairseq.distributed import utils as distributed_utils
+from fairseq.logging import metrics
 from fairseq.models import ARCH_CONFIG_REGISTRY, distributed_fairseq_model
 from fairseq.modules.transformer_layer import TransformerEncoderLayerBase
 from fairseq.tasks import FairseqTask
+from fairseq.trainer import Trainer
 from omegaconf import OmegaConf, open_dict
 from torch import nn
 from torch.distributed.rendezvous import register_rendezvous_handler, rendezvous
@@ -193,6 +195,24 @@ def allow_ddp_without_gpu(
     return original(module, device_ids=device_ids, output_device=output_device, **kwargs)
 
 
+@patches.replaces(Trainer, "train_step")
+def allow_overflow_without_gpu(original: _Original, trainer: Trainer, *args: Any, **kwargs: Any) -> Any:
+    """``trainer.py:1023`` makes the norm of gradients that have overflown a number on a GPU.
+
+    Without one, the first overflow ended the run (0.12.2 and 0.12.3).  What follows that line is done here.
+    """
+    try:
+        return original(trainer, *args, **kwargs)
+    except (AssertionError, RuntimeError) as error:
+        if trainer.cuda or not isinstance(error.__context__, OverflowError):
+            raise
+    trainer.zero_grad()
+    with metrics.aggregate("train"):
+        metrics.log_scalar("loss_scale", trainer.optimizer.scaler.loss_scale, priority=700, round=4, weight=0)
+        metrics.log_stop_time("train_wall")
+    return None
+
+
 class _NumpyWithAliases:
     """numpy, and what numpy 1.24, 2.0 and 2.4 have removed; see ``restore_numpy_aliases``."""
 
@@ -307,7 +327,7 @@ class EncoderLayer(TransformerEncoderLayerBase):
     _load_from_state_dict = nn.Module._load_from_state_dict
 
 
-def remove_encoder_fast_path(layers: nn.ModuleList) -> None:
+def remove_encoder_fast_path(layers: Sequence[nn.Module]) -> None:
     """Take the "BetterTransformer" path of fairseq 0.12.2 out of an encoder some of whose layers have an MoE.
 
     ``modules/transformer_layer.py:71-184`` of 0.12.2 keeps second copies of a layer's weights, filled from

@@ -80,7 +80,8 @@ def wrap(owner: Any, name: str, function: Callable[..., Any], when: Optional[_Co
     Args:
         owner: a module, a class or an object; of an object the method is replaced for it alone, and neither
             the original nor the function is given the object itself.
-        name: of a function, class, method or property in it; of a property what reads it is replaced.
+        name: of a function, class, method or property in it; of a property what reads it is replaced, and a
+            static method stays one.
         function: what is called instead, with the original and the arguments of the call.
         when: told the original, whether it is to be replaced: whether it has the fault that is to be mended.
 
@@ -89,6 +90,8 @@ def wrap(owner: Any, name: str, function: Callable[..., Any], when: Optional[_Co
     """
     found = _attribute(owner, name)
     original: Any = found.fget if isinstance(found, property) else found
+    if isinstance(found, staticmethod):
+        original = found.__func__
     if _is_marked(original, function):
         _note(owner, name, function)
         return
@@ -105,6 +108,8 @@ def wrap(owner: Any, name: str, function: Callable[..., Any], when: Optional[_Co
     _note(owner, name, function)
     if isinstance(found, property):
         setattr(owner, name, property(replacement, found.fset, found.fdel, found.__doc__))
+    elif isinstance(found, staticmethod):
+        setattr(owner, name, staticmethod(replacement))
     else:
         setattr(owner, name, replacement)
 

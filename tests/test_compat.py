@@ -280,7 +280,7 @@ for name in sys.argv[1:]:
         utils.import_user_module(Namespace(user_dir=name))
 from fairseq.models import MODEL_REGISTRY
 from fairseq.trainer import Trainer
-function, wrappers = Trainer.train_step, 0
+function, wrappers = Trainer.clip_grad_norm, 0
 while function is not None:
     wrappers += "evomoe" in function.__code__.co_filename
     function = getattr(function, "__wrapped__", None)

@@ -13,8 +13,9 @@ from fairseq.utils import import_user_module
 from ..config.errors import as_flags, flag
 from ..evolution.merge import MergeError
 from ..moe.options import OptionError
-from . import shards
-from .files import CommandError, load, load_file, save
+from . import recovery, shards
+from .files import CommandError, check_outputs, is_in_several_files, load, save
+from .index import path_of
 from .merge import LayerMerge, Observed, merge_checkpoint, moe_layers_of, plan_checkpoint
 from .saved_optimizer import UnknownLayout, parameter_keys
 from .saved_options import SavedOptions
@@ -31,7 +32,7 @@ def run(args: argparse.Namespace) -> None:
     fairseq.setLevel(logging.WARNING)  # it would report what it loads
     try:
         COMMANDS[args.command](args)
-    except (CommandError, MergeError, OptionError, shards.DamagedCheckpoint, UnknownLayout) as error:
+    except (CommandError, MergeError, OptionError, UnknownLayout, *recovery.UNUSABLE) as error:
         print(f"evomoe {args.command}: {_with_flags(str(error), vars(args))}", file=sys.stderr)
         raise SystemExit(2) from error
     finally:
@@ -58,7 +59,7 @@ def merge(args: argparse.Namespace) -> None:
     before = _count_parameters(state)
     had_optimizer = state.get("last_optimizer_state") is not None
     kept = merge_checkpoint(state, plans)
-    save(state, args.out)
+    save([(args.out, state)], args.out)
     most = max(len(layer.widths) for layer in layers)
     print(
         f"MoE layers {len(layers)}, experts {most} -> {args.experts}, parameters {before:,} -> "
@@ -86,7 +87,7 @@ def _check_merge_arguments(args: argparse.Namespace) -> None:
         return
     if args.out is None:
         raise CommandError("Give `out`, the file to write, or `dry_run` to write nothing.")
-    _check_out(args)
+    check_outputs([args.out], args.checkpoint, args.force)
 
 
 def _import_plugin(args: argparse.Namespace) -> None:
@@ -94,13 +95,6 @@ def _import_plugin(args: argparse.Namespace) -> None:
         import_user_module(args)
     except (FileNotFoundError, ImportError) as error:
         raise CommandError(f"`user_dir` {args.user_dir} cannot be imported: {error}.") from error
-
-
-def _check_out(args: argparse.Namespace) -> None:
-    if not Path(args.out).resolve().parent.is_dir():
-        raise CommandError(f"The folder of `out` {args.out} does not exist: create it.")
-    if Path(args.out).resolve() == Path(args.checkpoint).resolve():
-        raise CommandError("`out` is the checkpoint itself, which would be lost: give another name.")
 
 
 def _observe(args: argparse.Namespace) -> Dict[str, Observed]:
@@ -123,36 +117,45 @@ def _observe(args: argparse.Namespace) -> Dict[str, Observed]:
 
 def consolidate(args: argparse.Namespace) -> None:
     """``evomoe consolidate``: write a checkpoint in several files as one in one file."""
-    _check_out(args)
-    if shards.INDEX not in load_file(args.checkpoint):
+    if not is_in_several_files(args.checkpoint):
         raise CommandError(f"{args.checkpoint} has all experts already: there is nothing to do.")
+    check_outputs([args.out], args.checkpoint, args.force)
     state = load(args.checkpoint)
-    save(state, args.out)
+    save([(args.out, state)], args.out)
     print(f"{_count_parameters(state):,} parameters: {args.out}")
 
 
 def reshard(args: argparse.Namespace) -> None:
     """``evomoe reshard``: write a checkpoint in another number of files."""
-    _check_out(args)
     if not args.out.endswith(".pt"):
         raise CommandError(f"`out` {args.out} must end in .pt, as fairseq's checkpoints do.")
+    outputs = [path_of(args.out, number) for number in range(max(args.parts, 1))]
+    check_outputs(outputs, args.checkpoint, args.force)
     state = load(args.checkpoint)
     layers = moe_layers_of(state)
     fewest = min(len(layer.widths) for layer in layers)
     if not 1 < args.parts <= fewest:
         raise CommandError(f"`parts` must be from 2 to the {fewest} experts of a layer, but is {args.parts}.")
     files = shards.files_of(state, {layer.name: layer.widths for layer in layers}, args.parts, args.out)
-    paths: List[str] = []
-    for path, content in files:
-        save(content, path)
-        paths.insert(0, path)
-    print("\n".join(paths))
+    print("\n".join(save(files, args.out)))
+
+
+def check(args: argparse.Namespace) -> None:
+    """``evomoe check``: whether checkpoints are whole, to the last bit."""
+    faults = 0
+    for path in args.checkpoints:
+        fault = recovery.fault(path) if Path(path).is_file() else f"There is no checkpoint {path}."
+        print(fault or f"{path} is whole.")
+        faults += fault is not None
+    if faults:
+        raise CommandError(f"{faults} of {len(args.checkpoints)} checkpoints are not whole.")
 
 
 COMMANDS: Dict[str, Callable[[argparse.Namespace], None]] = {
     "merge": merge,
     "consolidate": consolidate,
     "reshard": reshard,
+    "check": check,
 }
 """What carries each command out."""
 

@@ -1,61 +1,111 @@
 """Files of checkpoints, read and written outside a run."""
 
-import contextlib
 import os
 from pathlib import Path
-from typing import Any, Dict
+from typing import Any, Dict, Iterable, List, Tuple
 
-import torch
-from fairseq.checkpoint_utils import torch_persistent_save
-
-from . import shards
+from . import recovery, shards, storage
+from .index import INDEX
 
 
 class CommandError(ValueError):
     """A command cannot be carried out; one sentence that tells why and what to do."""
 
 
-def save(state: Dict[str, Any], path: str) -> None:
-    """Write a checkpoint as fairseq does: under another name first, so that none is ever half written.
+def check_outputs(outputs: List[str], checkpoint: str, force: bool) -> None:
+    """Refuse files to write that cannot be written, or that are there already.
+
+    Args:
+        outputs: the files, the first of a set first.
+        checkpoint: what is read to make them, of which no file is ever replaced.
+        force: whether other files may be.
 
     Raises:
-        CommandError: it cannot be written; what was there before is still there.
+        CommandError: what is in the way.
     """
+    out = outputs[0]
+    folder = Path(out).resolve().parent
+    if not folder.is_dir():
+        raise CommandError(f"The folder of `out` {out} does not exist: create it.")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise CommandError(f"The folder of `out` {out} cannot be written to: give another.")
+    if not Path(checkpoint).is_file():
+        raise CommandError(f"There is no checkpoint {checkpoint}.")
+    inputs = [checkpoint, *recovery.files_of_checkpoint(checkpoint)]
+    there = [path for path in [*outputs, *recovery.parts_of(out)] if os.path.lexists(path)]
+    for path in there:
+        if any(os.path.exists(path) and os.path.samefile(path, file) for file in inputs):
+            raise CommandError(
+                f"`out` {path} is a file of the checkpoint itself, which would be lost: give another name."
+            )
+        if os.path.isdir(path):
+            raise CommandError(f"`out` {path} is a folder: give the name of a file.")
+        if not force:
+            raise CommandError(f"`out` {path} is there already: give another name, or `force` to replace it.")
+
+
+def save(files: Iterable[Tuple[str, Dict[str, Any]]], first: str) -> List[str]:
+    """Write the files of a checkpoint: they are all there at the end, or what was there before still is.
+
+    Args:
+        files: path and content of each.
+        first: path of the first of the set.
+
+    Returns:
+        the paths, the first first.
+
+    Raises:
+        CommandError: they cannot be written.
+    """
+    recovery.settle_all(first)
+    paths: List[str] = []
     try:
-        torch_persistent_save(state, path)
+        for path, content in files:
+            paths.append(path)
+            storage.write(content, path + storage.TEMPORARY)
+        storage.flush_folders(paths)
+        storage.rename(first)  # as saving.py does: from now on the set is there
     except BaseException as error:
-        with contextlib.suppress(OSError):
-            os.remove(path + ".tmp")
+        storage.remove(path + storage.TEMPORARY for path in paths)
         if isinstance(error, (OSError, RuntimeError)):
-            raise CommandError(f"The checkpoint cannot be written to {path}: {error}.") from error
+            reason = str(error).rstrip(".")
+            raise CommandError(
+                f"The checkpoint cannot be written to {(paths or [first])[-1]}: {reason}."
+            ) from error
         raise
-
-
-def load_file(path: str) -> Dict[str, Any]:
-    """What a file of a checkpoint holds, on the CPU.
-
-    Raises:
-        CommandError: there is no such file, or it is no checkpoint.
-    """
-    if not Path(path).is_file():
-        raise CommandError(f"There is no checkpoint {path}.")
-    try:
-        state = torch.load(path, map_location="cpu")
-    except Exception as error:  # whatever unpickling other bytes leads to
-        raise CommandError(f"{path} is not a checkpoint that can be read.") from error
-    if not isinstance(state, dict):
-        raise CommandError(f"{path} is no checkpoint of fairseq's.")
-    return state
+    paths = [first, *(path for path in reversed(paths) if path != first)]
+    storage.flush_folders([first])
+    for path in paths[1:]:
+        storage.rename(path)
+    storage.flush_folders(paths)
+    storage.remove(set(recovery.parts_of(first)) - set(paths))
+    return paths
 
 
 def load(path: str) -> Dict[str, Any]:
-    """A checkpoint with all experts, from one file or several.
+    """A checkpoint with all experts, from one file or several, checked to the last bit; on the CPU.
 
     Raises:
-        CommandError: it is none.
+        CommandError: there is none.
         DamagedCheckpoint: one of the files is missing, damaged or from another checkpoint.
     """
-    state = load_file(path)
-    if shards.INDEX in state:
+    if not Path(path).is_file():
+        raise CommandError(f"There is no checkpoint {path}.")
+    recovery.check(path)
+    state = recovery.load(path)
+    if INDEX in state:
         shards.assemble(state, path)
     return state
+
+
+def is_in_several_files(path: str) -> bool:
+    """Whether a checkpoint is the first file of a set.
+
+    Raises:
+        CommandError: there is none.
+        DamagedCheckpoint: it cannot be read, or is not the first file.
+    """
+    if not Path(path).is_file():
+        raise CommandError(f"There is no checkpoint {path}.")
+    recovery.files_of_checkpoint(path)
+    return INDEX in recovery.peek(path)

@@ -6,69 +6,21 @@ the set, so that files of different sets are told apart.  Nothing is loaded befo
 """
 
 import contextlib
-import inspect
-import os
 import uuid
-import zipfile
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 from fairseq.file_io import PathManager
 from torch import Tensor
 
-from ..models.feed_forward import CheckpointMismatch
 from ..moe.loading import WIDTHS_OF_SHARD
 from ..moe.ranks import ALONE, Ranks
-from ..moe.sharding import concat_experts, deal_experts, rows_per_expert, take_experts
+from ..moe.sharding import concat_experts, deal_experts, take_experts
+from . import recovery
+from .index import EXPERTS, INDEX, NUMBER, DamagedCheckpoint, Index, is_expert, layer_of, name_of, path_of
 from .saved_optimizer import LAYOUT, Layout, need_layout, replace
-
-INDEX, EXPERTS = "moe_shards", "moe_experts"
-"""Keys of a file's index and of its experts."""
-
-_EXPERTS_OF = ".moe.experts."
-
-
-class DamagedCheckpoint(CheckpointMismatch):
-    """A file of a checkpoint is missing, damaged or from another one."""
-
-
-@dataclass
-class Index:
-    """What all files of a set say of it.
-
-    Attributes:
-        name: of the set, unlike that of any other.
-        update: number of updates that the model has made.
-        widths: hidden units of each expert, by layer.
-        experts_of: numbers of the experts in each file, by layer.
-        layout: of the optimizer's state in the first file, before the experts' was cut out of it; ``None`` if
-            it is not known, and then there is no such state.
-    """
-
-    name: str
-    update: int
-    widths: Dict[str, List[int]]
-    experts_of: Dict[str, List[List[int]]]
-    layout: Optional[Layout] = None
-
-    @property
-    def files(self) -> int:
-        """Number of files."""
-        return len(next(iter(self.experts_of.values())))
-
-    def as_dict(self) -> Dict[str, Any]:
-        """Plain values, which torch loads without trusting the file."""
-        layout = None if self.layout is None else self.layout.as_dict()
-        return dict(vars(self), layout=layout)
-
-    @classmethod
-    def from_dict(cls, values: Dict[str, Any]) -> "Index":
-        """The inverse of ``as_dict``."""
-        layout = values["layout"]
-        return cls(**dict(values, layout=None if layout is None else Layout.from_dict(layout)))
 
 
 @dataclass
@@ -88,31 +40,6 @@ class Shard:
     ema_fp32: Dict[str, Tensor] = field(default_factory=dict)
 
 
-def is_expert(key: str) -> bool:
-    """Whether a key of a model is that of a tensor that has rows for each expert."""
-    return _EXPERTS_OF in key and "." not in key.split(_EXPERTS_OF)[1]
-
-
-def layer_of(key: str) -> str:
-    """The layer that a tensor of experts belongs to."""
-    return key.split(_EXPERTS_OF)[0]
-
-
-def name_of(key: str) -> str:
-    """The name of a tensor of experts in its layer: ``w1``, ``b1``, ..."""
-    return key.split(_EXPERTS_OF)[1]
-
-
-def path_of(path: str, number: int) -> str:
-    """The path of a file of a set whose first file is at ``path``."""
-    return path if number == 0 else "{}{}.pt".format(path[: -len(".pt")], suffix_of(number))
-
-
-def suffix_of(number: int) -> str:
-    """What the name of a file of a set has before its ending."""
-    return f"-experts{number}" if number > 0 else ""
-
-
 def file_of(state: Dict[str, Any], index: Index, number: int, shard: Shard) -> Dict[str, Any]:
     """What a file of a set holds.
 
@@ -122,7 +49,7 @@ def file_of(state: Dict[str, Any], index: Index, number: int, shard: Shard) -> D
         number: of the file.
         shard: its experts.
     """
-    of_file = {INDEX: index.as_dict(), "moe_shard": number, EXPERTS: dict(vars(shard))}
+    of_file = {INDEX: index.as_dict(), NUMBER: number, EXPERTS: dict(vars(shard))}
     if number > 0:
         return dict(of_file, extra_state={})  # fairseq writes something there
     state = _without_experts(state, index)
@@ -156,16 +83,18 @@ def cut_layout(layout: Layout) -> Layout:
 
 
 _receiver: ContextVar[Ranks] = ContextVar("receiver", default=ALONE)
+_checked: ContextVar[bool] = ContextVar("checked", default=False)
 
 
 @contextlib.contextmanager
 def received_by(ranks: Ranks) -> Iterator[None]:
-    """Let sets that are loaded within give this rank's experts only."""
-    token = _receiver.set(ranks)
+    """Let sets that are loaded within give this rank's experts only; their sums have been checked."""
+    tokens = _receiver.set(ranks), _checked.set(True)
     try:
         yield
     finally:
-        _receiver.reset(token)
+        _receiver.reset(tokens[0])
+        _checked.reset(tokens[1])
 
 
 def load_all_files(
@@ -174,6 +103,9 @@ def load_all_files(
     """``checkpoint_utils.load_checkpoint_to_cpu`` knows one file, and a checkpoint may have several."""
     with readable(path):
         state = original(path, *args, **kwargs)
+    if INDEX in state and not _checked.get():
+        recovery.check(path)
+    recovery.check_first(state, path)
     if INDEX in state:
         assemble(state, path, _receiver.get())
     return state
@@ -181,14 +113,17 @@ def load_all_files(
 
 @contextlib.contextmanager
 def readable(path: str) -> Iterator[None]:
-    """Name the file if what is done within fails because it is not whole."""
+    """Name the file if what is done within fails because it is not whole, or not the first of its set."""
     try:
         yield
     except Exception as error:
-        local = PathManager.get_local_path(path)
-        if not os.path.isfile(local) or zipfile.is_zipfile(local):  # which has its directory at its end
+        if not PathManager.exists(path):
             raise
-        raise DamagedCheckpoint(f"{path} cannot be read: it is truncated, or no checkpoint.") from error
+        try:
+            recovery.check(path)
+        except recovery.UNUSABLE as reason:
+            raise reason from error
+        raise
 
 
 def assemble(state: Dict[str, Any], path: str, ranks: Ranks = ALONE) -> None:
@@ -202,16 +137,24 @@ def assemble(state: Dict[str, Any], path: str, ranks: Ranks = ALONE) -> None:
     Raises:
         DamagedCheckpoint: a file is missing, damaged or from another set; it is named.
     """
-    index = Index.from_dict(state.pop(INDEX))
-    if state.pop("moe_shard") != 0:
-        raise DamagedCheckpoint(
-            "{} has a part of the experts of a checkpoint: give its first file, without {} in its "
-            "name.".format(path, suffix_of(1)[:-1] + "N")
-        )
-    parts = [Shard(**state.pop(EXPERTS))]
-    parts += [_read_shard(path, index, number) for number in range(1, index.files)]
-    for number, shard in enumerate(parts):
-        _check_shard(shard, parts[0], index, number, path_of(path, number))
+    index = Index.from_dict(state.pop(INDEX), path)
+    del state[NUMBER]
+    try:
+        parts = [Shard(**state.pop(EXPERTS))]
+        parts += [_read_shard(path, index, number) for number in range(1, index.files)]
+        recovery.check_rows(parts[0].model, index, 0, path)
+        _join(state, parts, index, ranks)
+        fits = _optimizer_fits(state, index)
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        if isinstance(error, recovery.UNUSABLE):
+            raise
+        raise DamagedCheckpoint(f"{path} is damaged: its index does not fit what its files hold.") from error
+    if not fits:
+        raise DamagedCheckpoint(f"{path} is damaged: its index does not fit the optimizer's state.")
+
+
+def _join(state: Dict[str, Any], parts: List[Shard], index: Index, ranks: Ranks) -> None:
+    """Put the experts of all files into the state of the first."""
 
     def concat(key: str, tensors: Sequence[Tensor]) -> Tensor:
         layer = layer_of(key)
@@ -245,6 +188,14 @@ def assemble(state: Dict[str, Any], path: str, ranks: Ranks = ALONE) -> None:
     state[LAYOUT] = _filled_layout(index.layout, state["model"]).as_dict()
 
 
+def _optimizer_fits(state: Dict[str, Any], index: Index) -> bool:
+    """Whether the layout is that of the optimizer's state, in a set that says nothing to check it by."""
+    optimizer = state.get("last_optimizer_state")
+    if index.sealed or index.layout is None or optimizer is None:
+        return True
+    return Layout.from_dict(state[LAYOUT]).fits(optimizer, state["model"])
+
+
 def _filled_layout(layout: Layout, model: Dict[str, Tensor]) -> Layout:
     """A layout of a state with the experts that the model has."""
     pairs = zip(layout.keys, layout.sizes)
@@ -253,38 +204,7 @@ def _filled_layout(layout: Layout, model: Dict[str, Tensor]) -> Layout:
 
 
 def _read_shard(path: str, index: Index, number: int) -> Shard:
-    path = path_of(path, number)
-    if not PathManager.exists(path):
-        raise DamagedCheckpoint(
-            f"{path} is missing: the checkpoint has {index.files} files, which belong together."
-        )
-    with readable(path):
-        state = _load_lazily(path)
-    if INDEX not in state or state["moe_shard"] != number or state[INDEX]["name"] != index.name:
-        update = state[INDEX]["update"] if INDEX in state else "unknown"
-        raise DamagedCheckpoint(
-            f"{path} belongs to another checkpoint (update {update}) than {path_of(path, 0)} (update "
-            f"{index.update}): put the files of one checkpoint there."
-        )
-    return Shard(**state[EXPERTS])
-
-
-def _load_lazily(path: str) -> Dict[str, Any]:
-    # torch >= 2.1 can leave tensors in the file until they are used, so that a rank reads what it keeps
-    lazily = {"mmap": True} if "mmap" in inspect.signature(torch.load).parameters else {}
-    return torch.load(PathManager.get_local_path(path), map_location="cpu", **lazily)
-
-
-def _check_shard(shard: Shard, first: Shard, index: Index, number: int, path: str) -> None:
-    for layer, widths in index.widths.items():
-        experts = index.experts_of[layer][number]
-        keys = {key for key in first.model if layer_of(key) == layer}
-        rows = {key: sum(rows_per_expert(name_of(key), [widths[e] for e in experts])) for key in keys}
-        found = {key: len(tensor) for key, tensor in shard.model.items() if layer_of(key) == layer}
-        if found != rows:
-            raise DamagedCheckpoint(
-                f"{path} has other experts of {layer} than the checkpoint's index says: it is damaged."
-            )
+    return Shard(**recovery.load(recovery.find_file(path, index, number))[EXPERTS])
 
 
 def shard_of_state(state: Dict[str, Any], index: Index, number: int) -> Shard:
@@ -346,28 +266,3 @@ def files_of(
     )
     for number in reversed(range(files)):
         yield path_of(path, number), file_of(state, index, number, shard_of_state(state, index, number))
-
-
-def is_whole(path: Path) -> bool:
-    """Whether a local file is a checkpoint that can be read, with all files that belong to it."""
-    if not zipfile.is_zipfile(path):
-        return False
-    try:
-        with readable(str(path)):
-            state = _load_lazily(str(path))
-        if state.get("moe_shard", 0) != 0 or "model" not in state:
-            return False
-        if INDEX in state:
-            index = Index.from_dict(state[INDEX])
-            for number in range(1, index.files):
-                _read_shard(str(path), index, number)
-    except DamagedCheckpoint:
-        return False
-    return True
-
-
-def newest_whole(path: str) -> Optional[str]:
-    """The newest whole checkpoint in the folder of a local one: itself, if it is whole."""
-    others = sorted(Path(path).parent.glob("checkpoint*.pt"), key=lambda file: -file.stat().st_mtime)
-    found = (file for file in [Path(path)] + others if file.is_file() and is_whole(file))
-    return next((str(file) for file in found), None)

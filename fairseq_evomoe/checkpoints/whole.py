@@ -8,7 +8,7 @@ import logging
 import math
 import os
 import uuid
-from typing import Any, Callable, Dict, Iterator, List, Optional, TypeVar
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,7 +20,8 @@ from ..models.layers import moe_layers, ranks_of, sharded_parameters
 from ..moe import MoELayer
 from ..moe.ranks import ALONE
 from ..moe.sharding import deal_experts, rows_per_expert
-from . import optimizer_state, shards
+from . import optimizer_state, recovery, shards
+from .index import INDEX, DamagedCheckpoint, Index, UnreadableCheckpoint, is_expert, path_of
 from .saved_optimizer import LAYOUT, Layout, replace
 
 logger = logging.getLogger(__name__)
@@ -113,7 +114,7 @@ def shard_of(trainer: Trainer, state: Dict[str, Any], name: str) -> Dict[str, An
     model = trainer.get_model()
     layers = {name: layer.moe.experts.widths for name, layer in moe_layers(model) if layer.moe.sharded}
     ranks = ranks_of(model)
-    index = shards.Index(
+    index = Index(
         name,
         trainer.get_num_updates(),
         layers,
@@ -121,7 +122,7 @@ def shard_of(trainer: Trainer, state: Dict[str, Any], name: str) -> Dict[str, An
         layout_of(trainer),
     )
     extra = state["extra_state"]
-    pick = lambda tensors: {k: x for k, x in tensors.items() if shards.is_expert(k)}  # noqa: E731
+    pick = lambda tensors: {k: x for k, x in tensors.items() if is_expert(k)}  # noqa: E731
     shard = shards.Shard(
         pick(state["model"]),
         local_statistics(trainer),
@@ -135,8 +136,9 @@ def shard_of(trainer: Trainer, state: Dict[str, Any], name: str) -> Dict[str, An
 def loading(trainer: Trainer, path: str) -> Iterator[str]:
     """Load a checkpoint within; all ranks must call this.
 
-    Of one in several files each rank loads what it needs.  When torchrun has restarted the run because a rank
-    died, perhaps while it wrote a checkpoint, the newest whole one takes the place of one that is not whole.
+    It is checked to the last bit before.  Of one in several files each rank loads what it needs.  A run that
+    goes on by itself, because it is started again or torchrun restarts it, takes the newest whole checkpoint
+    in place of one that is not whole.
 
     Yields:
         the path to load.
@@ -145,23 +147,70 @@ def loading(trainer: Trainer, path: str) -> Iterator[str]:
         DamagedCheckpoint: the checkpoint is not whole; it tells which one is.
     """
     ranks = ranks_of(trainer.get_model())
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:
-        path = _of_first_rank(trainer, _heal, path)
+    if any(True for _ in moe_layers(trainer.get_model())):  # others are fairseq's own business
+        path = _whole_one(trainer, path)
     options = trainer.cfg.checkpoint
     on_all_ranks = options.load_checkpoint_on_all_dp_ranks
-    sharded = ranks.parallel > 1 and PathManager.exists(shards.path_of(path, 1))
+    sharded = ranks.parallel > 1 and PathManager.exists(path_of(path, 1))
     try:
         options.load_checkpoint_on_all_dp_ranks = on_all_ranks or sharded
         with shards.received_by(ranks if sharded else ALONE):
             yield path
-    except shards.DamagedCheckpoint as error:
-        whole = shards.newest_whole(path)
-        if whole is None:
-            raise
-        message = f"{error} The newest whole one there is {whole}: give --restore-file {whole}."
-        raise shards.DamagedCheckpoint(message) from error
     finally:
         options.load_checkpoint_on_all_dp_ranks = on_all_ranks
+
+
+def _whole_one(trainer: Trainer, path: str) -> str:
+    """The path of a whole checkpoint: the one that is to be loaded, or what takes its place.
+
+    Raises:
+        DamagedCheckpoint: it is not whole, and nothing may take its place; it tells what the user may give.
+    """
+    files, fault, may_replace = _of_first_rank(trainer, _settled_files, path)
+    own = files[trainer.data_parallel_rank :: trainer.data_parallel_world_size]
+    faults = [fault] + [recovery.fault_of_file(file) for file in own]
+    fault = next((x for x in _of_all_ranks(trainer, faults) if x is not None), None)
+    if fault is None:
+        return path
+    if not may_replace:
+        raise UnreadableCheckpoint(fault)
+    whole = _of_first_rank(trainer, recovery.newest_whole, path)
+    if whole is None:
+        way_out = "move it away to begin anew" if is_last(trainer, path) else "give another"
+        raise DamagedCheckpoint(f"{fault} There is no whole one in its folder: {way_out}.")
+    if _goes_on_by_itself(trainer, path):
+        logger.warning(f"{path} is not whole: the run goes on from {whole} ({fault})")
+        return whole
+    option = "--finetune-from-model" if trainer.cfg.checkpoint.finetune_from_model else "--restore-file"
+    raise DamagedCheckpoint(f"{fault} The newest whole one there is {whole}: give {option} {whole}.")
+
+
+def _settled_files(path: str) -> Tuple[List[str], Optional[str], bool]:
+    """The files of a checkpoint, all of which have their names then.
+
+    Returns:
+        where they are; what is wrong if they are not all there; whether another checkpoint may be taken then.
+    """
+    if not PathManager.isfile(path):
+        return [], None, False  # fairseq begins anew, or hooks refuse to
+    recovery.settle_all(path)
+    try:
+        return recovery.files_of_checkpoint(path), None, True
+    except recovery.UNUSABLE as error:
+        return [], str(error), isinstance(error, DamagedCheckpoint)
+
+
+def _goes_on_by_itself(trainer: Trainer, path: str) -> bool:
+    """Whether nobody has asked for that checkpoint and no other."""
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    return restarted or is_last(trainer, path)
+
+
+def is_last(trainer: Trainer, path: str) -> bool:
+    """Whether a path is that of the checkpoint that fairseq looks for if it is not told any."""
+    options = trainer.cfg.checkpoint
+    name = f"checkpoint_last{trainer.checkpoint_suffix}.pt"
+    return options.restore_file == "checkpoint_last.pt" and path == os.path.join(options.save_dir, name)
 
 
 def note_ranks(trainer: Trainer, extra_state: Dict[str, Any]) -> None:
@@ -188,17 +237,6 @@ def move_to_position(trainer: Trainer, extra_state: Optional[Dict[str, Any]]) ->
         )
 
 
-def _heal(path: str) -> str:
-    if not os.path.exists(path):
-        return path
-    whole = shards.newest_whole(path)
-    if whole is None:
-        return path  # the error of loading it tells what is wrong
-    if whole != path:
-        logger.warning(f"{path} is not whole: the run goes on from {whole}")
-    return whole
-
-
 def _of_first_rank(trainer: Trainer, function: Callable[[_T], _Result], argument: _T) -> _Result:
     """What a function returns on the first rank, on all ranks, which must all call this."""
     if trainer.data_parallel_world_size == 1:
@@ -206,6 +244,15 @@ def _of_first_rank(trainer: Trainer, function: Callable[[_T], _Result], argument
     result: List[Any] = [function(argument) if trainer.data_parallel_rank == 0 else None]
     dist.broadcast_object_list(result, src=0, group=trainer.data_parallel_process_group)
     return result[0]
+
+
+def _of_all_ranks(trainer: Trainer, values: List[_T]) -> List[_T]:
+    """The values of all ranks, which must all call this."""
+    if trainer.data_parallel_world_size == 1:
+        return values
+    told: List[Any] = [None] * trainer.data_parallel_world_size
+    dist.all_gather_object(told, values, group=trainer.data_parallel_process_group)
+    return [value for of_rank in told for value in of_rank]
 
 
 def layout_of(trainer: Trainer, all_experts: bool = False) -> Layout:
@@ -240,7 +287,7 @@ def note_layout(trainer: Trainer, state: Dict[str, Any]) -> None:
         trainer: fairseq's.
         state: what is saved in one file, of all experts; of several files the index says it.
     """
-    if any(True for _ in moe_layers(trainer.get_model())) and shards.INDEX not in state:
+    if any(True for _ in moe_layers(trainer.get_model())) and INDEX not in state:
         state[LAYOUT] = layout_of(trainer, all_experts=True).as_dict()
 
 

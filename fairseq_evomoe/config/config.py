@@ -115,7 +115,8 @@ class RankOptions(Options):
     a2a_compress: Compression = option(
         "none",
         "Send means of similar tokens instead of tokens while training: lsh finds them by cross-polytope "
-        "hashing (LSH-MoE).",
+        "hashing (LSH-MoE). Later tokens are part of such a mean, in a decoder too; in evaluation there is "
+        "none.",
     )
     lsh_hashes: int = option(
         6,
@@ -127,6 +128,12 @@ class RankOptions(Options):
         "Dimensions of each hash, with moe-a2a-compress lsh; fewer compress more; 0: the width of a token.",
         at_least=0,
     )
+    timeout: int = option(
+        600,
+        "Seconds that a rank waits for the others, in any exchange, before the run ends with an error that "
+        "names the one that did not come; more than the slowest checkpoint takes to be written.",
+        at_least=1,
+    )
     sharded_checkpoint: bool = option(
         False,
         "Write a checkpoint as one file for each of the ranks that share the experts; needs "
@@ -134,8 +141,43 @@ class RankOptions(Options):
     )
 
 
+PARTS = ("router", "experts", "backbone")
+
+
+@dataclass(frozen=True)
+class TrainingOptions(Options):
+    """What is trained."""
+
+    freeze: Optional[str] = option(
+        None,
+        "Parts of the model that are not trained, before and after the spawn, with commas between: router; "
+        "experts, with what stands beside them (the shared expert, MH-MoE's heads, HyperMoE's adapter); "
+        "backbone, which is all the rest, but for a classification head.",
+    )
+
+    @property
+    def parts(self) -> List[str]:
+        """The parts that are frozen."""
+        return [part.strip() for part in (self.freeze or "").split(",") if part.strip()]
+
+    def contradictions(self, experts: int) -> Iterator[OptionError]:
+        """See the parent."""
+        unknown = [part for part in self.parts if part not in PARTS]
+        if unknown or (self.freeze is not None and not self.parts):
+            yield OptionError(
+                "freeze",
+                f"`freeze` must be one or several of {', '.join(PARTS)}, with commas between, but is "
+                f"{self.freeze!r}.",
+            )
+        elif set(self.parts) == set(PARTS):
+            yield OptionError(
+                "freeze", f"`freeze` {self.freeze} leaves nothing to train: leave one of them out."
+            )
+
+
 GROUPS: Dict[str, Type[Options]] = {
     "layer": LayerOptions,
+    "training": TrainingOptions,
     "schedule": ScheduleOptions,
     "plateau": PlateauOptions,
     "spawning": SpawnOptions,
@@ -153,6 +195,7 @@ class MoEConfig:
         router: name of the router.
         router_options: its options.
         layer: what the layers have.
+        training: what is trained.
         schedule: when the experts spawn and the gate becomes sparse; all durations are counted in updates.
         plateau: what tells that they spawn by themselves.
         spawning: what happens to the copies of the base expert.
@@ -168,6 +211,7 @@ class MoEConfig:
     router: str = "dts"
     router_options: Options = field(default_factory=Options)
     layer: LayerOptions = field(default_factory=LayerOptions)
+    training: TrainingOptions = field(default_factory=TrainingOptions)
     schedule: ScheduleOptions = field(default_factory=ScheduleOptions)
     plateau: PlateauOptions = field(default_factory=PlateauOptions)
     spawning: SpawnOptions = field(default_factory=SpawnOptions)
@@ -187,6 +231,11 @@ class MoEConfig:
     def experts(self) -> int:
         """E, the number of experts in each layer once they have spawned."""
         return self.layer.experts
+
+    @property
+    def frozen_parts(self) -> List[str]:
+        """The parts of the model that are not trained; see ``PARTS``."""
+        return self.training.parts
 
     @property
     def groups(self) -> Iterator[Options]:

@@ -39,6 +39,12 @@ def contradictions(config: MoEConfig) -> Iterator[OptionError]:
         yield from options.contradictions(config.experts)
     yield from _stable(config)
     yield from _layer(config)
+    if config.schedule.spawn_update != 0 and set(config.frozen_parts) == {"experts", "backbone"}:
+        yield OptionError(
+            "freeze",
+            f"`freeze` {config.training.freeze} leaves nothing to train before the experts spawn and have a "
+            "router: add `spawn_update` 0, or leave one of them out.",
+        )
 
 
 def _stable(config: MoEConfig) -> Iterator[OptionError]:

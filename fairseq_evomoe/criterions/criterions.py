@@ -1,6 +1,7 @@
 """The registered criterions: each is fairseq's own with ``MoECriterion`` mixed in."""
 
 from fairseq.criterions import register_criterion
+from fairseq.criterions.adaptive_loss import AdaptiveLoss, AdaptiveLossConfig
 from fairseq.criterions.cross_entropy import CrossEntropyCriterion, CrossEntropyCriterionConfig
 from fairseq.criterions.label_smoothed_cross_entropy import (
     LabelSmoothedCrossEntropyCriterion,
@@ -19,6 +20,11 @@ from .moe import MoECriterion
 @register_criterion("evomoe_cross_entropy", dataclass=CrossEntropyCriterionConfig)
 class EvoMoECrossEntropy(MoECriterion, CrossEntropyCriterion):
     """``cross_entropy`` for models with MoE layers."""
+
+
+@register_criterion("evomoe_adaptive_loss", dataclass=AdaptiveLossConfig)
+class EvoMoEAdaptiveLoss(MoECriterion, AdaptiveLoss):
+    """``adaptive_loss``, for models with MoE layers and an adaptive softmax."""
 
 
 @register_criterion("evomoe_label_smoothed_cross_entropy", dataclass=LabelSmoothedCrossEntropyCriterionConfig)

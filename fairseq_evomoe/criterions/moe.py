@@ -1,7 +1,7 @@
 """What every criterion of this plugin adds to fairseq's own: auxiliary losses and statistics."""
 
 import math
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Tuple
 
 import torch
 from fairseq import metrics
@@ -20,7 +20,9 @@ class MoECriterion:
     ``moe_*`` statistics are reported beside it.
     """
 
-    def forward(self, model: nn.Module, sample: Dict[str, Any], reduce: bool = True):
+    def forward(
+        self, model: nn.Module, sample: Dict[str, Any], reduce: bool = True
+    ) -> Tuple[Tensor, int, Dict[str, Any]]:
         """See fairseq's ``FairseqCriterion.forward``."""
         layers = [module for module in model.modules() if isinstance(module, MoELayer)]
         with record() as routings:
@@ -83,6 +85,7 @@ def statistics(model: nn.Module, layers: List[MoELayer], routings: Record, like:
         "moe_active": (load_LE * size_LE).sum(1),
         "moe_layer_tokens": _copied(tokens_L, like),
         "moe_other_params": float(_other_parameters(model, layers)),
+        "moe_table_params": float(_table_parameters(layers)),
         # the mean over ranks and layers; ranks are summed up later
         "moe_sent_bytes": sent_bytes / len(layers),
         "moe_phase": 0.0 if stage is None else float(stage.phase),
@@ -96,10 +99,16 @@ def _copied(numbers: List[Any], like: Tensor) -> Tensor:
 
 
 def _other_parameters(model: nn.Module, layers: List[MoELayer]) -> int:
-    """Number of parameters that every token uses: all but those of experts that are routed to."""
+    """Number of parameters that every token uses: all but experts that are routed to, and routers' tables."""
     sizes = [layer.experts.parameters_of_each() for layer in layers]
     routed = sum(size[e] for size, layer in zip(sizes, layers) for e in layer.experts.local)
-    return sum(p.numel() for p in model.parameters()) - routed
+    return sum(p.numel() for p in model.parameters()) - routed - _table_parameters(layers)
+
+
+def _table_parameters(layers: List[MoELayer]) -> int:
+    """Number of parameters that routers look up, a row for each entry of the vocabulary."""
+    routers = [layer.router for layer in layers if layer.router is not None]
+    return sum(table.numel() for router in routers for table in router.tables)
 
 
 def log_statistics(logging_outputs: List[Dict[str, Any]]) -> None:
@@ -131,6 +140,8 @@ def log_statistics(logging_outputs: List[Dict[str, Any]]) -> None:
         "moe_active_params": total("moe_other_params") / batches
         + (total("moe_active") / total("moe_layer_tokens").clamp(min=1)).sum(),
     }
+    if total("moe_table_params") > 0:
+        values["moe_table_params"] = total("moe_table_params") / batches
     if total("moe_sent_bytes") > 0:
         values["moe_a2a_mb"] = total("moe_sent_bytes") / 1e6
     for priority, (name, value) in enumerate(values.items()):

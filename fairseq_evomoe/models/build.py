@@ -30,11 +30,14 @@ from .layer_drop import MoELayerDrop
 
 logger = logging.getLogger(__name__)
 
+Layer = Any
+"""A layer of fairseq's, or a stack of them, that is given other attributes than its class declares."""
+
 
 def add_experts(
     cfg: Any,
     config: MoEConfig,
-    stacks: Dict[str, nn.Module],
+    stacks: Dict[str, Layer],
     init: Callable[[nn.Module], Any] = lambda linear: None,
 ) -> None:
     """Give every ``moe_freq``-th layer of each stack an MoE layer, as the options say.
@@ -106,14 +109,19 @@ def _check_side(config: MoEConfig, side: str) -> None:
             f"With `router` {config.router} a token's output depends on later ones, which a decoder must not "
             f"see: choose another router, or use {config.router} in evomoe_roberta.",
         )
+    factor = getattr(config.router_options, "eval_capacity_factor", 0)
+    if side == "decoder" and factor > 0:
+        raise OptionError(
+            "eval_capacity_factor",
+            f"`eval_capacity_factor` {factor:g} would let what a decoder drops depend on how many tokens "
+            "there are, of which it must not know the later ones: leave it out, or use it in evomoe_roberta.",
+        )
 
 
 class _StackBuilder:
     """Gives layers of one stack their MoE layers."""
 
-    def __init__(
-        self, cfg: Any, config: MoEConfig, stack: nn.Module, init: Callable[[nn.Module], Any]
-    ) -> None:
+    def __init__(self, cfg: Any, config: MoEConfig, stack: Layer, init: Callable[[nn.Module], Any]) -> None:
         self.cfg = cfg
         self.config = config
         self.init = init
@@ -124,7 +132,7 @@ class _StackBuilder:
         if type(stack.layers) is LayerDropModuleList:
             stack.layers.__class__ = MoELayerDrop
 
-    def add_experts(self, layer: nn.Module, number: int) -> None:
+    def add_experts(self, layer: Layer, number: int) -> None:
         """Replace a layer's feed-forward network.
 
         Args:
@@ -173,7 +181,7 @@ class _StackBuilder:
         layer.moe.transport = config.make_transport(number)
         self._try_out(layer)
 
-    def _try_out(self, layer: nn.Module) -> None:
+    def _try_out(self, layer: Layer) -> None:
         """Find now what would else go wrong when the experts spawn, long into the run."""
         config, moe = self.config, layer.moe
         router = moe.make_router({}).eval()
@@ -194,7 +202,7 @@ class _StackBuilder:
                     "none: choose another router or leave it out.",
                 )
 
-    def _fill(self, layer: nn.Module, experts: Experts, expert: int) -> None:
+    def _fill(self, layer: Layer, experts: Experts, expert: int) -> None:
         """Give an expert the initial weights that the model gives to a feed-forward network."""
         dim, width = experts.dim, experts.widths[expert]
         fc1, fc2 = layer.build_fc1(dim, width, 0, 8), layer.build_fc2(width, dim, 0, 8)
@@ -205,7 +213,7 @@ class _StackBuilder:
         experts.set_expert(expert, fc1, fc2, fc3)
 
 
-def _take_apart(config: MoEConfig, layer: nn.Module) -> Tuple[Hidden, bool]:
+def _take_apart(config: MoEConfig, layer: Layer) -> Tuple[Hidden, bool]:
     """Make room in fairseq's layer for an MoE layer.
 
     Returns:
@@ -213,7 +221,7 @@ def _take_apart(config: MoEConfig, layer: nn.Module) -> Tuple[Hidden, bool]:
     """
     del layer._modules["fc1"], layer._modules["fc2"]
     unwrap_checkpoint(layer)
-    vars(layer).pop("forward", None)  # unwrapping leaves fairseq's own there, which would hide the class's
+    layer.__dict__.pop("forward", None)  # unwrapping leaves fairseq's own there, which would hide the class's
     layer.__class__ = {
         TransformerEncoderLayerBase: MoEEncoderLayer,
         TransformerDecoderLayerBase: MoEDecoderLayer,

@@ -1,6 +1,8 @@
 """``evomoe_lm``: fairseq's ``transformer_lm`` with MoE layers, for the task ``language_modeling``."""
 
+from argparse import Namespace
 from dataclasses import dataclass
+from typing import Any
 
 from fairseq.models import register_model, register_model_architecture
 from fairseq.models.transformer_lm import (
@@ -10,6 +12,7 @@ from fairseq.models.transformer_lm import (
     transformer_lm_gpt,
     transformer_lm_gpt2_medium,
 )
+from fairseq.tasks import FairseqTask
 
 from ..config.models import resolve_model
 from ..config.options import MoEOptions, complete, set_defaults
@@ -29,7 +32,7 @@ class EvoMoELanguageModel(MoEModel, TransformerLanguageModel):
     """Causal language model with MoE layers in the decoder."""
 
     @classmethod
-    def build_model(cls, cfg, task):
+    def build_model(cls, cfg: Any, task: FairseqTask) -> "EvoMoELanguageModel":
         """Build the model that the configuration describes."""
         cfg = complete(cfg, options_of(cls))
         check_task(cls, cfg, task)
@@ -40,19 +43,19 @@ class EvoMoELanguageModel(MoEModel, TransformerLanguageModel):
 
 
 @register_model_architecture("evomoe_lm", "evomoe_lm_gpt")
-def evomoe_lm_gpt(args):
+def evomoe_lm_gpt(args: Namespace) -> None:
     """The sizes of ``transformer_lm_gpt``."""
     transformer_lm_gpt(args)
 
 
 @register_model_architecture("evomoe_lm", "evomoe_lm_gpt2_medium")
-def evomoe_lm_gpt2_medium(args):
+def evomoe_lm_gpt2_medium(args: Namespace) -> None:
     """The sizes of ``transformer_lm_gpt2_medium``."""
     transformer_lm_gpt2_medium(args)
 
 
 @register_model_architecture("evomoe_lm", "evomoe_lm_tiny")
-def evomoe_lm_tiny(args):
+def evomoe_lm_tiny(args: Namespace) -> None:
     """Two layers of width 64, for a CPU and for tests."""
     set_defaults(
         args,

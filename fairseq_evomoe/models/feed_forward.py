@@ -8,7 +8,7 @@ including ``fc2``, the identity, so that fairseq's own ``forward`` runs unchange
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, Optional, Sequence, Tuple, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -99,6 +99,7 @@ class MoEFeedForward:
             training counts them.
         is_dummy_batch: whether the batch is a stand-in of fairseq's, which is not to be routed.
         stack: knows what the layers of the stack share.
+        causal: whether the layer must not see later tokens.
         ffn_dim: hidden units of the base expert.
         widths: hidden units of each expert once they have spawned.
         checkpoint_activations: whether to recompute activations in the backward pass.
@@ -114,6 +115,7 @@ class MoEFeedForward:
     checkpoint_activations = False
     offload_activations = False
     stack: StackInput
+    causal = False
     ffn_dim: int
     widths: List[int]
 
@@ -147,6 +149,7 @@ class MoEFeedForward:
             memory=batch.memory,
             statistics=batch.statistics,
             losses=moe.wanted_losses,
+            causal=self.causal,
             noise_key=("gate", moe.spawner.seed, update, moe.spawner.layer) if self.training else None,
             first_row=batch.first_row,
         )
@@ -246,6 +249,8 @@ class MoEEncoderLayer(MoEFeedForward, compat.EncoderLayer):
 class MoEDecoderLayer(MoEFeedForward, TransformerDecoderLayerBase):
     """fairseq's decoder layer with an MoE layer."""
 
+    causal = True
+
     def forward(
         self,
         x,
@@ -289,6 +294,7 @@ class MoEModel:
         """The model, which knows what its options were resolved to."""
         self.moe_config = config
         self.plateau = config.make_plateau()
+        freeze(cast(nn.Module, self), config.frozen_parts)
         return self
 
     def count_from_spawn(self) -> None:
@@ -345,3 +351,26 @@ def moe_layers(model: nn.Module) -> Iterator[Tuple[str, MoEFeedForward]]:
     for name, module in model.named_modules():
         if isinstance(module, MoEFeedForward):
             yield name, module
+
+
+MODULES = {"router": ("router",), "experts": ("experts", "shared", "hyper_adapter", "heads")}
+"""The modules of an MoE layer that ``--moe-freeze`` names together; ``backbone`` is what is in none."""
+
+
+def freeze(model: nn.Module, parts: Iterable[str]) -> None:
+    """Let the parts that ``--moe-freeze`` names be as they are, before and after the spawn."""
+    for part in parts:
+        for _, layer in moe_layers(model):
+            layer.moe.freeze(*MODULES.get(part, ()))
+        for parameter in parameters_of(model, part):
+            parameter.requires_grad_(False)
+
+
+def parameters_of(model: nn.Module, part: str) -> List[nn.Parameter]:
+    """The parameters that there are now of a part that ``--moe-freeze`` names."""
+    layers = [layer.moe for _, layer in moe_layers(model)]
+    if part == "backbone":
+        inside = {parameter for moe in layers for parameter in moe.parameters()}
+        return [parameter for parameter in model.parameters() if parameter not in inside]
+    modules = [getattr(moe, name) for moe in layers for name in MODULES[part]]
+    return list({p: None for module in modules if module is not None for p in module.parameters()})

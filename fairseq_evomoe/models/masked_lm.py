@@ -1,12 +1,13 @@
 """``evomoe_roberta``: fairseq's ``roberta`` with MoE layers, for ``masked_lm`` and fine-tuning."""
 
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from dataclasses import dataclass
-from typing import Optional
+from typing import Any, Optional
 
 from fairseq.models import register_model, register_model_architecture
 from fairseq.models.roberta import RobertaModel, base_architecture, roberta_large_architecture
 from fairseq.modules.transformer_sentence_encoder import init_bert_params
+from fairseq.tasks import FairseqTask
 
 from ..config.models import resolve_model
 from ..config.options import MoEOptions, complete, option, set_defaults
@@ -45,12 +46,12 @@ class EvoMoERoberta(MoEModel, RobertaModel):
     """Masked language model with MoE layers in the encoder."""
 
     @classmethod
-    def add_args(cls, parser):
+    def add_args(cls, parser: ArgumentParser) -> None:
         """Add the flags of the dataclass (not those of ``roberta``, which has none)."""
         super(RobertaModel, cls).add_args(parser)
 
     @classmethod
-    def build_model(cls, cfg, task):
+    def build_model(cls, cfg: Any, task: FairseqTask) -> "EvoMoERoberta":
         """Build the model that the configuration describes."""
         cfg = complete(cfg, options_of(cls))
         check_task(cls, cfg, task)
@@ -65,13 +66,13 @@ class EvoMoERoberta(MoEModel, RobertaModel):
 
 
 @register_model_architecture("evomoe_roberta", "evomoe_roberta_large")
-def evomoe_roberta_large(args):
+def evomoe_roberta_large(args: Namespace) -> None:
     """The sizes of ``roberta_large``, with which EvoMoE was published."""
     roberta_large_architecture(args)
 
 
 @register_model_architecture("evomoe_roberta", "evomoe_roberta_tiny")
-def evomoe_roberta_tiny(args):
+def evomoe_roberta_tiny(args: Namespace) -> None:
     """Two layers of width 64, for a CPU and for tests."""
     set_defaults(
         args,

@@ -81,9 +81,16 @@ def requirement_of(model: type) -> Optional[Requirement]:
 def advice(model: nn.Module, criterion: bool = False) -> str:
     """What to use instead of a task, or a criterion, that does not fit a model."""
     needed = requirement_of(type(model))
+    if criterion and has_adaptive_softmax(model):
+        return "use --criterion evomoe_adaptive_loss"
     if needed is None:
         return "use another one"
     return f"use --criterion {needed.criterions}" if criterion else f"use --task {needed.tasks}"
+
+
+def has_adaptive_softmax(model: nn.Module) -> bool:
+    """Whether a model gives no logits of all words, so that only a criterion made for that can use it."""
+    return getattr(getattr(model, "decoder", None), "adaptive_softmax", None) is not None
 
 
 def architecture_of(cfg: Any) -> str:

@@ -1,8 +1,8 @@
 """``evomoe_transformer``: fairseq's ``transformer`` with MoE layers, for any translation task."""
 
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from dataclasses import dataclass
-from typing import Optional
+from typing import Any, Optional
 
 from fairseq.models import register_model, register_model_architecture
 from fairseq.models.transformer import (
@@ -13,6 +13,7 @@ from fairseq.models.transformer import (
     transformer_vaswani_wmt_en_de_big,
     transformer_wmt_en_de,
 )
+from fairseq.tasks import FairseqTask
 from omegaconf import II
 
 from ..config.models import resolve_model
@@ -50,12 +51,12 @@ class EvoMoETransformer(MoEModel, TransformerModel):
     """Encoder-decoder with MoE layers in both."""
 
     @classmethod
-    def add_args(cls, parser):
+    def add_args(cls, parser: ArgumentParser) -> None:
         """Add the flags of the dataclass (not those of ``transformer``, which has none)."""
         super(TransformerModelBase, cls).add_args(parser)
 
     @classmethod
-    def build_model(cls, cfg, task):
+    def build_model(cls, cfg: Any, task: FairseqTask) -> "EvoMoETransformer":
         """Build the model that the configuration describes."""
         cfg = complete(cfg, options_of(cls))
         check_task(cls, cfg, task)
@@ -68,25 +69,25 @@ class EvoMoETransformer(MoEModel, TransformerModel):
 
 
 @register_model_architecture("evomoe_transformer", "evomoe_transformer_iwslt_de_en")
-def evomoe_transformer_iwslt_de_en(args):
+def evomoe_transformer_iwslt_de_en(args: Namespace) -> None:
     """The sizes of ``transformer_iwslt_de_en``."""
     transformer_iwslt_de_en(args)
 
 
 @register_model_architecture("evomoe_transformer", "evomoe_transformer_wmt_en_de")
-def evomoe_transformer_wmt_en_de(args):
+def evomoe_transformer_wmt_en_de(args: Namespace) -> None:
     """The sizes of ``transformer_wmt_en_de``."""
     transformer_wmt_en_de(args)
 
 
 @register_model_architecture("evomoe_transformer", "evomoe_transformer_vaswani_wmt_en_de_big")
-def evomoe_transformer_vaswani_wmt_en_de_big(args):
+def evomoe_transformer_vaswani_wmt_en_de_big(args: Namespace) -> None:
     """The sizes of ``transformer_vaswani_wmt_en_de_big``, with which EvoMoE was published."""
     transformer_vaswani_wmt_en_de_big(args)
 
 
 @register_model_architecture("evomoe_transformer", "evomoe_transformer_tiny")
-def evomoe_transformer_tiny(args):
+def evomoe_transformer_tiny(args: Namespace) -> None:
     """Two layers of width 64 in encoder and decoder, for a CPU and for tests."""
     set_defaults(
         args,

@@ -7,6 +7,7 @@ replicas of each other.
 """
 
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, List, Optional, Sequence, Tuple, Union
 
 import torch
@@ -36,12 +37,13 @@ class Ranks:
     replica_group: Any = None
 
     @classmethod
-    def of_group(cls, group: Any, parallel: int = 1) -> "Ranks":
+    def of_group(cls, group: Any, parallel: int = 1, timeout: Optional[timedelta] = None) -> "Ranks":
         """Divide the ranks of a process group.  All of them must call this, with the same arguments.
 
         Args:
             group: of torch.distributed.
             parallel: P, a divisor of the number of ranks.
+            timeout: how long a rank waits for the others; ``None``: as torch does.
 
         Raises:
             ValueError: it is none.
@@ -51,13 +53,13 @@ class Ranks:
             raise ValueError(f"parallel must divide the number of ranks {size}, but is {parallel}")
         # a group of its own, since whoever adds up gradients on the given one does so while the backward pass
         # goes on, at other moments on each rank
-        own = _new_groups(group, [list(range(size))], rank)
+        own = _new_groups(group, [list(range(size))], rank, timeout)
         expert_group = replica_group = None
         if parallel > 1:
             sharing = [list(range(first, first + parallel)) for first in range(0, size, parallel)]
             replicas = [list(range(place, size, parallel)) for place in range(parallel)]
-            expert_group = _new_groups(group, sharing, rank)
-            replica_group = _new_groups(group, replicas, rank)
+            expert_group = _new_groups(group, sharing, rank, timeout)
+            replica_group = _new_groups(group, replicas, rank, timeout)
         return cls(size, rank, parallel, own, expert_group, replica_group)
 
     @property
@@ -144,9 +146,10 @@ def _global_rank(group: Any, rank: int) -> int:
     return convert(group, rank)
 
 
-def _new_groups(group: Any, parts: List[List[int]], rank: int) -> Any:
+def _new_groups(group: Any, parts: List[List[int]], rank: int, timeout: Optional[timedelta]) -> Any:
     """Make a process group of each part, as every rank must, and return the one that has ``rank``."""
-    made = [dist.new_group([_global_rank(group, member) for member in part]) for part in parts]
+    limit: Any = {} if timeout is None else {"timeout": timeout}  # torch 1.12 takes no None
+    made = [dist.new_group([_global_rank(group, member) for member in part], **limit) for part in parts]
     return next(new for new, part in zip(made, parts) if rank in part)
 
 

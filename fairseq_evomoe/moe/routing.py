@@ -42,6 +42,7 @@ class RoutingContext:
         statistics: whether losses and entropy of the gate are wanted; they are not while generating, and a
             router may leave them out then.
         losses: names of the losses that are wanted; ``None``: all.
+        causal: whether nothing may depend on later tokens of a sequence, as in a decoder.
         ranks: those whose batches count as one batch, in losses, balanced assignments and capacities.
         noise_key: what random numbers depend on beside the place of a token in the batch of all ranks, so
             that they are the same on any number of ranks; ``None``: they come from the default generator.
@@ -56,6 +57,7 @@ class RoutingContext:
     memory: Dict[str, Any] = field(default_factory=dict)
     statistics: bool = True
     losses: Optional[Collection[str]] = None
+    causal: bool = False
     ranks: Ranks = ALONE
     noise_key: Optional[Tuple[object, ...]] = None
     first_row: int = 0
@@ -135,7 +137,7 @@ class Routing:
         losses: named auxiliary losses, float32 scalars with gradient, unweighted.
         gate_entropy: float32 scalar, entropy in nats of the gate's distribution, summed over tokens.
         probability_TE: float32, the gate's probabilities where the router has any, with gradient.
-        balance: scalar, the load-balance loss to be reported where ``losses`` has only a part of it.
+        balance: scalar, the load-balance loss to report where ``losses`` has only the layer's part of it.
         dropped: pairs that a capacity left out; a number or an int64 scalar.
         slots: mixtures of tokens on which the experts work instead of tokens; ``token_N`` are slots then.
         sent_bytes: what this rank sends to others to carry the tokens to their experts and back.

@@ -1,13 +1,13 @@
 """What an MoE layer is made of: one expert at first, and once they have spawned, many and a router."""
 
-from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Type, Union
+from typing import Any, Callable, Dict, FrozenSet, List, Mapping, Optional, Sequence, Type, Union
 
 import torch
 from torch import Tensor, nn
 
 from . import loading, sharding
 from .dispatch.exchange import Transport
-from .experts import Experts, Hidden
+from .experts import Experts, Hidden, take_settings
 from .hyper_adapter import HyperAdapter
 from .multi_head import MultiHead
 from .options import OptionError
@@ -41,6 +41,7 @@ class SpawningLayer(nn.Module):
         base_width: hidden units of the base expert.
         first_widths: hidden units of the experts when there was one, and once the layer has spawned, of those
             that it spawned; routers that resize count from them.
+        frozen: names of the modules that are not trained; see ``freeze``.
         spawned_on_load: whether the experts were spawned from a single one when a state was loaded.
 
     Args:
@@ -131,6 +132,7 @@ class SpawningLayer(nn.Module):
         self.of_stack: Dict[str, Any] = {} if shared is None else shared
         self.ranks: Ranks = ALONE
         self.transport = Transport()
+        self.frozen: FrozenSet[str] = frozenset()
         self.spawned_on_load = False
         initialize = Experts.initialize if initialize is None else initialize
         initialize(self.experts, 0)
@@ -174,6 +176,13 @@ class SpawningLayer(nn.Module):
         router = self.build_router(of_stack)
         router.initialize(self.spawner.generator("router"))
         return router
+
+    def freeze(self, *modules: str) -> None:
+        """Let modules such as ``router`` be as they are, those too that a spawn has yet to make."""
+        self.frozen = self.frozen.union(modules)
+        for name, module in self.named_children():
+            if name in modules:
+                module.requires_grad_(False)
 
     def attach_ranks(self, ranks: Ranks) -> None:
         """Let ranks train the layer together, each with experts of its own if they are parallel.
@@ -296,7 +305,11 @@ class SpawningLayer(nn.Module):
         for module in (self.router, self.shared, self.hyper_adapter):
             if module is not None:
                 module.to(device=like.device, dtype=like.dtype).train(self.training)
-                module.requires_grad_(like.requires_grad)
+        if self.shared is not None:  # which comes from the base expert; what is new is trained
+            for name, parameter in self.shared.named_parameters(recurse=False):
+                take_settings(parameter, getattr(experts, name))
+                parameter.__dict__.pop("expert", None)  # it is on every rank
+        self.freeze(*self.frozen)
         self.loss_weights = {**router.loss_weights, **self.given_loss_weights}
         self.activity = None
         self.first_widths = list(experts.widths)

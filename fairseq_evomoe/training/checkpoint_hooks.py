@@ -6,16 +6,24 @@ is to write, ``checkpoint_suffix`` and ``save_checkpoint``.
 """
 
 import logging
+import math
+import sys
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
 from fairseq import checkpoint_utils
+from fairseq.data.iterators import EpochBatchIterating
+from fairseq.dataclass.configs import CheckpointConfig, FairseqConfig
+from fairseq.file_io import PathManager
 from fairseq.trainer import Trainer
 
-from ..checkpoints import shards
+from ..checkpoints import index, saving, shards
 from ..checkpoints import whole as checkpoints
+from ..config.errors import ConfigError, flag
 from ..models.feed_forward import CheckpointMismatch, MoEFeedForward, moe_layers
 from ..moe import MoELayer
-from ..patching import Patches
+from ..moe.options import OptionError
+from ..moe.ranks import ALONE
+from ..patching import Patches, wrap
 from . import growth, ranks
 from .state import RunState
 
@@ -25,6 +33,33 @@ Original = Callable[..., Any]
 
 patches = Patches()
 patches.replaces(checkpoint_utils, "load_checkpoint_to_cpu")(shards.load_all_files)
+patches.replaces(checkpoint_utils, "torch_persistent_save")(saving.write)
+patches.replaces(checkpoint_utils, "checkpoint_paths")(saving.found)
+patches.replaces(PathManager, "copy")(saving.copy)
+
+
+@patches.replaces(checkpoint_utils, "save_checkpoint")
+def save_safely(
+    original: Original,
+    cfg: CheckpointConfig,
+    trainer: Trainer,
+    epoch_itr: EpochBatchIterating,
+    val_loss: Optional[float],
+) -> Optional[str]:
+    """At every moment a whole checkpoint is on the disk, whatever rank dies."""
+    model = trainer.get_model()
+    local = not cfg.write_checkpoints_asynchronously and PathManager.supports_rename(cfg.save_dir)
+    if cfg.no_save or not local or not any(True for _ in moe_layers(model)):
+        return original(cfg, trainer, epoch_itr, val_loss)
+    own = ranks.ranks_of(model)
+    several = ranks.is_sharded(trainer) and trainer.cfg.model.moe_sharded_checkpoint
+    under_way = saving.Saving(own if several and own.rank < own.parallel else ALONE)
+    with saving.recorded(under_way):
+        result = original(cfg, trainer, epoch_itr, val_loss)
+    under_way.commit()
+    if trainer.data_parallel_rank == 0:
+        saving.delete_old(cfg, epoch_itr.end_of_epoch(), trainer.cfg.checkpoint.checkpoint_suffix)
+    return result
 
 
 @patches.replaces(Trainer, "consolidate_optimizer")
@@ -69,7 +104,7 @@ def suffix_of_file(original: Original, trainer: Trainer) -> str:
     suffix: str = original(trainer)
     # only while saving: a checkpoint of another number of files can be loaded
     if RunState.of(trainer).shards is not None:
-        suffix += shards.suffix_of(ranks.ranks_of(trainer.get_model()).group_rank)
+        suffix += index.suffix_of(ranks.ranks_of(trainer.get_model()).group_rank)
     return suffix
 
 
@@ -98,6 +133,11 @@ def load_with_experts(
 ) -> Optional[Dict[str, Any]]:
     """Experts may have spawned in the checkpoint, which the distributed wrapper must be rebuilt for."""
     layers = [layer for _, layer in moe_layers(trainer.get_model())]
+    if layers:
+        _refuse_to_begin_anew(trainer, filename)
+        for module in ("fairseq_cli.train", "__main__"):  # python fairseq_cli/train.py
+            if hasattr(sys.modules.get(module), "validate_and_save"):
+                wrap(sys.modules[module], "train", end_finished_run)
     before = [_form(layer.moe) for layer in layers]
     RunState.of(trainer).forget_checkpoint()
     try:
@@ -117,6 +157,30 @@ def load_with_experts(
         growth.resume(trainer, result)
         checkpoints.move_to_position(trainer, result)
     return result
+
+
+def _refuse_to_begin_anew(trainer: Trainer, filename: str) -> None:
+    """``trainer.py`` begins anew, and says it in a line of the log, if there is no file of that name."""
+    if PathManager.isfile(filename) or checkpoints.is_last(trainer, filename):
+        return
+    options = trainer.cfg.checkpoint
+    asked = options.restore_file == filename or not options.finetune_from_model
+    option = "restore_file" if asked else "finetune_from_model"
+    wrong = "is a folder" if PathManager.exists(filename) else "does not exist"
+    way_out = "give the path of a checkpoint, or leave it out to go on from checkpoint_last.pt"
+    raise ConfigError([OptionError(option, f"{flag(option)} {filename} {wrong}: {way_out}.")])
+
+
+def end_finished_run(
+    original: Original, cfg: FairseqConfig, trainer: Trainer, *args: Any, **kwargs: Any
+) -> Tuple[List[Optional[float]], bool]:
+    """A run that has ended and is started again would make one more update, and save it as the last."""
+    last, hours = cfg.optimization.max_update or math.inf, cfg.optimization.stop_time_hours
+    finished = trainer.get_num_updates() >= last or 0 < hours < trainer.cumulative_training_time() / 3600
+    if not finished or not any(True for _ in moe_layers(trainer.get_model())):
+        return original(cfg, trainer, *args, **kwargs)
+    logger.info(f"nothing is left to do: the run has made its {trainer.get_num_updates()} updates")
+    return [None], True
 
 
 def _form(moe: MoELayer) -> Tuple[bool, List[int]]:

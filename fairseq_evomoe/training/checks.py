@@ -7,6 +7,9 @@ import os
 from typing import Any, Iterator, List
 
 from fairseq.criterions import CRITERION_REGISTRY, FairseqCriterion
+from fairseq.criterions.adaptive_loss import AdaptiveLoss
+from fairseq.criterions.cross_entropy import CrossEntropyCriterion
+from fairseq.criterions.label_smoothed_cross_entropy import LabelSmoothedCrossEntropyCriterion
 from fairseq.criterions.masked_lm import MaskedLmLoss
 from fairseq.criterions.sentence_prediction import SentencePredictionCriterion
 from fairseq.dataclass.configs import FairseqConfig
@@ -18,8 +21,8 @@ from ..config.errors import PREFIX, ConfigError
 from ..config.resolve import former_defaults, warn_of_idle_options, write_back
 from ..config.rules import rank_contradictions
 from ..criterions.moe import MoECriterion
-from ..models.feed_forward import MoEFeedForward, MoEModel
-from ..models.requirements import advice, architecture_of
+from ..models.feed_forward import MoEFeedForward, MoEModel, moe_layers
+from ..models.requirements import advice, architecture_of, has_adaptive_softmax
 from ..moe.options import OptionError
 
 logger = logging.getLogger(__name__)
@@ -86,7 +89,32 @@ def check_run(
             "without --max-update, nothing limits how long --moe-spawn-update auto waits for a plateau of "
             "the training loss"
         )
-    _refuse([*_spawn(cfg, layers), *_criterion(cfg, model, criterion), *_losses(layers, criterion)])
+    _refuse(
+        [*_spawn(cfg, model, layers), *_criterion(cfg, model, criterion), *_losses(model, layers, criterion)]
+    )
+
+
+def check_length(cfg: FairseqConfig, model: nn.Module, updates: int, epochs: Any) -> None:
+    """Refuse a spawn, or a stage, that the epochs of the run would end before.
+
+    Args:
+        cfg: of the run.
+        model: the model.
+        updates: how many there have been.
+        epochs: the batches of an epoch; nothing is said of those whose number is not known.
+
+    Raises:
+        ConfigError: all contradictions, one sentence each.
+    """
+    layers = [layer for _, layer in moe_layers(model)]
+    last_epoch, epoch = cfg.optimization.max_epoch or 0, getattr(epochs, "next_epoch_idx", None)
+    if not layers or last_epoch <= 0 or epoch is None or not hasattr(epochs, "__len__"):
+        return
+    each = cfg.optimization.update_freq
+    frequencies = (each[min(e - 1, len(each) - 1)] for e in range(epoch, last_epoch + 1))
+    last = updates + sum(math.ceil(len(epochs) / frequency) for frequency in frequencies)
+    limit = f"the end of --max-epoch {last_epoch}, after {last} updates at most"
+    _refuse(list(_never(model, layers, last, limit)))
 
 
 def _refuse(errors: List[OptionError]) -> None:
@@ -150,6 +178,12 @@ def _sharding(cfg: FairseqConfig) -> Contradictions:
         )
     if parallel == 1:
         return
+    if _option(cfg, "sharded_checkpoint", False) and cfg.checkpoint.write_checkpoints_asynchronously:
+        yield OptionError(
+            "sharded_checkpoint",
+            "With `sharded_checkpoint` ranks wait until all files are written, which "
+            "--write-checkpoints-asynchronously does not: leave one of them out.",
+        )
     if cfg.common.amp:
         yield OptionError(
             "expert_parallel",
@@ -184,14 +218,30 @@ def _optimizer(cfg: FairseqConfig, optimizer: FairseqOptimizer) -> Contradiction
         )
 
 
-def _spawn(cfg: FairseqConfig, layers: List[MoEFeedForward]) -> Contradictions:
-    spawn_update, max_update = layers[0].schedule.spawn_update, cfg.optimization.max_update
-    if layers[0].moe.num_experts > 1 and 0 < max_update <= spawn_update:
+def _spawn(cfg: FairseqConfig, model: nn.Module, layers: List[MoEFeedForward]) -> Contradictions:
+    max_update = cfg.optimization.max_update
+    if max_update > 0:
+        yield from _never(model, layers, max_update, f"--max-update {max_update}")
+
+
+def _never(model: nn.Module, layers: List[MoEFeedForward], last: int, limit: str) -> Contradictions:
+    """What would come after the last update; a plateau may let experts spawn before the latest moment."""
+    schedule, config = layers[0].schedule, getattr(model, "moe_config", None)
+    by_itself = config is not None and config.spawns_by_itself
+    if not layers[0].moe.spawned and not by_itself and last <= schedule.spawn_update:
         yield OptionError(
             "spawn_update",
-            f"`spawn_update` {spawn_update} is not before --max-update {max_update}, so the experts would "
-            "never spawn: lower the one or raise the other.",
+            f"`spawn_update` {schedule.spawn_update} is not before {limit}, so the experts would never "
+            "spawn: lower the one or raise the other.",
         )
+    if config is not None and "stable_update" in config.given:
+        update = config.router_options.stable_update
+        if last <= update:
+            yield OptionError(
+                "stable_update",
+                f"`stable_update` {update} is not before {limit}, so the assignment would never be "
+                "frozen: lower the one or raise the other.",
+            )
 
 
 def _criterion(cfg: FairseqConfig, model: nn.Module, criterion: FairseqCriterion) -> Contradictions:
@@ -204,6 +254,19 @@ def _criterion(cfg: FairseqConfig, model: nn.Module, criterion: FairseqCriterion
             "criterion",
             f"--criterion {_name(criterion)} asks for the tokens that are masked, and --arch {architecture} "
             f"masks none: {advice(model, criterion=True)}.",
+        )
+    adaptive = has_adaptive_softmax(model)
+    if isinstance(criterion, AdaptiveLoss) and not adaptive:
+        yield OptionError(
+            "criterion",
+            f"--criterion {_name(criterion)} needs an adaptive softmax, and --arch {architecture} has none "
+            f"without --adaptive-softmax-cutoff: give it, or {advice(model, criterion=True)}.",
+        )
+    if isinstance(criterion, (CrossEntropyCriterion, LabelSmoothedCrossEntropyCriterion)) and adaptive:
+        yield OptionError(
+            "criterion",
+            f"--criterion {_name(criterion)} needs the logits of all words, which a model with "
+            f"--adaptive-softmax-cutoff does not give: {advice(model, criterion=True)}, or leave that out.",
         )
     if isinstance(criterion, SentencePredictionCriterion):
         head = criterion.classification_head_name
@@ -221,7 +284,7 @@ def _takes_masked_tokens(model: nn.Module) -> bool:
     return any(part and "masked_tokens" in inspect.signature(part.forward).parameters for part in parts)
 
 
-def _losses(layers: List[MoEFeedForward], criterion: FairseqCriterion) -> Contradictions:
+def _losses(model: nn.Module, layers: List[MoEFeedForward], criterion: FairseqCriterion) -> Contradictions:
     """Auxiliary losses that nobody would add."""
     weights = {name: weight for layer in layers for name, weight in layer.loss_weights.items() if weight > 0}
     if weights and not isinstance(criterion, MoECriterion):
@@ -229,8 +292,7 @@ def _losses(layers: List[MoEFeedForward], criterion: FairseqCriterion) -> Contra
         yield OptionError(
             f"{name}_weight",
             f"--criterion {_name(criterion)} would drop the auxiliary losses of the MoE layers, but "
-            f"`{name}_weight` is {weight}: use --criterion {_replacement(criterion)}, or set the weight to "
-            "0.",
+            f"`{name}_weight` is {weight}: {_replacement(model, criterion)}, or set the weight to 0.",
         )
 
 
@@ -239,10 +301,11 @@ def _name(criterion: FairseqCriterion) -> str:
     return names[0] if names else type(criterion).__name__
 
 
-def _replacement(criterion: FairseqCriterion) -> str:
+def _replacement(model: nn.Module, criterion: FairseqCriterion) -> str:
+    """What adds the losses: that which extends the given criterion, or else what fits the model."""
     names = [
         name
         for name, cls in CRITERION_REGISTRY.items()
         if issubclass(cls, MoECriterion) and issubclass(cls, type(criterion))
     ]
-    return names[0] if names else "one of the evomoe criterions"
+    return f"use --criterion {names[0]}" if names else advice(model, criterion=True)

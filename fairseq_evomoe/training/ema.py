@@ -57,6 +57,12 @@ def copy_integers(ema: EMA) -> None:
     ema.skip_keys.update(Plateau.KEYS)
 
 
+def freeze(ema: EMA) -> None:
+    """Let what a spawn makes in the copy be without gradient, as all of it is."""
+    for _, layer in moe_layers(ema.get_model()):
+        layer.moe.freeze("experts", "router", "shared", "hyper_adapter")
+
+
 def take_local_rows(ema: EMA) -> None:
     """Let it take this rank's rows of a checkpoint's float32 parameters, which ``trainer.py`` hands to it."""
 

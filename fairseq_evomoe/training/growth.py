@@ -17,6 +17,7 @@ from ..models.feed_forward import MoEFeedForward, moe_layers
 from ..moe import MoELayer
 from ..moe.plan import Plan, resize_plan
 from ..moe.routers.dynmoe import Resize
+from . import freezing
 from .change import Change
 from .rebuild import change_experts
 from .state import RunState
@@ -80,12 +81,30 @@ def resume(trainer: Trainer, saved: Optional[Dict[str, Any]]) -> None:
     if plateau is not None and plateau.resume(update, spawned):
         model.count_from_spawn()
     config: Optional[MoEConfig] = getattr(model, "moe_config", None)
-    if saved is None or config is None or not spawned or any(layer.moe.spawned_on_load for layer in layers):
+    on_load = any(layer.moe.spawned_on_load for layer in layers)
+    if saved is None or on_load:
+        _tell_of_first_experts(model, on_load)
+    if saved is None or config is None or not spawned or on_load:
         return
     run = RunState.of(trainer)
     run.spawned_before = bool(saved.get(SPAWNED_BEFORE)) or update < max(layers[0].schedule.spawn_update, 1)
     if run.spawned_before and config.router_class.stages:
         _count_from_before(config, layers, update)
+
+
+def _tell_of_first_experts(model: nn.Module, on_load: bool) -> None:
+    """Say what the experts are that are there from the start, perhaps out of the one of a checkpoint."""
+    if on_load:
+        moe = [layer.moe for _, layer in moe_layers(model)][-1]
+        logger.info(
+            f"spawned experts of the checkpoint's one expert: 1 -> {moe.num_experts} experts, "
+            f"{count_parameters(model):,} parameters, {_method(moe)}{freezing.in_words(model)}"
+        )
+    freezing.warn_of_drawn_routers(model)
+
+
+def _method(moe: MoELayer) -> str:
+    return f"method {moe.spawner.method_name} (strength {moe.spawner.used_strength})"
 
 
 def _count_from_before(config: MoEConfig, layers: List[MoEFeedForward], update: int) -> None:
@@ -132,9 +151,10 @@ def spawn(trainer: Trainer) -> None:
     change_experts(trainer, changes)
     logger.info(
         f"spawned experts before update {trainer.get_num_updates()}: 1 -> {moe.num_experts} experts, "
-        f"{parameters:,} -> {count_parameters(model):,} parameters, method {moe.spawner.method_name} "
-        f"(strength {moe.spawner.used_strength}), {time.perf_counter() - start:.2f} s"
+        f"{parameters:,} -> {count_parameters(model):,} parameters, {_method(moe)}, "
+        f"{time.perf_counter() - start:.2f} s{freezing.in_words(model)}"
     )
+    freezing.warn_of_drawn_routers(model)
 
 
 def resize(trainer: Trainer) -> None:

@@ -6,6 +6,7 @@ functions that call the original and, beside it, what the modules of this folder
 """
 
 import sys
+import weakref
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import torch
@@ -24,8 +25,8 @@ from ..models.requirements import check_batch, check_names
 from ..moe import Router, record
 from ..moe.recorder import Record
 from ..patching import Patches, wrap
-from . import checkpoint_hooks, ema, growth, ranks
-from .checks import check_before_trainer, check_optimizer, check_run, settle_options
+from . import checkpoint_hooks, ema, freezing, growth, preemption, ranks, waiting
+from .checks import check_before_trainer, check_length, check_optimizer, check_run, settle_options
 from .state import RunState
 from .statistics import commit_statistics
 
@@ -33,12 +34,15 @@ Original = Callable[..., Any]
 """What a hook stands in for, of which it is given the arguments too."""
 
 patches = Patches()
+outermost = Patches()
+"""What is put around everything else, that of ``checkpoint_hooks.py`` too."""
 
 
 def install() -> None:
     """Teach fairseq's ``Trainer`` about experts.  A second call does nothing."""
     patches.apply()
     checkpoint_hooks.patches.apply()
+    outermost.apply()
     for name in ("fairseq.distributed", "fairseq_cli.train", "__main__"):  # python fairseq_cli/train.py
         module = sys.modules.get(name)
         if hasattr(module, "fsdp_enable_wrap"):
@@ -66,15 +70,28 @@ def begin_run(
 ) -> None:
     """The configuration is checked as a whole before time is wasted, and the layers are told of the ranks."""
     trainer.evomoe = RunState()
+    weakref.finalize(trainer, trainer.evomoe.listener.let_go).atexit = False
     layers = [layer for _, layer in moe_layers(model)]
     if layers:
         if isinstance(model, MoEModel):
             settle_options(cfg, model.moe_config)
         check_before_trainer(cfg)
-        ranks.attach_ranks(cfg, model)
+        pulse = trainer.evomoe.pulse = ranks.attach_ranks(cfg, model)
+        if pulse is not None:
+            weakref.finalize(trainer, pulse.end)
     original(trainer, cfg, task, model, criterion, *args, **kwargs)
     if layers:
         check_run(trainer.cfg, model, layers, criterion)
+        freezing.tell(model)
+        _listen_in_loop()
+
+
+def _listen_in_loop() -> None:
+    """Ask, after each update of the training loop that there is now, whether a signal has come."""
+    for name in ("fairseq_cli.train", "__main__"):  # python fairseq_cli/train.py
+        module = sys.modules.get(name)
+        if hasattr(module, "validate_and_save"):
+            wrap(module, "validate_and_save", preemption.stop_or_go_on)
 
 
 @patches.replaces(options, "parse_args_and_arch")
@@ -106,6 +123,7 @@ def update(
     growth.resize(trainer)
     for layer in layers:
         layer.begin_update()
+    run.listener.listen()
     before = trainer.get_num_updates()
     run.forget_checkpoint()
     run.broken = []
@@ -126,6 +144,26 @@ def update(
     if updated:
         growth.watch_loss(trainer, result)
     return result
+
+
+@patches.replaces(Trainer, "get_train_iterator")
+def check_epochs(original: Original, trainer: Trainer, *args: Any, **kwargs: Any) -> Any:
+    """With the data it is known how many updates an epoch has, and whether the run is long enough."""
+    epochs = original(trainer, *args, **kwargs)
+    if not trainer.task.has_sharded_data("train"):  # whose epochs differ in length
+        check_length(trainer.cfg, trainer.get_model(), trainer.get_num_updates(), epochs)
+    return epochs
+
+
+@outermost.replaces(Trainer, "train_step")
+@outermost.replaces(Trainer, "valid_step")
+@outermost.replaces(Trainer, "consolidate_optimizer")
+@outermost.replaces(Trainer, "save_checkpoint")
+@outermost.replaces(Trainer, "load_checkpoint")
+def name_the_absent(original: Original, trainer: Trainer, *args: Any, **kwargs: Any) -> Any:
+    """Where ranks exchange something, one that does not come is named."""
+    with waiting.naming_the_absent(RunState.of(trainer).pulse, waiting.seconds(trainer.cfg)):
+        return original(trainer, *args, **kwargs)
 
 
 @patches.replaces(Trainer, "_prepare_sample")
@@ -157,6 +195,8 @@ def build_optimizer(original: Original, trainer: Trainer) -> None:
 
     def load_local_state(original: Original, state_dict: Dict[str, Any], *args: Any, **kwargs: Any) -> None:
         """The state has all experts, of which this rank has some."""
+        if next(moe_layers(trainer.get_model()), None) is not None:
+            freezing.check_state(trainer._optimizer, state_dict)
         if ranks.is_sharded(trainer):
             state_dict = checkpoints.local_optimizer_state(trainer, state_dict)
         original(state_dict, *args, **kwargs)
@@ -170,6 +210,7 @@ def build_ema(original: Original, trainer: Trainer) -> None:
     original(trainer)
     if trainer._ema is not None:
         ema.copy_integers(trainer._ema)
+        ema.freeze(trainer._ema)
         if ranks.is_sharded(trainer):
             ema.take_local_rows(trainer._ema)
 

@@ -6,7 +6,8 @@ same ones, and the norm is that of all experts on all ranks.
 """
 
 import functools
-from typing import Any, Dict, List, Set
+from datetime import timedelta
+from typing import Any, Dict, List, Optional, Set
 
 import torch
 import torch.distributed as dist
@@ -21,22 +22,28 @@ from ..models.feed_forward import MoEFeedForward, moe_layers
 from ..models.layers import keep_from_ddp, ranks_of, sharded_parameters
 from ..moe.ranks import Ranks
 from ..moe.sharding import rows_per_expert
+from . import waiting
 from .state import RunState
 
 
-def attach_ranks(cfg: FairseqConfig, model: nn.Module) -> None:
-    """Let the ranks of a run train the MoE layers of a model together; all ranks must call this."""
+def attach_ranks(cfg: FairseqConfig, model: nn.Module) -> Optional[waiting.Pulse]:
+    """Let the ranks of a run train the MoE layers of a model together; all ranks must call this.
+
+    Returns:
+        the sign of life of this one; ``None`` if it is alone.
+    """
     layers = [layer for _, layer in moe_layers(model)]
     if not layers or cfg.distributed_training.distributed_world_size == 1:
-        return
-    # a rank that has failed is noticed here, where ranks are connected; to make a group, the others would
-    # wait for it half an hour
-    dist.barrier()
+        return None
+    timeout = waiting.seconds(cfg)
+    pulse = waiting.meet(timeout)
     group = distributed_utils.get_data_parallel_group()
-    ranks = Ranks.of_group(group, getattr(cfg.model, "moe_expert_parallel", 1))
+    parallel = getattr(cfg.model, "moe_expert_parallel", 1)
+    ranks = Ranks.of_group(group, parallel, timedelta(seconds=timeout))
     for layer in layers:
         layer.moe.attach_ranks(ranks)
     keep_from_ddp(model)
+    return pulse
 
 
 def is_sharded(trainer: Trainer) -> bool:
@@ -52,18 +59,18 @@ def clip_grad_norm(trainer: Trainer, clip_norm: float) -> Tensor:
     """
     model = trainer.get_model()
     ranks = ranks_of(model)
-    split = {parameter for _, _, _, parameter in sharded_parameters(model)}
-    for parameter in split:
+    trained = [parameter for _, _, _, parameter in sharded_parameters(model) if parameter.requires_grad]
+    for parameter in trained:
         if parameter.grad is None:  # LayerDrop left the layer out
             parameter.grad = torch.zeros_like(parameter)
-    for _, _, _, parameter in sharded_parameters(model):
+    for parameter in trained:
         # as the other gradients: the mean over all ranks of what each rank's loss makes of them
         grad = parameter.grad
         assert grad is not None
         grad.div_(ranks.size)
         if ranks.size > ranks.parallel:
             dist.all_reduce(grad, group=ranks.replica_group)
-    aggregate = functools.partial(_whole_norm, trainer.optimizer, split, ranks)
+    aggregate = functools.partial(_whole_norm, trainer.optimizer, set(trained), ranks)
     return trainer.optimizer.clip_grad_norm(clip_norm, aggregate_norm_fn=aggregate)
 
 

@@ -7,6 +7,8 @@ from fairseq.trainer import Trainer
 
 from ..checkpoints.whole import WholeExperts
 from ..moe.recorder import Record
+from .listener import Listener
+from .waiting import Pulse
 
 
 @dataclass
@@ -20,6 +22,8 @@ class RunState:
         last_counted: the update whose statistics were taken in last.
         gathered: all experts, for the checkpoint that is being saved in one file.
         shards: name of the set of files that is being saved, if the checkpoint is one.
+        listener: knows whether a signal has asked the run to end.
+        pulse: sign of life of this rank among others; ``None``: it is alone.
         spawned_before: whether the experts have spawned before update 0, in the run whose checkpoint this one
             began with.
     """
@@ -31,6 +35,8 @@ class RunState:
     gathered: Optional[WholeExperts] = None
     shards: Optional[str] = None
     spawned_before: bool = False
+    listener: Listener = field(default_factory=Listener)
+    pulse: Optional[Pulse] = None
 
     @classmethod
     def of(cls, trainer: Trainer) -> "RunState":

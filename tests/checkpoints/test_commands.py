@@ -102,10 +102,9 @@ def test_a_command_that_is_stopped_leaves_no_half_file(command, there, lm, tmp_p
         out.write_bytes(b"what was there before")
     stop_at(monkeypatch, 1 if command == "reshard" else 0)
     with pytest.raises(KeyboardInterrupt):
-        evomoe(command, source, *arguments, "--out", out)
+        evomoe(command, source, *arguments, "--out", out, "--force")
     assert out.read_bytes() == b"what was there before" if there else not out.exists()
-    others = {path.name for path in out.parent.iterdir()} - {name}
-    assert others == ({"parts-experts1.pt"} if command == "reshard" else set())  # written before the first
+    assert {path.name for path in out.parent.iterdir()} <= {name}
 
 
 def test_a_full_disk_is_one_sentence(lm, tmp_path, monkeypatch, capsys):
@@ -117,6 +116,96 @@ def test_a_full_disk_is_one_sentence(lm, tmp_path, monkeypatch, capsys):
     assert stopped.value.code == 2
     assert error == f"evomoe merge: The checkpoint cannot be written to {tmp_path / 'small.pt'}: stopped."
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def parts(lm, tmp_path):
+    """The first of two files."""
+    path = tmp_path / "source" / "parts.pt"
+    path.parent.mkdir()
+    evomoe("reshard", lm, "--parts", 2, "--out", path)
+    return path
+
+
+def is_refused(capsys, *arguments):
+    """What a command says that refuses to do anything."""
+    folder = Path(arguments[1]).parent
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with pytest.raises(SystemExit) as stopped:
+        evomoe(*arguments)
+    assert stopped.value.code == 2
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+OUTPUTS = {
+    "another file": (lambda path, first: path.write_bytes(b"x"), False, "give another name, or --force"),
+    "a folder": (lambda path, first: path.mkdir(), True, "is a folder"),
+    "a link to it": (lambda path, first: path.symlink_to(first), True, "which would be lost"),
+    "a name of it": (lambda path, first: os.link(first, path), True, "which would be lost"),
+    "a name of a part": (
+        lambda path, first: os.link(f"{first.with_suffix('')}-experts1.pt", path),
+        True,
+        "which would be lost",
+    ),
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("what", OUTPUTS)
+def test_an_output_that_is_there_is_not_lost(what, command, parts, capsys):
+    make, force, text = OUTPUTS[what]
+    arguments, name = COMMANDS[command]
+    out = parts.parent / ("out-" + name)
+    make(out, parts)
+    options = ["--force"] if force else []
+    assert text in is_refused(capsys, command, parts, *arguments, "--out", out, *options)
+
+
+def test_no_part_of_an_output_is_lost(parts, capsys):
+    other = parts.parent / "other-experts1.pt"
+    other.write_bytes(b"x")
+    reshard = ["reshard", parts, "--parts", 2, "--out", parts.parent / "other.pt"]
+    assert f"{other} is there already" in is_refused(capsys, *reshard)
+    evomoe(*reshard, "--force")
+    # of this name, the input's second file is the second file too
+    arguments = ["consolidate", parts, "--out", parts.with_suffix(""), "--force"]
+    assert "which would be lost" in is_refused(capsys, *arguments)
+
+
+def test_a_set_takes_the_place_of_one_with_more_files(parts):
+    out = parts.parent / "out.pt"
+    evomoe("reshard", parts, "--parts", 4, "--out", out)
+    evomoe("reshard", parts, "--parts", 2, "--out", out, "--force")
+    assert {path.name for path in parts.parent.glob("out*")} == {"out.pt", "out-experts1.pt"}
+    evomoe("check", out)
+
+
+@pytest.mark.parametrize("renamed", [0, 1, 2])
+def test_whenever_reshard_is_killed_its_output_is_whole(renamed, parts, monkeypatch):
+    out = parts.parent / "out.pt"
+    evomoe("reshard", parts, "--parts", 3, "--out", out)
+    before = torch.load(out)["moe_shards"]["name"]
+    rename, calls = os.replace, []
+
+    def dying(*names):
+        calls.append(names)
+        if len(calls) > renamed:
+            raise KeyboardInterrupt
+        rename(*names)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(os, "replace", dying)
+        evomoe("reshard", parts, "--parts", 3, "--out", out, "--force")
+    evomoe("check", out)
+    assert (torch.load(out)["moe_shards"]["name"] == before) == (renamed == 0)
+    assert len(list(out.parent.glob("*.tmp"))) == (0 if renamed == 0 else 3 - renamed)  # found there
+
+
+def test_a_folder_that_cannot_be_written_to_is_one_sentence(parts, capsys, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: not mode & os.W_OK)
+    out = parts.parent / "whole.pt"
+    assert "cannot be written to: give another" in is_refused(capsys, "consolidate", parts, "--out", out)
 
 
 def test_a_router_of_somebody_else_s_is_merged(lm, tmp_path):

@@ -1,10 +1,16 @@
 """A run that is interrupted and resumed is, bit for bit, the run that is not."""
 
+import os
+import shutil
+
 import pytest
 import torch
 
-from support.cli import CLASSIFICATION, LM, Run, call
+from fairseq_evomoe.checkpoints import storage
+from fairseq_evomoe.checkpoints.index import DamagedCheckpoint, UnreadableCheckpoint
+from support.cli import CLASSIFICATION, LM, Run, assert_equal, call, parameters
 from support.optimizers import OPTIMIZERS
+from support.refusals import refused
 from support.resume import check_resume
 from support.tasks import DATA, TASKS
 
@@ -66,3 +72,65 @@ def test_with_schedules(schedule, lm_data, tmp_path):
         assert ours == theirs
         ours, theirs = (each["last_optimizer_state"]["param_groups"][0]["lr"] for each in (spawned, other))
         assert ours == theirs
+
+
+@pytest.fixture
+def again(trained, tmp_path):
+    """A copy of a run that has ended, and its settings, to start it again."""
+    run = trained(LM)
+    folder = shutil.copytree(run.folder, tmp_path / "again")
+    return Run(folder, run.result), {"save_interval_updates": 3, **LM, "save_dir": folder}
+
+
+def test_a_run_goes_on_from_the_newest_whole_checkpoint(again, trained, lm_data):
+    run, settings = again
+    os.truncate(run.last, run.last.stat().st_size // 2)
+    best = run.folder / "checkpoint_best.pt"
+    content = bytearray(best.read_bytes())
+    content[len(content) // 2] ^= 1  # which torch does not notice
+    best.write_bytes(content)
+    result = call("fairseq-train", lm_data, **settings)
+    (line,) = result.lines("WARNING")
+    assert f"{run.last} is not whole: the run goes on from {run.at(HARD)}" in line
+    assert result.log("train_inner")[0]["num_updates"] == HARD + 1
+    assert_equal(parameters(run.last), parameters(trained(LM).last))
+
+
+def test_a_finished_run_does_nothing_more(again, lm_data):
+    run, settings = again
+    before = {path: path.read_bytes() for path in run.folder.iterdir()}
+    result = call("fairseq-train", lm_data, **settings)
+    assert result.lines("the run has made its 14 updates") and not result.log("train_inner")
+    assert {path: path.read_bytes() for path in run.folder.iterdir()} == before
+
+
+@pytest.mark.parametrize("option", ["restore_file", "finetune_from_model"])
+@pytest.mark.parametrize("name, text", [("none.pt", "does not exist"), ("", "is a folder")])
+def test_a_checkpoint_that_is_not_there_is_refused(option, name, text, lm_data, tmp_path):
+    path = str(tmp_path / name)
+    with pytest.raises(ValueError) as error:
+        call("fairseq-train", lm_data, **{**LM, option: path, "save_dir": tmp_path / "run"})
+    flag = "--" + option.replace("_", "-")
+    assert f"{flag} {path} {text}" in str(error.value)
+    assert not list(tmp_path.glob("run/*"))
+
+
+def test_a_checkpoint_that_must_not_be_read_is_not_replaced_by_another(again, lm_data, monkeypatch):
+    run, settings = again
+
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr(storage, "skim", refuse)
+    with pytest.raises(UnreadableCheckpoint) as error:
+        call("fairseq-train", lm_data, **settings)
+    refused(error, f"{run.last} cannot be read: its permissions do not let you")
+
+
+def test_a_run_without_a_whole_checkpoint_does_not_begin_anew(again, lm_data):
+    run, settings = again
+    for path in run.folder.iterdir():
+        os.truncate(path, 100)
+    with pytest.raises(DamagedCheckpoint) as error:
+        call("fairseq-train", lm_data, **settings)
+    refused(error, f"{run.last} cannot be read", "no whole one in its folder: move it away to begin anew")

@@ -8,8 +8,9 @@ import pytest
 import torch
 from fairseq import checkpoint_utils
 
+from fairseq_evomoe.checkpoints.index import DamagedCheckpoint
+from fairseq_evomoe.checkpoints.recovery import newest_whole
 from fairseq_evomoe.checkpoints.saved_optimizer import LAYOUT
-from fairseq_evomoe.checkpoints.shards import DamagedCheckpoint, newest_whole
 from support.cli import assert_equal, call, evomoe, run
 from support.parallel import RANKS, SENTENCES
 from support.rank_jobs import largest_difference, state_of, train_on_all_batches, train_on_ranks
@@ -217,22 +218,25 @@ def test_damage_is_named_and_nothing_is_loaded(damage, sharded, lm_data):
     assert message in str(error.value)
     # in training, a way out is named too
     before = set(sharded.iterdir())
+    options = {**SETTINGS, "max_update": 21, "cpu": True, "save_dir": sharded}
     with pytest.raises(DamagedCheckpoint) as error:
-        call("fairseq-train", lm_data, **{**SETTINGS, "max_update": 21}, cpu=True, save_dir=sharded)
+        call("fairseq-train", lm_data, **options, restore_file=path)
     assert message in str(error.value)
     assert f"give --restore-file {newest_whole(str(path))}" in str(error.value)
     assert newest_whole(str(path)) in (str(at(sharded, 20)), str(sharded / "checkpoint_best.pt"))
     assert set(sharded.iterdir()) == before
 
 
-@pytest.mark.parametrize("damage", DAMAGE)
-def test_a_run_that_torchrun_restarts_takes_the_newest_whole_one(damage, sharded, lm_data):
+@pytest.mark.parametrize("damage, restarts", [("truncated", "0"), ("truncated first file", "1")])
+def test_a_run_that_is_started_again_takes_the_newest_whole_one(damage, restarts, sharded, lm_data):
+    """By a user, SLURM or a loop, or by torchrun."""
     DAMAGE[damage][0](sharded)
-    with mock.patch.dict(os.environ, TORCHELASTIC_RESTART_COUNT="1"):
+    with mock.patch.dict(os.environ, TORCHELASTIC_RESTART_COUNT=restarts):
         result = call(
             "fairseq-train", lm_data, **{**SETTINGS, **EMA, "max_update": 21}, cpu=True, save_dir=sharded
         )
-    assert len(result.lines("checkpoint_last.pt is not whole: the run goes on from")) == 1
+    (line,) = result.lines("checkpoint_last.pt is not whole: the run goes on from")
+    assert "cannot be read: it is truncated" in line
     assert result.log("train_inner")[0]["num_updates"] == 21
 
 

@@ -8,15 +8,28 @@ from fairseq_evomoe.moe.routers import ROUTERS
 
 AUTO = {"gate_input": "auto", "renormalize": "auto", "balance_form": "auto"}
 WEIGHTS = [name for name, declared in declarations().items() if declared[0].loss]
-NEW = ("preset", "balance_choices", "activity_weight", "balance", "balance_rate", "free_balance")
-SINCE = ("remoe", "xmoe", "dtop-p", "expert-choice", "expert-threshold")
-THEN = {name: cls for name, cls in ROUTERS.items() if name not in SINCE}
+NEW = ("preset", "balance_choices", "activity_weight")
+
+# the routers of 0.1 beside EvoMoE's
+RIVALS = [
+    "base",
+    "comet",
+    "dynmoe",
+    "hash",
+    "laplace",
+    "recurrent",
+    "soft",
+    "stable",
+    "switch",
+    "top-p",
+    "topk",
+]
 
 
 def old(router="dts", **changes):
     """The options that version 0.1 wrote: all, with weights that are None and three that are auto."""
     options = {}
-    for cls in (*GROUPS.values(), *(router.Options for router in THEN.values())):
+    for cls in (*GROUPS.values(), *(router.Options for router in ROUTERS.values())):
         for name, declaration in cls.declared().items():
             options.setdefault(name, getattr(declaration.default, "value", declaration.default))
     options.update(dict.fromkeys(WEIGHTS), **AUTO, spawn_update=6, spawn_method="mask", router=router)
@@ -55,7 +68,7 @@ def test_auto_is_what_it_was(changes, masked, expected):
 
 
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("router", [name for name in THEN if name != "dts"])
+@pytest.mark.parametrize("router", RIVALS)
 def test_rivals_are_what_they_were(router, masked):
     """As published, whatever auto was for EvoMoE's gate; options of other routers do not count."""
     config = resolve(old(router), masked=masked, max_update=100, ffn_dims=[40])

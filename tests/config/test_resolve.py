@@ -85,6 +85,7 @@ def test_every_option_arrives_where_it_belongs(router, declaration):
             "max_experts": (0, 32),
             "l1_factor": (1.5,),
             "mean_experts": (1.5,),
+            "freeze": ("router", "router,backbone"),
         }.get(name, (0.5,) if declaration.type is float else (4,))
     for value in values:
         given = {"router": router, **companions.get(name, {}), name: value}

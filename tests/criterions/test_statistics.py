@@ -8,6 +8,7 @@ from fairseq.logging import metrics
 
 from fairseq_evomoe.moe import record
 from support.cli import LM, MASKED_LM, TRANSLATION, build, call
+from support.tasks import PLAIN
 
 NAMES = (
     "experts",
@@ -97,6 +98,32 @@ def test_exact_values(lm_data):
     assert sum(p.numel() for p in routed.parameters()) == 4 * expert
     others = sum(p.numel() for p in setup.model.parameters()) - 4 * expert
     assert float(values["moe_active_params"]) == pytest.approx(others + expert * len(pairs) / tokens)
+
+
+@pytest.mark.parametrize(
+    "options, table",
+    [
+        ({"moe_gate_input": "table"}, "token_weight"),
+        ({"moe_router": "switch", "moe_gate_input": "table"}, "token_weight"),
+        ({"moe_router": "stable", "moe_stable_update": 1, "moe_light_dim": 7}, "embedding_VL"),
+        ({"moe_gate_input": "token"}, None),
+        ({"moe_router": "hash"}, None),
+    ],
+    ids=str,
+)
+def test_a_table_that_is_looked_up_is_not_active(options, table, lm_data):
+    """A token takes a row of it, and multiplies it with nothing; its size is told beside."""
+    setup = build(lm_data, **{**LM, **PLAIN, **options})
+    router = setup.model.decoder.layers[1].moe.router
+    parameters = dict(router.named_parameters())
+    size = parameters[table].numel() if table else 0
+    values = reduced(setup, [forward(setup, batch)[2] for batch in setup.batches()[:2]])
+    expert = 2 * 32 * 48 + 48 + 32
+    others = sum(p.numel() for p in setup.model.parameters()) - 4 * expert - size
+    active = others + expert * float(values["moe_experts"])
+    assert float(values["moe_active_params"]) == pytest.approx(active)
+    assert ("moe_table_params" in values) == (size > 0)
+    assert size == 0 or float(values["moe_table_params"]) == size
 
 
 def test_gate_entropy_is_that_of_the_plain_logits(lm_data):

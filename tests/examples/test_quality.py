@@ -107,9 +107,6 @@ def test_parameters_that_are_looked_up(lm_data):
     words = build(lm_data, **LM).model.decoder.embed_tokens.weight.shape[0]
     assert count(LM, share_decoder_input_output_embed=True) == 0
     assert count(LM) == words * 32  # another matrix multiplies
-    stable = {"moe_router": "stable", "moe_spawn_update": None, "moe_stable_update": 5, "moe_light_dim": 7}
-    idle = {"moe_anneal_updates": None, "moe_hard_update": None}
-    assert count(LM, share_decoder_input_output_embed=True, **stable, **idle) == words * 7
     assert (
         count(MASKED_LM)
         == build(lm_data, **MASKED_LM).model.encoder.sentence_encoder.embed_positions.weight.numel()

@@ -76,7 +76,7 @@ def test_help_has_its_options(settings):
     settings = {name: value for name, value in settings.items() if not name.startswith("moe_")}
     text = help_of("data", **{**settings, "user_dir": PLUGIN})
     assert "--moe-nearest-strength" in text and "Weight of the nearest expert's output. Default: 1.0." in text
-    assert "--moe-spread-weight" in text and "top-p,nearest}" in text
+    assert "--moe-spread-weight" in text and ",nearest}" in text
 
 
 def test_a_masked_model_and_yaml(lm_data, tmp_path):
@@ -132,7 +132,7 @@ def test_it_is_merged(trained, lm_data, tmp_path):
             "mutual_distillation_weight",
             "--moe-router nearest gives only one",
         ),
-        ({"router": "nearst"}, "router", "top-p, nearest, but is 'nearst'"),
+        ({"router": "nearst"}, "router", ", nearest, but is 'nearst'"),
     ],
     ids=str,
 )

@@ -110,7 +110,9 @@ def test_dtype_device_and_mode_carry_over_to_what_spawns():
     layer.requires_grad_(False)
     layer.spawn()
     assert {p.dtype for p in layer.parameters()} == {torch.float64}
-    assert not any(p.requires_grad for p in layer.parameters()) and not layer.router.training
+    came = {name for name, p in layer.named_parameters() if not p.requires_grad}
+    assert came == {n for n, _ in layer.named_parameters() if n.startswith(("experts.", "shared."))}
+    assert not layer.router.training  # which is new, so that it can be trained, in a layer that is
     assert layer(torch.randn(5, 6).double()).dtype == torch.float64
 
 

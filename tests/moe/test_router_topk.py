@@ -162,7 +162,8 @@ def test_capacity_keeps_the_first_pairs_of_each_expert():
 @pytest.mark.parametrize("factor", [0.4, 1.0, 1.25, 2.0])
 def test_an_expert_has_room_as_in_fairseq(name, k, count, factor):
     """For ``floor(c k ceil(T / E))`` pairs: the even share is rounded up first, and all of it down."""
-    router = make(name, 6, 4, capacity_factor=factor, **({"top_k": k} if name == "topk" else {})).eval()
+    options = {"capacity_factor": 0.1, "eval_capacity_factor": factor, **({"top_k": k} if k > 1 else {})}
+    router = make(name, 6, 4, **options).eval()
     with torch.no_grad():
         router.weight.copy_(torch.arange(4.0, 0, -1).unsqueeze(1).expand(4, 6))
     routing = router(torch.ones(count, 6, dtype=torch.float64), RoutingContext())  # all to the same k
@@ -183,8 +184,22 @@ def test_first_choices_come_before_second_ones():
     assert routing.dropped == 4
 
 
+def test_no_token_loses_its_expert_to_a_later_one_where_there_must_be_no_later_one():
+    """As above, but in a decoder: the second choices of tokens 0 and 1 are there before tokens 2 and 3."""
+    router = make("topk", 2, 2, capacity_factor=0.5)
+    with torch.no_grad():
+        router.weight.copy_(torch.eye(2))
+    x = torch.tensor([[0.0, 1.0], [0.0, 1.0], [1.0, 0.0], [1.0, 0.0]], dtype=torch.float64)
+    routing = router(x, RoutingContext(causal=True))
+    pairs = zip(routing.token_N.tolist(), routing.expert_N.tolist())
+    assert sorted(pairs) == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert routing.dropped == 4
+
+
 def test_no_capacity_factor_drops_nothing():
     assert make("switch", 6, 5).train()(tokens().abs(), RoutingContext()).dropped == 0
+    for name in ("switch", "topk"):  # whatever that of training is
+        assert make(name, 6, 5, capacity_factor=0.1).eval()(tokens(), RoutingContext()).dropped == 0
 
 
 def test_losses_by_hand():
@@ -229,7 +244,8 @@ def test_refused(options):
 )
 def test_any_shape(name, count, experts, factor, same, train):
     options = {"top_k": min(2, experts)} if name == "topk" else {}
-    router = make(name, 3, experts, capacity_factor=factor, **options).train(train)
+    phase = "capacity_factor" if train else "eval_capacity_factor"
+    router = make(name, 3, experts, **{phase: factor}, **options).train(train)
     x = torch.zeros(count, 3, dtype=torch.float64) if same else tokens(count, 3)
     routing = router(x, RoutingContext())
     k = options.get("top_k", 1)

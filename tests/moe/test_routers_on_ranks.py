@@ -63,18 +63,19 @@ def pairs(routing, first=0):
 
 
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
-@pytest.mark.parametrize("hard", [False, True])
+@pytest.mark.parametrize("causal, hard", [(False, False), (False, True), (True, False)])
 @pytest.mark.parametrize("name, options", CASES, ids=str)
-def test_they_equal_one_process(name, options, hard, sizes):
+def test_they_equal_one_process(name, options, causal, hard, sizes):
     torch.manual_seed(1)
+    stage = {"hard": hard, "causal": causal}
     router = make(name, DIM, EXPERTS, vocabulary=Vocabulary(V, torch.ones(V)), **options).train()
     x_TD = torch.randn(sum(sizes), DIM, dtype=torch.float64, requires_grad=True)
     token_T = torch.randint(V, (sum(sizes),))
     if hard:  # freezes what there is to be frozen
         routed(router, x_TD, token_T, hard=True)
-    one = routed(router, x_TD, token_T, hard=hard)
+    one = routed(router, x_TD, token_T, **stage)
     parts = list(zip(x_TD.split(sizes), token_T.split(sizes)))
-    many = on_ranks(lambda ranks, part: routed(router, *part, hard=hard, ranks=ranks), parts)
+    many = on_ranks(lambda ranks, part: routed(router, *part, **stage, ranks=ranks), parts)
 
     together = {}
     for first, routing in zip(torch.tensor((0, *sizes)).cumsum(0).tolist(), many):

@@ -16,7 +16,9 @@ from fairseq.tasks.language_modeling import LanguageModelingTask
 from fairseq_cli import train
 
 import fairseq_evomoe  # noqa: F401
+from fairseq_evomoe.checkpoints import saving
 from fairseq_evomoe.models.feed_forward import MoEFeedForward
+from fairseq_evomoe.moe import MoELayer
 from fairseq_evomoe.moe.sharding import rows_per_expert
 
 LAYER, EXPERT = 1, 3
@@ -44,11 +46,23 @@ def nan(moe, *_):
         moe.experts.w1.split(rows)[own.index(EXPERT)].fill_(float("nan"))
 
 
+def stop(moe, *_):
+    """What a debugger does, or a machine that swaps."""
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def ask(number, moe, *_):
+    """What a scheduler does before it takes a machine away."""
+    os.kill(os.getpid(), number)
+    return MoELayer._beside(moe, *_)
+
+
 def once(marker):
     """Whether the rank has not failed yet: from now on it has."""
     if marker.exists():
         return False
-    marker.write_text(str(torch.distributed.get_world_size()))
+    ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    marker.write_text(str(ranks))
     return True
 
 
@@ -58,13 +72,29 @@ def fail_in_update(failure, marker):
 
     @functools.wraps(original)
     def fc1(self, x):
+        assert self.moe.sharded or not (self.moe.spawned and torch.distributed.is_initialized())
         if self.num_updates == UPDATE and self.moe.spawner.layer == LAYER and self.training and once(marker):
-            assert self.moe.sharded
             # what a layer computes in the meantime
             self.moe._beside = functools.partial(failure, self.moe)
         return original(self, x)
 
     MoEFeedForward.fc1 = fc1
+
+
+def die_in_saving(marker):
+    """Be killed while the other rank's file of the third checkpoint is as whole as this one's.
+
+    The first rank dies before its file has its name, the second one before its own has.
+    """
+    names = []
+
+    def step(name):
+        names.append(name)
+        last = "all written" if os.environ["RANK"] == "0" else "first renamed"
+        if name == last and names.count(last) == 3 and once(marker):
+            kill(None)
+
+    saving.step = step
 
 
 def fail_at_start(marker):
@@ -80,12 +110,23 @@ def fail_at_start(marker):
     LanguageModelingTask.load_dataset = load_dataset
 
 
+FAILURES = {
+    "error": error,
+    "kill": kill,
+    "nan": nan,
+    "stop": stop,
+    "SIGTERM": functools.partial(ask, signal.SIGTERM),
+    "SIGUSR1": functools.partial(ask, signal.SIGUSR1),
+}
+
 if __name__ == "__main__":
     failure, rank, marker = sys.argv[1:4]
     sys.argv[1:] = sys.argv[4:]
-    if os.environ["RANK"] == rank:
+    if os.environ.get("RANK", "0") == rank:
         if failure == "start":
             fail_at_start(Path(marker))
+        elif failure == "saving":
+            die_in_saving(Path(marker))
         else:
-            fail_in_update({"error": error, "kill": kill, "nan": nan}[failure], Path(marker))
+            fail_in_update(FAILURES[failure], Path(marker))
     train.cli_main()

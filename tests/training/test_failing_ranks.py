@@ -7,7 +7,7 @@ import time
 import pytest
 
 from support import failing_rank
-from support.cli import LM, assert_equal, flags, parameters
+from support.cli import LM, assert_equal, evomoe, flags, parameters
 from support.processes import free_port, run_side_by_side
 from support.rank_jobs import CPU_RANKS, train_on_ranks
 
@@ -48,9 +48,10 @@ def no_launcher(program):
 def train(lm_data, tmp_path):
     """Function that trains until a rank fails: a list of ``Result``, one for each command."""
 
-    def run(failure, rank, launch, save_dir=tmp_path):
+    def run(failure, rank, launch, save_dir=tmp_path, **options):
         marker = tmp_path / "failed"
-        arguments = flags(lm_data, **SETTINGS, **CPU_RANKS, distributed_world_size=RANKS, save_dir=save_dir)
+        options = {**SETTINGS, **CPU_RANKS, "distributed_world_size": RANKS, "save_dir": save_dir, **options}
+        arguments = flags(lm_data, **options)
         commands = launch(["-m", failing_rank.__name__, failure, rank, marker, *arguments])
         results = run_side_by_side(commands, tmp_path, 10 * SECONDS)  # a busy machine starts slowly
         ended = time.time()
@@ -90,14 +91,33 @@ def test_a_rank_that_dies_without_a_launcher(train):
     assert results[0].lines("RuntimeError")
 
 
-def test_a_run_heals_itself(train, lm_data, tmp_path):
+@pytest.fixture(scope="module")
+def uninterrupted(lm_data, tmp_path_factory):
+    """The last checkpoint of a run in which no rank fails."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    train_on_ranks(RANKS, [[[lm_data], {**SETTINGS, "save_dir": folder}]], folder / "jobs")
+    return folder / "checkpoint_last.pt"
+
+
+def test_a_run_heals_itself(train, uninterrupted, tmp_path):
     (result,) = train("kill", 1, torchrun_with_restart, save_dir=tmp_path / "healed")
     assert result.returncode == 0, result.output
     assert result.lines("healed/checkpoint_last.pt (epoch 2 @ 10 updates)")
     assert len(result.lines("done training")) == 1
+    assert_equal(parameters(tmp_path / "healed" / "checkpoint_last.pt"), parameters(uninterrupted))
 
-    train_on_ranks(RANKS, [[[lm_data], {**SETTINGS, "save_dir": tmp_path / "whole"}]], tmp_path / "jobs")
-    assert_equal(*(parameters(tmp_path / run / "checkpoint_last.pt") for run in ("healed", "whole")))
+
+@pytest.mark.parametrize("rank, update", [(0, 10), (1, 14)])
+def test_a_run_whose_rank_dies_in_saving_heals_itself(rank, update, train, uninterrupted, tmp_path):
+    """Where it dies, half of the files have their names, or none."""
+    few = {"moe_sharded_checkpoint": True, "keep_interval_updates": 1}
+    (result,) = train("saving", rank, torchrun_with_restart, save_dir=tmp_path / "healed", **few)
+    assert result.returncode == 0, result.output
+    assert result.lines(f"healed/checkpoint_last.pt (epoch 2 @ {update} updates)")
+    assert len(result.lines("nothing is left to do")) == (update == 14)
+    last = tmp_path / "healed" / "checkpoint_last.pt"
+    evomoe("consolidate", last, "--out", tmp_path / "whole.pt")
+    assert_equal(parameters(tmp_path / "whole.pt"), parameters(uninterrupted))
 
 
 def test_an_expert_that_is_not_a_number(train, tmp_path):

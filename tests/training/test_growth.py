@@ -1,5 +1,7 @@
 """What a spawn inside a running Trainer carries over."""
 
+from unittest import mock
+
 import pytest
 import torch
 
@@ -158,6 +160,29 @@ def test_it_trains_on_in_mixed_precision(precision, lm_data, flat_fp16_on_cpu):
     (gate,) = trainer.get_model().decoder.layers[1].moe.router.parameters()
     (initial,) = trainer.get_model().decoder.layers[1].moe.make_router().parameters()
     assert not torch.equal(gate, initial.to(gate.dtype))
+
+
+@pytest.mark.parametrize("precision", ["fp16", "memory_efficient_fp16"])
+def test_an_overflow_on_a_cpu_is_left_out(precision, lm_data, tmp_path):
+    """A batch whose gradients have overflown makes no update, and halves the scale of the loss."""
+    settings = {
+        **LM,
+        **MIXED[precision],
+        "fp16_init_scale": 2**24,
+        "max_update": 8,
+        "disable_validation": True,
+    }
+    result = call("fairseq-train", lm_data, save_dir=tmp_path, no_save=True, **settings)
+    assert result.lines("gradient overflow detected") and len(result.log("train_inner")) == 8
+    assert 0 < result.log("train_inner")[-1]["loss_scale"] < 2**24
+    assert len(result.lines("spawned experts before")) == 1
+
+
+def test_another_error_than_an_overflow_is_one(lm_data):
+    trainer = build(lm_data, **{**LM, **MIXED["fp16"]}).train(1)
+    trainer.optimizer.step = mock.Mock(side_effect=RuntimeError("Torch not compiled with CUDA enabled"))
+    with pytest.raises(RuntimeError, match="CUDA"):
+        trainer.train_step([build(lm_data, **LM).batches()[1]])
 
 
 def test_fp16_resumes(lm_data, tmp_path):

@@ -242,3 +242,59 @@ def test_the_advice_can_be_followed():
         names = [word.strip(",") for word in needed.criterions.split() if word.startswith("evomoe")]
         assert names and all(name in CRITERION_REGISTRY for name in names)
     assert "masked_tokens" in inspect.getsource(MaskedLmLoss.forward)
+
+
+EPOCH = 7  # updates in the epochs of these blocks
+BY_EPOCHS = {**LM, "max_update": None, "max_epoch": 2}
+STABLE = {"moe_router": "stable", "moe_spawn_update": 0, "moe_anneal_updates": None, "moe_hard_update": None}
+
+
+@pytest.mark.parametrize(
+    "settings, parts",
+    [
+        (
+            {**BY_EPOCHS, "moe_spawn_update": 2 * EPOCH},
+            ["--moe-spawn-update 14", "--max-epoch 2", "14 updates"],
+        ),
+        ({**BY_EPOCHS, "moe_spawn_update": 8, "update_freq": 2}, ["--moe-spawn-update 8", "8 updates"]),
+        (
+            {**BY_EPOCHS, "moe_spawn_update": 11, "update_freq": "1,2"},
+            ["--moe-spawn-update 11", "11 updates"],
+        ),
+        (
+            {**BY_EPOCHS, **STABLE, "moe_stable_update": 2 * EPOCH},
+            ["--moe-stable-update 14", "--max-epoch 2", "never be frozen"],
+        ),
+        (
+            {**LM, **STABLE, "max_update": 10, "moe_stable_update": 10},
+            ["--moe-stable-update 10", "--max-update 10", "never be frozen"],
+        ),
+    ],
+    ids=["spawn", "update_freq", "several", "stable", "max_update"],
+)
+def test_what_never_comes_is_refused(settings, parts, lm_data):
+    with pytest.raises(ValueError) as error:
+        build(lm_data, **settings).trainer().get_train_iterator(epoch=1)
+    refused(error, *parts)
+    assert error.value.option in ("spawn_update", "stable_update")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {**BY_EPOCHS, "moe_spawn_update": 2 * EPOCH - 1},
+        {**BY_EPOCHS, "moe_spawn_update": 10, "update_freq": "1,2"},
+        {**BY_EPOCHS, "max_update": 100, "moe_spawn_update": "auto"},  # a plateau may come before
+        {**BY_EPOCHS, "max_epoch": None, "max_update": 100, "moe_spawn_update": 99},
+        {**BY_EPOCHS, **STABLE, "moe_stable_update": 2 * EPOCH - 1},
+    ],
+    ids=["spawn", "update_freq", "auto", "no_epochs", "stable"],
+)
+def test_what_comes_in_the_last_update_is_not(settings, lm_data):
+    build(lm_data, **settings).trainer().get_train_iterator(epoch=1)
+
+
+def test_a_run_that_goes_on_counts_what_it_has_done(lm_data):
+    trainer = build(lm_data, **{**BY_EPOCHS, "moe_spawn_update": 2 * EPOCH}).trainer()
+    trainer.set_num_updates(EPOCH + 1)
+    trainer.get_train_iterator(epoch=2)

@@ -25,8 +25,6 @@ from fairseq import utils as fairseq_utils
 from torch import nn
 
 import fairseq_evomoe
-from fairseq_evomoe.moe.routers.router import GateInput, LinearRouter
-from fairseq_evomoe.moe.routers.stable import StableRouter
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent / "systems"))
 
@@ -108,10 +106,10 @@ def losses(checkpoint: Path, data: Path, options: dict[str, Any]) -> dict[str, A
 
 
 def looked_up_parameters(model: nn.Module) -> int:
-    """Number of parameters that are looked up and multiplied with nothing.
+    """Number of parameters among ``moe_active_params`` that are looked up and multiplied with nothing.
 
-    These are embeddings that are not the output's weights too, and what a router has for each entry of the
-    vocabulary: StableMoE's word embeddings, and the table of ``--moe-gate-input table``.
+    These are embeddings that are not the output's weights too.  What a router has for each entry of the
+    vocabulary, such as the table of ``--moe-gate-input table``, is not among them.
     """
     tables, multiplied = {}, set()
     for module in model.modules():
@@ -119,13 +117,7 @@ def looked_up_parameters(model: nn.Module) -> int:
             tables[id(module.weight)] = module.weight
         else:  # which may have the weights of a table as its own
             multiplied.update(map(id, module.parameters(recurse=False)))
-    routers = 0
-    for module in model.modules():
-        if isinstance(module, StableRouter):
-            routers += module.embedding_VL.numel()
-        elif isinstance(module, LinearRouter) and module.options.gate_input == GateInput.table:
-            routers += module.token_weight.numel()
-    return sum(p.numel() for key, p in tables.items() if key not in multiplied) + routers
+    return sum(p.numel() for key, p in tables.items() if key not in multiplied)
 
 
 def bleu(generated: Path, references: Path) -> dict[str, Any]:

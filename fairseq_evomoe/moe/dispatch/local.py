@@ -150,8 +150,9 @@ def _can_group(x_TD: Tensor, experts: Experts) -> bool:
 
 def _can_use_kernels(x_TD: Tensor, token_N: Tensor, experts: Experts) -> bool:
     """Whether ``_by_kernels`` computes these experts for these pairs."""
-    usable = "kernels" not in without and kernels.usable(x_TD) and token_N.shape[0] > 0
-    return usable and not _can_fuse(x_TD, experts) and _can_group(x_TD, experts)
+    if token_N.shape[0] == 0 or "kernels" in without or _can_fuse(x_TD, experts):
+        return False
+    return kernels.usable(x_TD) and _can_group(x_TD, experts)
 
 
 def _by_kernels(

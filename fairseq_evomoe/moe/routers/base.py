@@ -58,7 +58,8 @@ class BaseRouter(CentroidRouter):
     ``s_te = x_t . c_e`` with a centroid for each expert; the weight of token t's expert e is
     ``a = sigmoid(s_te)``.  In training every expert gets floor(T / E) or ceil(T / E) of the T tokens of all
     ranks, so there is no auxiliary loss; no gradient flows through the assignment, and the centroids learn by
-    the weights alone.
+    the weights alone.  So a token's expert depends on the later ones of the batch, in a decoder too, as
+    published; in evaluation it does not.
 
     The paper mixes ``a Expert(x) + (1 - a) x`` with ``Expert(x) = x + FFN(x)``, which is ``x + a FFN(x)``:
     what weighing the feed-forward network by a gives, since the residual connection is around the layer.

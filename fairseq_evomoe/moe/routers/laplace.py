@@ -42,6 +42,7 @@ class LaplaceRouter(TopKRouter):
         renormalize: ClassVar[Renormalize] = Renormalize.always
         random_second: ClassVar[bool] = False
         capacity_factor: ClassVar[float] = 0.0
+        eval_capacity_factor: ClassVar[float] = 0.0
         balance_choices: ClassVar[BalanceChoices] = BalanceChoices.all
         balance: ClassVar[Balance] = Balance.loss
         free_experts: ClassVar[int] = 0

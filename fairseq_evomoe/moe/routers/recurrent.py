@@ -58,6 +58,7 @@ class RecurrentRouter(TopKRouter):
         gate_lr_scale: ClassVar[float] = 1.0
         random_second: ClassVar[bool] = False
         capacity_factor: ClassVar[float] = 0.0
+        eval_capacity_factor: ClassVar[float] = 0.0
         balance_choices: ClassVar[BalanceChoices] = BalanceChoices.all
         balance: ClassVar[Balance] = Balance.loss
         free_experts: ClassVar[int] = 0

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, ClassVar, Dict, Iterator, Optional
+from typing import Any, ClassVar, Dict, Iterator, List, Optional
 
 import torch
 from torch import Tensor, nn
@@ -91,6 +91,11 @@ class Router(nn.Module):
         """Weight of each of the router's auxiliary losses."""
         return self.options.loss_weights()
 
+    @property
+    def tables(self) -> List[nn.Parameter]:
+        """Parameters that are looked up: a token takes its row of them, multiplied with nothing."""
+        return []
+
     @classmethod
     def options_of_state(
         cls, tensors: Dict[str, Tensor], vocabulary: Optional[Vocabulary] = None
@@ -157,10 +162,6 @@ RENORMALIZE = (
     "(divided, but with the gradient of undivided ones)."
 )
 BALANCE = "Weight of the load-balance loss of each MoE layer, for each unit of the sample size."
-CAPACITY = (
-    "An expert takes at most this many times its even share of a batch's tokens, and the overflow goes on "
-    "by the residual connection alone; 0 drops nothing."
-)
 TOP_K = "Number of experts of each token; for comet, number of trees."
 MEAN_EXPERTS = "Mean number of experts of a token that a router with no fixed number of them aims at."
 
@@ -253,6 +254,12 @@ class LinearRouter(Router):
                 "has it, or choose hidden.",
             )
         return size
+
+    @property
+    def tables(self) -> List[nn.Parameter]:
+        """See the parent."""
+        table = self.options.gate_input == GateInput.table
+        return [self.token_weight] if table and self.token_weight is not None else []
 
     @classmethod
     def options_of_state(

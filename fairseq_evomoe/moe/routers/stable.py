@@ -1,13 +1,13 @@
 """StableMoE (arXiv 2204.08396)."""
 
 from dataclasses import dataclass
-from typing import Any, Optional
+from typing import Any, List, Optional
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..capacity import limit_load
+from ..capacity import CAPACITY, EVAL_CAPACITY, drop_overflow
 from ..losses import mean
 from ..merge_rule import MergeRule
 from ..options import loss_weight, option
@@ -15,7 +15,7 @@ from ..ranks import ALONE, Ranks
 from ..routing import Routing, RoutingContext, Vocabulary
 from .base import CentroidRouter, fill_orthogonal
 from .registry import register_router
-from .router import BALANCE, CAPACITY, linear32, need_tokens, need_vocabulary
+from .router import BALANCE, linear32, need_tokens, need_vocabulary
 
 
 @register_router("stable")
@@ -59,6 +59,7 @@ class StableRouter(CentroidRouter):
         )
         light_dim: int = option(50, "Width of the word embeddings of StableMoE's light router.", at_least=1)
         capacity_factor: float = option(0.0, CAPACITY, at_least=0)
+        eval_capacity_factor: float = option(0.0, EVAL_CAPACITY, at_least=0)
         balance_weight: float = loss_weight(0.3, BALANCE)
         distillation_weight: float = loss_weight(
             0.3, "Weight of the distillation of StableMoE's light router."
@@ -85,6 +86,11 @@ class StableRouter(CentroidRouter):
         self.light_centroid_EL = nn.Parameter(torch.empty(experts, light_dim))
         self.register_buffer("table_V", torch.full((size,), -1))
 
+    @property
+    def tables(self) -> List[nn.Parameter]:
+        """See the parent: the word embeddings of the light router."""
+        return [self.embedding_VL]
+
     @torch.no_grad()
     def initialize(self, generator: torch.Generator) -> None:
         """Fill all parameters from ``generator``; the table is not set."""
@@ -105,7 +111,7 @@ class StableRouter(CentroidRouter):
             routing = self.route(score_TE, self._frozen(token_T))
             routing.losses["balance"] = score_TE.new_zeros(())
             routing.losses["distillation"] = self._no_loss().to(score_TE.dtype)
-            limit_load(routing, self.options.capacity_factor, ranks=context.ranks)
+            drop_overflow(routing, self.options, self.training, context)
             return routing
 
         if self.training:
@@ -116,7 +122,7 @@ class StableRouter(CentroidRouter):
         light_TE = linear32(F.embedding(token_T, self.embedding_VL), self.light_centroid_EL)
         cross_entropy_T = F.cross_entropy(light_TE, expert_T, reduction="none")
         routing.losses["distillation"] = mean(cross_entropy_T, context.ranks)
-        limit_load(routing, self.options.capacity_factor, ranks=context.ranks)
+        drop_overflow(routing, self.options, self.training, context)
         return routing
 
     @torch.no_grad()

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..capacity import limit_load
+from ..capacity import CAPACITY, EVAL_CAPACITY, drop_overflow
 from ..losses import top1_balance_loss
 from ..options import loss_weight, option
 from ..routing import Routing, RoutingContext
@@ -12,7 +12,6 @@ from .balanced import BalancedRouter
 from .registry import register_router
 from .router import (
     BALANCE,
-    CAPACITY,
     RENORMALIZE,
     Renormalize,
     divisor,
@@ -35,7 +34,7 @@ class SwitchRouter(BalancedRouter):
         dim: D, width of a token.
         experts: E, number of experts.
         options: see ``Options``.  With a capacity factor c an expert takes at most ``floor(c ceil(T / E))``
-            tokens, the first ones; for the others only the residual connection is left.  Unless
+            tokens in training, the first ones; for the others only the residual connection is left.  Unless
             ``renormalize`` is never, which is ours, the weight is 1, see ``router.divisor``.
     """
 
@@ -50,6 +49,7 @@ class SwitchRouter(BalancedRouter):
             below=1,
         )
         capacity_factor: float = option(0.0, CAPACITY, at_least=0)
+        eval_capacity_factor: float = option(0.0, EVAL_CAPACITY, at_least=0)
         renormalize: Renormalize = option("never", RENORMALIZE)
         balance_weight: float = loss_weight(0.01, BALANCE)
 
@@ -70,7 +70,7 @@ class SwitchRouter(BalancedRouter):
         if self.options.renormalize != Renormalize.never:
             weight_T = weight_T / divisor(weight_T, self.options.renormalize)
         routing = top1_routing(expert_T, weight_T, self.experts)
-        limit_load(routing, self.options.capacity_factor, ranks=context.ranks)
+        drop_overflow(routing, self.options, self.training, context)
         if context.wants("balance"):
             routing.losses["balance"] = top1_balance_loss(probability_TE, context.ranks, self.balance_factor)
         return self.with_gate(routing, logits_TE, probability_TE, context)

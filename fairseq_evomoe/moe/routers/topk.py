@@ -7,7 +7,7 @@ from typing import Iterator
 import torch
 from torch import Tensor
 
-from ..capacity import keep_pairs, limit_load
+from ..capacity import CAPACITY, EVAL_CAPACITY, drop_overflow, keep_pairs
 from ..losses import choices_balance_loss, top1_balance_loss
 from ..options import OptionError, loss_weight, option
 from ..routing import Routing, RoutingContext
@@ -15,7 +15,6 @@ from .balanced import BalancedRouter
 from .registry import register_router
 from .router import (
     BALANCE,
-    CAPACITY,
     RENORMALIZE,
     TOP_K,
     Renormalize,
@@ -63,6 +62,7 @@ class TopKRouter(BalancedRouter):
             "needs moe-top-k 2.",
         )
         capacity_factor: float = option(0.0, CAPACITY, at_least=0)
+        eval_capacity_factor: float = option(0.0, EVAL_CAPACITY, at_least=0)
         balance_weight: float = loss_weight(0.01, BALANCE)
         balance_choices: BalanceChoices = option(
             "all",
@@ -98,7 +98,7 @@ class TopKRouter(BalancedRouter):
         routing = topk_routing(expert_TK, weight_TK, self.experts)
         if self.options.random_second and self.training:
             self._draw_second(routing, context)
-        limit_load(routing, self.options.capacity_factor, self.options.top_k, context.ranks)
+        drop_overflow(routing, self.options, self.training, context, self.options.top_k)
         if context.wants("balance"):
             routing.losses["balance"] = self.balance(expert_TK, probability_TE, context)
         return self.with_gate(routing, logits_TE, probability_TE, context)
