@@ -127,7 +127,7 @@ class MoELayer(SpawningLayer):
     def _route(self, x_TD: Tensor, context: RoutingContext) -> Tensor:
         assert self.router is not None
         routing: Routing = self.router(x_TD, context)
-        free_TD = self.router.output_of_free(x_TD, routing)
+        free_TD = self.router.output_of_free(x_TD, routing) if self.router.free_experts else None
         if self.sharded:
             transport = self.transport if self.training else replace(self.transport, lsh=None)
             shipment = send(x_TD, routing, self.experts, self.ranks, transport)

@@ -11,7 +11,7 @@ from ..capacity import keep_pairs
 from ..free_experts import FreeExperts
 from ..merge_rule import MergeRule
 from ..options import OptionError, loss_weight, option
-from ..routing import Routing, RoutingContext, Vocabulary
+from ..routing import Routing, Vocabulary
 from .router import BALANCE, LinearRouter, fill_uniform, linear32
 
 _O = TypeVar("_O", bound="BalancedRouter.Options")
@@ -126,7 +126,8 @@ class BalancedRouter(LinearRouter):
         self.register_module("free", None)
         if given.free_experts:
             self.free = FreeExperts(dim, given.zero_experts, given.copy_experts, given.constant_experts)
-            self.experts += self.free.count
+            self.free_experts = self.free.count
+            self.experts += self.free_experts
         if given.balance != Balance.loss:
             self.balancing = LoadBias(self.experts, given.balance, given.balance_rate)
 
@@ -155,11 +156,9 @@ class BalancedRouter(LinearRouter):
                 noise_CD = torch.randn(self.free.constant_CD.shape, generator=generator)
                 self.free.constant_CD.copy_(0.02 * noise_CD)
 
-    def _products(self, x_TD: Tensor, context: RoutingContext) -> Tensor:
-        """As in the parent, and those of free experts, which see the layer's input, behind them."""
-        logits_TE = super()._products(x_TD, context)
-        if self.free is None:
-            return logits_TE
+    def _with_free(self, logits_TE: Tensor, x_TD: Tensor) -> Tensor:
+        """See the parent: free experts' gate sees the layer's input."""
+        assert self.free is not None
         return torch.cat([logits_TE, linear32(x_TD, self.free.weight)], dim=1)
 
     @property
@@ -168,14 +167,13 @@ class BalancedRouter(LinearRouter):
         if self.free is None:
             return None
         factor_E = torch.ones(self.experts)
-        factor_E[-self.free.count :] = self.options.free_balance
+        factor_E[-self.free_experts :] = self.options.free_balance
         return factor_E
 
-    def output_of_free(self, x_TD: Tensor, routing: Routing) -> Optional[Tensor]:
+    def output_of_free(self, x_TD: Tensor, routing: Routing) -> Tensor:
         """See the parent."""
-        if self.free is None:
-            return None
-        working = self.experts - self.free.count
+        assert self.free is not None
+        working = self.experts - self.free_experts
         free_N = routing.expert_N >= working
         pairs = routing.token_N[free_N], routing.expert_N[free_N] - working, routing.weight_N[free_N]
         keep_pairs(routing, ~free_N)
@@ -186,8 +184,9 @@ class BalancedRouter(LinearRouter):
         return y_TD
 
     def choice(self, score_TE: Tensor) -> Tensor:
-        """What a token's experts are chosen by: the scores, and the bias if there is one."""
-        return score_TE if self.balancing is None else self.balancing.choice(score_TE)
+        """What a token's experts are chosen by with a bias: the scores plus that."""
+        assert self.balancing is not None
+        return self.balancing.choice(score_TE)
 
     def watch(self, score_TE: Tensor, choice_TE: Tensor, chosen_TE: Tensor) -> None:
         """Let the bias, if there is one, know what was chosen; see ``LoadBias.watch``."""
@@ -195,9 +194,7 @@ class BalancedRouter(LinearRouter):
             self.balancing.watch(score_TE, choice_TE, chosen_TE)
 
     def best(self, score_TE: Tensor, k: int) -> Tuple[Tensor, Tensor]:
-        """Scores and numbers, (T, K), of the k experts that are chosen for each token, the best one first."""
-        if self.balancing is None:
-            return score_TE.topk(k, dim=-1)
+        """Scores and numbers, (T, K), of the k experts that the bias chooses, the best one first."""
         choice_TE = self.choice(score_TE)
         expert_TK = choice_TE.topk(k, dim=-1).indices
         self.watch(score_TE, choice_TE, chosen(expert_TK, self.experts))

@@ -133,7 +133,7 @@ class DenseToSparseRouter(BalancedRouter):
         weight_TE = probability_TE if softmax else y_TE
 
         k = self.options.hard_experts
-        choice_TE = self.choice(y_TE)
+        choice_TE = y_TE if self.balancing is None else self.choice(y_TE)
         best_TK = choice_TE.topk(k).indices if k > 1 else choice_TE.argmax(-1, True)
         if hard:
             token_N = torch.arange(x_TD.shape[0], device=x_TD.device)

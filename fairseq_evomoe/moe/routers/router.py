@@ -40,6 +40,7 @@ class Router(nn.Module):
         dim: D, width of a token.
         experts: E, number of experts.
         options: the options' values.
+        free_experts: how many experts are the router's own and cost next to nothing; ``experts`` counts them.
 
     Args:
         dim: D, width of a token.
@@ -68,6 +69,7 @@ class Router(nn.Module):
     merge_rules: ClassVar[Optional[Dict[str, MergeRule]]] = None
 
     options: Any
+    free_experts: int = 0
 
     def __init__(
         self,
@@ -125,17 +127,17 @@ class Router(nn.Module):
         """
         raise NotImplementedError
 
-    def output_of_free(self, x_TD: Tensor, routing: Routing) -> Optional[Tensor]:
-        """What experts that are the router's own give, whose pairs are taken out of ``routing``, in place.
+    def output_of_free(self, x_TD: Tensor, routing: Routing) -> Tensor:
+        """What the ``free_experts`` give, whose pairs are taken out of ``routing``, in place.
 
         Args:
             x_TD: the tokens that were routed.
             routing: what became of them; what is left are pairs of the layer's experts.
 
         Returns:
-            (T, D), dtype of ``x_TD``; ``None``: there are no such experts.
+            (T, D), dtype of ``x_TD``.
         """
-        return None
+        raise NotImplementedError
 
 
 class GateInput(str, Enum):
@@ -300,6 +302,8 @@ class LinearRouter(Router):
             ValueError: the gate sees the token, and the context does not have it.
         """
         logits_TE = self._products(x_TD, context)
+        if self.free_experts:
+            logits_TE = self._with_free(logits_TE, x_TD)
         return logits_TE if self.options.gate_lr_scale == 1 else logits_TE * self.options.gate_lr_scale
 
     def _products(self, x_TD: Tensor, context: RoutingContext) -> Tensor:
@@ -312,6 +316,10 @@ class LinearRouter(Router):
         e_TC = float32(self._given(context.embedding_TC, "embedding").detach()).to(x_TD.device)
         logits_TE = linear32(F.layer_norm(e_TC, e_TC.shape[-1:]), self.token_weight)
         return logits_TE if self.weight is None else logits_TE + linear32(x_TD, self.weight)
+
+    def _with_free(self, logits_TE: Tensor, x_TD: Tensor) -> Tensor:
+        """``logits_TE`` with columns for the ``free_experts``."""
+        raise NotImplementedError
 
     def _given(self, found: Optional[Tensor], name: str) -> Tensor:
         """What the gate sees of each token, or ``OptionError`` if the context does not have it."""

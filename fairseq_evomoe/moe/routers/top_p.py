@@ -60,7 +60,7 @@ class TopPRouter(BalancedRouter):
         logits_TE = self.logits(x_TD, context)
         probability_TE = logits_TE.softmax(-1)
         # column r: the expert of rank r; it is needed as long as those before it do not reach top_p
-        choice_TE = self.choice(probability_TE)
+        choice_TE = probability_TE if self.balancing is None else self.choice(probability_TE)
         sorted_TE, expert_TE = choice_TE.sort(dim=-1, descending=True)
         if self.balancing is not None:
             sorted_TE = probability_TE.gather(1, expert_TE)

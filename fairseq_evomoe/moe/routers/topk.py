@@ -88,7 +88,10 @@ class TopKRouter(BalancedRouter):
         """Route tokens; see the class."""
         logits_TE = self.logits(x_TD, context)
         probability_TE = logits_TE.softmax(-1)
-        weight_TK, expert_TK = self.best(probability_TE, self.options.top_k)
+        if self.balancing is None:
+            weight_TK, expert_TK = probability_TE.topk(self.options.top_k, dim=-1)
+        else:
+            weight_TK, expert_TK = self.best(probability_TE, self.options.top_k)
         renormalize = self.options.renormalize
         if renormalize != Renormalize.never:
             weight_TK = weight_TK / divisor(weight_TK.sum(-1, keepdim=True), renormalize)
