@@ -216,6 +216,7 @@ def broken_record(path: str) -> Optional[str]:
     Raises:
         zipfile.BadZipFile: it is no archive, or its directory is damaged.
     """
+    _check_directory(path)
     with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content, memoryview(content) as view:
 
@@ -229,10 +230,26 @@ def broken_record(path: str) -> Optional[str]:
     return broken[0] if broken else None
 
 
+def _check_directory(path: str) -> None:
+    """Refuse an archive whose directory PyTorch cannot read, though Python can: it has no CRC."""
+    try:
+        torch._C.PyTorchFileReader(path).get_all_records()
+    except (RuntimeError, UnicodeDecodeError) as error:
+        raise zipfile.BadZipFile(f"the directory of {path} is damaged") from error
+
+
 def _bytes_of(view: memoryview, record: zipfile.ZipInfo) -> memoryview:
     start, header = record.header_offset, 30
-    if record.compress_type != zipfile.ZIP_STORED or bytes(view[start : start + 4]) != b"PK\x03\x04":
+    signature, flags, method = struct.unpack("<4s2xHH", view[start : start + 10])
+    length, extra = struct.unpack("<HH", view[start + 26 : start + header])
+    name = bytes(view[start + header : start + header + length])
+    # what is said in two places, here and in the directory of the archive
+    said_twice = (name, flags, method) == (
+        record.orig_filename.encode(),
+        record.flag_bits,
+        record.compress_type,
+    )
+    if signature != b"PK\x03\x04" or method != zipfile.ZIP_STORED or not said_twice:
         raise zipfile.BadZipFile(f"the header of {record.filename} is damaged")
-    name, extra = struct.unpack("<HH", view[start + 26 : start + header])
-    start += header + name + extra
+    start += header + length + extra
     return view[start : start + record.file_size]

@@ -79,6 +79,22 @@ def test_a_bit_that_flips_is_noticed(name, folder):
     assert noticed > 0.7 * FLIPS
 
 
+def test_a_bit_that_flips_in_the_directory_of_the_archive(folder):
+    """There is no sum of that: it is noticed, or makes no difference."""
+    path, draw = folder / "whole.pt", random.Random(1)
+    content, expected = path.read_bytes(), load(path)
+    directory, noticed = content.index(b"PK\x01\x02"), 0
+    for _ in range(5 * FLIPS):
+        damaged = bytearray(content)
+        damaged[draw.randrange(directory, len(damaged))] ^= 1 << draw.randrange(8)
+        path.write_bytes(damaged)
+        if recovery.fault(str(path)) is None:
+            assert_equal(load(path), expected)
+        else:
+            noticed += 1
+    assert noticed > 2 * FLIPS
+
+
 @pytest.mark.parametrize("name", ["parts.pt", "parts-experts1.pt"])
 def test_a_page_of_zeros_is_noticed(name, folder, capsys):
     path = folder / name
