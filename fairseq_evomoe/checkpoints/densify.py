@@ -111,8 +111,7 @@ def _dense_tensors(
     """The feed-forward network of a layer, by the keys that it has in fairseq's model."""
     tensors = layer.expert_tensors
     if not layer.alone:
-        width = dense_width(layer, options)
-        tensors = gather_experts(tensors, layer.widths, width, method, rank, options["scaling_factor"])
+        tensors = gather_experts(tensors, layer.widths, dense_width(layer, options), method, rank)
     dense = dict(to_dense(name, tensor) for name, tensor in tensors.items())
     for kind in ("weight", "bias"):
         if f"experts.hidden.norm.{kind}" in layer.tensors:

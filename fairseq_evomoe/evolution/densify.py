@@ -13,8 +13,9 @@ four ways, and refines the result by distillation; what its abstract leaves open
 - ``svd``: the mean of the truncated singular value decompositions of each expert's ``w1`` and ``w2``; biases
   are averaged.  With full rank it is ``average``.
 
-Nothing is weighed by the gate: each expert counts as if it had a token with weight 1, since a checkpoint does
-not tell the mean of the weights.  A gate whose weights are less leaves the dense network's output greater.
+Nothing is weighed by the gate, whose mean weights no checkpoint tells, nor by a scaling factor of the layer,
+which makes up for such weights: each expert counts as it is.  Where the two do not make up for each other,
+the dense network's output is greater or less than that of the layer.
 
 Shape suffixes: E experts, K hidden units of one expert, H those of all, D width of a token.
 """
@@ -36,7 +37,6 @@ def gather_experts(
     hidden: int,
     method: str,
     rank: Optional[int] = None,
-    factor: float = 1.0,
 ) -> Dict[str, Tensor]:
     """One expert out of many.
 
@@ -46,7 +46,6 @@ def gather_experts(
         hidden: hidden units of the expert that is made.
         method: one of ``METHODS``.
         rank: of ``svd``; the hidden units divided by E if not given, and no more than there can be.
-        factor: of the experts' output.
 
     Returns:
         the tensors of the new expert, in the dtypes of the old ones; computed in float64.
@@ -64,8 +63,6 @@ def gather_experts(
             rank = _checked_rank(rank, len(widths), *each["w1"].shape[1:])
             each.update({name: truncated(each[name], rank) for name in ("w1", "w2")})
         new = {name: x.sum(0) if method == "sum" else x.mean(0) for name, x in each.items()}
-    for name in ("w2", "b2"):
-        new[name] = new[name] * factor
     return {name: x.to(tensors[name].dtype) for name, x in new.items()}
 
 

@@ -16,7 +16,7 @@ from fairseq.models.transformer_lm import TransformerLanguageModel
 from fairseq_evomoe.checkpoints.densify import densify_checkpoint
 from fairseq_evomoe.checkpoints.merge import moe_layers_of
 from fairseq_evomoe.evolution.densify import gather_experts
-from support.cli import LM, MASKED_LM, TRANSLATION, build, call, evomoe
+from support.cli import CLASSIFICATION, LM, MASKED_LM, TRANSLATION, build, call, evomoe
 from support.evaluation import perplexity
 from support.tasks import DATA, TASKS, dense
 
@@ -124,6 +124,18 @@ def test_a_stock_translator(trained, translation_data, tmp_path):
     assert len(re.findall(r"^H-\d+", printed, flags=re.MULTILINE)) == 40
 
 
+def test_a_classifier_keeps_its_head(trained, classification_data, tmp_path):
+    path, out = trained(CLASSIFICATION).at(3), tmp_path / "dense.pt"
+    densify(path, out)
+    options = {"task": "sentence_prediction", "batch_size": 8, "num_workers": 0, "valid_subset": "valid"}
+    ours = {"criterion": "evomoe_sentence_prediction", "user_dir": CLASSIFICATION["user_dir"]}
+    losses = []
+    for name, more in ((path, ours), (out, {"criterion": "sentence_prediction"})):
+        printed = call("fairseq-validate", classification_data, path=name, **options, **more).output
+        losses.append(re.search(r"\| loss ([\d.]+)", printed)[1])
+    assert losses[0] == losses[1]
+
+
 def with_copies(path, target):
     """A checkpoint whose experts are all the first, as a spawn by copies makes them."""
     state = torch.load(path)
@@ -142,17 +154,13 @@ def test_the_average_of_equal_experts_is_the_same_model(trained, lm_data, tmp_pa
     assert torch.allclose(before, after, atol=1e-5) and not torch.equal(before[0], before[1])
 
 
-@pytest.mark.parametrize("factor", [1.0, 2.0])
-def test_each_layer_has_what_its_experts_become(factor, trained, tmp_path):
-    path = tmp_path / "moe.pt"
-    before = torch.load(trained(TRANSLATION, **SPAWNED).last)
-    before["cfg"]["model"]["moe_scaling_factor"] = factor
-    torch.save(before, path)
-    after = densify(path, tmp_path / "dense.pt", "svd", "--rank", 3)["model"]
+def test_each_layer_has_what_its_experts_become(trained, tmp_path):
+    path = trained(TRANSLATION, **SPAWNED).last
+    before, after = torch.load(path), densify(path, tmp_path / "dense.pt", "svd", "--rank", 3)["model"]
     for side in ("encoder", "decoder"):
         prefix = f"{side}.layers.1."
         tensors = {n: before["model"][f"{prefix}moe.experts.{n}"] for n in ("w1", "b1", "w2", "b2")}
-        expected = gather_experts(tensors, [48] * 4, 48, "svd", 3, factor)
+        expected = gather_experts(tensors, [48] * 4, 48, "svd", 3)
         assert torch.equal(after[prefix + "fc1.weight"], expected["w1"])
         assert torch.equal(after[prefix + "fc1.bias"], expected["b1"])
         assert torch.equal(after[prefix + "fc2.weight"], expected["w2"].t())
