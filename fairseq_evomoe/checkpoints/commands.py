@@ -14,6 +14,7 @@ from ..config.errors import as_flags, flag
 from ..evolution.merge import MergeError
 from ..moe.options import OptionError
 from . import recovery, shards
+from .densify import densify_checkpoint
 from .files import CommandError, check_outputs, is_in_several_files, load, save
 from .index import path_of
 from .merge import LayerMerge, Observed, merge_checkpoint, moe_layers_of, plan_checkpoint
@@ -115,6 +116,26 @@ def _observe(args: argparse.Namespace) -> Dict[str, Observed]:
     return observed
 
 
+def densify(args: argparse.Namespace) -> None:
+    """``evomoe densify``: write a checkpoint of fairseq's own dense model."""
+    if args.rank is not None and args.method != "svd":
+        raise CommandError(f"`rank` has no effect with `method` {args.method}: leave it out, or use svd.")
+    check_outputs([args.out], args.checkpoint, args.force)
+    state = load(args.checkpoint)
+    layers, before = moe_layers_of(state, one_expert=True), _count_parameters(state)
+    dense = densify_checkpoint(state, layers, args.method, args.rank)
+    save([(args.out, dense)], args.out)
+    most = max(len(layer.widths) for layer in layers)
+    print(
+        f"MoE layers {len(layers)}, experts {most} -> 1, parameters {before:,} -> "
+        f"{_count_parameters(dense):,}: {args.out}"
+    )
+    print(
+        "fairseq loads it without --user-dir; the optimizer's state and the EMA were left out: train on with "
+        "--finetune-from-model"
+    )
+
+
 def consolidate(args: argparse.Namespace) -> None:
     """``evomoe consolidate``: write a checkpoint in several files as one in one file."""
     if not is_in_several_files(args.checkpoint):
@@ -153,6 +174,7 @@ def check(args: argparse.Namespace) -> None:
 
 COMMANDS: Dict[str, Callable[[argparse.Namespace], None]] = {
     "merge": merge,
+    "densify": densify,
     "consolidate": consolidate,
     "reshard": reshard,
     "check": check,

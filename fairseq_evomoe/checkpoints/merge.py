@@ -34,6 +34,11 @@ class Layer:
     widths: List[int]
 
     @property
+    def alone(self) -> bool:
+        """Whether there is one expert and no router, as before the spawn: a dense feed-forward network."""
+        return len(self.widths) == 1 and not any(key.startswith("router.") for key in self.tensors)
+
+    @property
     def expert_tensors(self) -> Dict[str, Tensor]:
         """``w1``, ``b1``, ``w2``, ``b2`` and perhaps ``w3``."""
         return {
@@ -73,8 +78,12 @@ class LayerMerge:
     merge: Optional[Merge] = None
 
 
-def moe_layers_of(state: Dict[str, Any]) -> List[Layer]:
+def moe_layers_of(state: Dict[str, Any], one_expert: bool = False) -> List[Layer]:
     """The MoE layers of a checkpoint.
+
+    Args:
+        state: the checkpoint.
+        one_expert: whether there may be one, as before the spawn.
 
     Raises:
         MergeError: it is no checkpoint of a model with MoE layers, or its experts have not spawned yet.
@@ -88,12 +97,14 @@ def moe_layers_of(state: Dict[str, Any]) -> List[Layer]:
         prefix = name + ".moe."
         tensors = {key[len(prefix) :]: x for key, x in model.items() if key.startswith(prefix)}
         experts, units = tensors["experts.b2"].shape[0], tensors["experts.w1"].shape[0]
-        if experts == 1 and not any(key.startswith("router.") for key in tensors):
+        sizes = "uniform" if experts == 1 else options["expert_sizes"]
+        layer = Layer(name, tensors, _widths(sizes, experts, units))
+        if layer.alone and not one_expert:
             raise MergeError(
                 f"The checkpoint has one expert in {name}, as before the spawn, so that there is nothing to "
                 "merge: give one from after `spawn_update`."
             )
-        layers.append(Layer(name, tensors, _widths(options["expert_sizes"], experts, units)))
+        layers.append(layer)
     return layers
 
 
@@ -107,6 +118,12 @@ def _widths(sizes: str, experts: int, units: int) -> List[int]:
             f"The checkpoint's `expert_sizes` {sizes} do not tell the widths of its {experts} experts: only "
             "those of equal widths can be merged after their number has changed."
         ) from error
+
+
+def dense_width(layer: Layer, options: SavedOptions) -> int:
+    """Hidden units of the dense feed-forward networks beside a layer."""
+    side = "decoder" if "decoder" in layer.name.split(".") else "encoder"
+    return int(options.of_model(side + "_ffn_embed_dim", layer.widths[0]))
 
 
 def plan_checkpoint(
@@ -206,8 +223,7 @@ def _check_number(layers: List[Layer], options: SavedOptions, experts: int) -> N
                 f"A model with {text} is another one with a single expert: `experts` must be at least 2."
             )
     for layer in layers:
-        side = "decoder" if "decoder" in layer.name.split(".") else "encoder"
-        width = options.of_model(side + "_ffn_embed_dim", layer.widths[0])
+        width = dense_width(layer, options)
         if len(set(layer.widths)) == 1 and layer.widths[0] != width:
             raise MergeError(
                 f"A single expert must be as wide as the model's other layers, but those of {layer.name} "

@@ -9,6 +9,7 @@ ROWS_BY_EXPERT = "b2"
 """The tensor of ``Experts`` with one row for each expert; the others have one for each hidden unit."""
 
 _OF_DENSE = {"fc1.weight": "w1", "fc1.bias": "b1", "fc2.weight": "w2", "fc2.bias": "b2"}
+_DENSE_OF = {name: dense for dense, name in _OF_DENSE.items()}
 
 
 class Hidden(nn.Module):
@@ -212,6 +213,20 @@ def from_dense(name: str, tensor: Tensor) -> Tuple[str, Tensor]:
     if name == "w2":
         tensor = tensor.t().contiguous()
     return name, tensor.unsqueeze(0) if name == ROWS_BY_EXPERT else tensor
+
+
+def to_dense(name: str, tensor: Tensor) -> Tuple[str, Tensor]:
+    """Name and value that a tensor of a single expert has in a dense feed-forward network.
+
+    The inverse of ``from_dense``.
+
+    Args:
+        name: ``w1``, ``b1``, ``w2`` or ``b2``; there is no ``w3`` in such a network.
+        tensor: of ``Experts`` with one expert.
+    """
+    if name == "w2":
+        tensor = tensor.t().contiguous()
+    return _DENSE_OF[name], tensor.squeeze(0) if name == ROWS_BY_EXPERT else tensor
 
 
 def take_settings(new: nn.Parameter, old: nn.Parameter) -> None:

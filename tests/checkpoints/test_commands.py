@@ -45,6 +45,7 @@ def test_the_version_is_told(tmp_path):
     "arguments, text",
     [
         (["merge", "--help"], "--experts M"),
+        (["densify", "--help"], "{sum,average,topk,svd}"),
         (["reshard", "--help"], "--parts N"),
         (["consolidate", "--help"], "--out FILE"),
         (["merge", "x.pt", "--experts", "many"], "invalid int value: 'many'"),
@@ -82,6 +83,7 @@ def stop_at(monkeypatch, number, error=KeyboardInterrupt):
 
 COMMANDS = {
     "merge": (["--experts", 2], "small.pt"),
+    "densify": (["--method", "topk"], "dense.pt"),
     "reshard": (["--parts", 2], "parts.pt"),
     "consolidate": ([], "whole.pt"),
 }
