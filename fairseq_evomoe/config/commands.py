@@ -189,7 +189,9 @@ def _stages(config: "MoEConfig") -> Iterator[Row]:
             fall = f"{schedule.temperature_start:g} to {schedule.temperature_end:g}, {schedule.kind.value}"
             yield "soft gate", f"from {when(0)}; temperature {fall}, until {when(schedule.anneal_updates)}"
         experts = getattr(config.router_options, "hard_experts", 1)
-        yield f"top-{experts}", "never" if math.isinf(hard) else f"from {when(hard)}"
+        evaluated = getattr(config.router_options, "eval_routing", None) == "top1"
+        never = "in evaluation only" if evaluated else "never"
+        yield f"top-{experts}", never if math.isinf(hard) else f"from {when(hard)}"
     elif router.stages:
         yield "frozen", f"from {when(hard)}"
 

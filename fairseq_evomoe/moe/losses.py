@@ -156,3 +156,23 @@ def entropy(probability_TE: Tensor) -> Tensor:
 def mean_entropy(probability_TE: Tensor, ranks: Ranks = ALONE) -> Tensor:
     """Mean over tokens of ``entropy``; to be minimised so that few experts suffice (HMoE's Top-P)."""
     return mean(entropy(probability_TE), ranks)
+
+
+def mutual_information_loss(probability_TE: Tensor, ranks: Ranks = ALONE) -> Tensor:
+    """How little an expert tells of its tokens (arXiv 2404.05567): ``mean_t H(P_t) - H(mean_t P_t)``.
+
+    That is minus the mutual information of tokens and experts: 0 if all tokens have one distribution, and
+    ``-log E`` if each has one expert and the experts have as many tokens.
+
+    Args:
+        probability_TE: probabilities of the gate, shape (T, E), rows sum to 1.
+        ranks: those over whose tokens the means are taken.
+
+    Returns:
+        float32 scalar; 0 if there are no tokens.
+    """
+    total_E, entropies, tokens = ranks.total(
+        probability_TE.sum(0), entropy(probability_TE).sum(), probability_TE.shape[0]
+    )
+    tokens = tokens.clamp(min=1)
+    return entropies / tokens - entropy(total_E / tokens)

@@ -148,11 +148,16 @@ def check_linear_gate(router: Router) -> None:
     if router.linear_gate:
         return
     if type(router).linear_gate:
-        seen = router.options.gate_input.value
+        given = router.options
+        if getattr(router, "weight", None) is None:
+            reason = f"sees the layer's input, which `gate_input` {given.gate_input.value} does not"
+            way_out = "use hidden or both"
+        else:
+            reason = "has no other map, but there is a `gate_activation` or a `gate_input_activation`"
+            way_out = "leave them out"
         raise OptionError(
             "spawn_method",
-            "`spawn_method` split makes the rows of a gate that sees the layer's input, which `gate_input` "
-            f"{seen} does not: use hidden or both, or another method.",
+            f"`spawn_method` split makes the rows of a gate that {reason}: {way_out}, or use another method.",
         )
     name = name_of(type(router))
     raise OptionError(

@@ -184,6 +184,12 @@ BAD = [
     ("switch", {"copy_experts": -1}, "copy_experts"),
     ("laplace", {"zero_experts": 1}, "zero_experts"),
     ("dtop-p", {"zero_experts": 1}, "zero_experts"),
+    ("remoe", {"gate_activation": "gelu"}, "gate_activation"),
+    ("expert-threshold", {"gate_activation": "relu"}, "gate_activation"),
+    ("xmoe", {"gate_input_activation": "tanh"}, "gate_input_activation"),
+    ("laplace", {"gate_activation": "tanh"}, "gate_activation"),
+    ("switch", {"gate_activation": "silu"}, "gate_activation"),
+    ("remoe", {"mutual_information_weight": 0.1}, "mutual_information_weight"),
 ]
 
 

@@ -15,7 +15,7 @@ NAMES = (
     "evomoe switch gshard mixtral base hash hash_balanced stable top_p hmoe_topk hmoe_topp dynmoe fusemoe "
     "comet rmoe soft mh_moe mode hypermoe deepseek upcycling drop_upcycling emoe evomoe_hmoe evomoe_context "
     "evomoe_table narrow_hash remoe loss_free quantile_balancing xmoe dtop_p "
-    "expert_choice expert_threshold moe_plus_plus"
+    "expert_choice expert_threshold moe_plus_plus evomoe_activation modified_softmax ds_moe"
 ).split()
 RUN = {"max_update": 1000, "ffn_dims": [64]}
 
@@ -89,6 +89,9 @@ WHAT_IS_PUBLISHED = {
     "expert_choice": {"mean_experts": 2.0},
     "expert_threshold": {"mean_experts": 1.0, "cutoff_decay": 0.99},
     "moe_plus_plus": {"zero_experts": 1, "copy_experts": 1, "constant_experts": 2, "free_balance": 0.75},
+    "evomoe_activation": {"router": "dts", "gate_activation": "gelu", "gate_input_activation": "identity"},
+    "modified_softmax": {"router": "topk", "gate_activation": "identity", "gate_input_activation": "tanh"},
+    "ds_moe": {"threshold": 0.0, "hard_update": -1, "mutual_information_weight": 0.01, "hard_experts": 2},
     "narrow_hash": {"hashes": 4, "experts": 32, "total_ffn_dim": "8x"},
 }
 

@@ -75,6 +75,7 @@ def test_stages_are_those_of_the_schedule(printed):
     assert "top-1      from update 6400 (after the end of the run)" in short
     assert "at a plateau of the training loss, by mask" in printed("evomoe", "--max-update", 0)
     assert "frozen   from update 400\n" in printed("stable", "--max-update", 4000)
+    assert "top-2      in evaluation only\n" in printed("ds_moe", "--max-update", 4000)
     assert "9 hidden" not in text and "1152, 1272" in printed("hmoe_topk")
 
 

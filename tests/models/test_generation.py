@@ -118,7 +118,7 @@ def test_a_token_s_output_does_not_depend_on_the_batch(routing, translation_data
     + [{"moe_heads": 2}, {"moe_shared_expert": True, "moe_expert_activation": "swiglu"}]
     + [{"moe_router": "hash", "moe_hashes": 2}, {"moe_hard_experts": 2, "moe_scaling_factor": 2.0}]
     + [{"moe_hyper_adapter": True}, {"moe_expert_sizes": "arithmetic"}]
-    + [{"moe_preset": "moe_plus_plus"}, {"moe_balance": "quantile"}],
+    + [{"moe_preset": "moe_plus_plus"}, {"moe_balance": "quantile"}, {"moe_preset": "ds_moe"}],
     ids=str,
 )
 def test_incremental_decoding_is_full_decoding(options, translation_data):

@@ -102,7 +102,8 @@ def test_a_layer_without_a_context_computes_the_losses_that_have_a_weight():
     with record() as routings:
         layer(torch.randn(5, 6))
     assert routings[layer].losses.keys() == {"balance", "z"}
-    assert layer.loss_weights == {"balance": 0.01, "entropy": 0.0, "z": 0.5}
+    others = {"entropy": 0.0, "mutual_information": 0.0}
+    assert layer.loss_weights == {"balance": 0.01, "z": 0.5, **others}
 
 
 def test_dtype_device_and_mode_carry_over_to_what_spawns():

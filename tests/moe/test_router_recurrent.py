@@ -78,7 +78,7 @@ def test_two_layers_equal_the_reference(k, renormalize):
         weight, mask = dense(routing)
         assert torch.equal(mask, expected > 0)
         assert close(weight, expected)
-        assert set(routing.losses) == {"balance", "entropy", "z"}
+        assert set(routing.losses) == {"balance", "entropy", "z", "mutual_information"}
 
 
 def test_the_second_layer_depends_on_the_first():

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from support.cli import LM, MASKED_LM, parameters
+from support.evaluation import perplexity
 from support.parallel import RANKS, SENTENCES, SHARED, TOLERANCE
 from support.rank_jobs import largest_difference, state_of, train_on_all_batches, train_on_ranks
 from support.resume import check_resume
@@ -29,6 +30,22 @@ def test_a_run_resumes_bit_equal(name, lm_data, tmp_path):
     key = f"decoder.layers.1.moe.router.{buffer}"
     middle, end = parameters(whole.at(3))[key], parameters(whole.last)[key]
     assert middle.dtype == torch.float32 and not torch.equal(middle, end)
+
+
+@pytest.mark.parametrize("preset", ["evomoe_activation", "modified_softmax", "ds_moe"])
+def test_a_gate_s_preset_resumes_bit_equal(preset, lm_data, tmp_path):
+    """With experts that spawn.  DS-MoE trains at the cost of all, and is used at that of two."""
+    settings = {**LM, **PLAIN, "moe_preset": preset, "moe_freq": 1, "max_update": 6, "moe_spawn_update": 1}
+    whole = check_resume(lm_data, tmp_path, settings, (3,))
+    training = whole.log("train_inner")[-1]["moe_experts"]
+    validation = whole.log("valid")[-1]["valid_moe_experts"]
+    if preset == "ds_moe":
+        assert (training, validation) == (4, 2)
+        all_experts = {"moe_hard_experts": 4}, {"moe_eval_routing": "adaptive", "moe_threshold": 0.0}
+        two, four, over_0 = (
+            perplexity(lm_data, whole.last, model_overrides=repr(each)) for each in ({}, *all_experts)
+        )
+        assert four == over_0 != two
 
 
 def test_expert_choice_resumes_bit_equal(lm_data, tmp_path):

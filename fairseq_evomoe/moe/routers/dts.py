@@ -56,7 +56,9 @@ class DenseToSparseRouter(BalancedRouter):
 
     As published, weights are not renormalised after masking.  In evaluation there is no noise: ``top1``
     sends a token to the k best experts by ``softmax(logits)``, ``adaptive`` to every expert with
-    ``softmax(logits / tau) > c`` (and to the k best in any case).
+    ``softmax(logits / tau) > c`` (and to the k best in any case).  With ``threshold`` 0 every expert is over
+    it, however small a number its probability is: a soft stage without an end, with the weights
+    ``softmax(logits)``, is then the dense training of DS-MoE (arXiv 2404.05567), and ``top1`` its inference.
 
     With ``balance`` bias or quantile, which is ours, experts are chosen by y plus bias, see ``LoadBias``, in
     evaluation by ``softmax(logits / tau)`` plus bias.
@@ -119,7 +121,7 @@ class DenseToSparseRouter(BalancedRouter):
     experts_per_token = "hard_experts"
 
     def forward(self, x_TD: Tensor, context: RoutingContext) -> Routing:
-        """Route tokens; see the class.  Losses: ``balance``, ``entropy``, ``z``."""
+        """Route tokens; see the class.  Losses: ``balance``, and those of ``with_gate``."""
         logits_TE = self.logits(x_TD, context)
         probability_TE = logits_TE.softmax(-1)
         hard = context.hard if self.training else self.options.eval_routing == EvalRouting.top1
@@ -142,7 +144,7 @@ class DenseToSparseRouter(BalancedRouter):
             weight_N = weight_TE.gather(1, best_TK).flatten()
             mask_TE = None if self.balancing is None else chosen(best_TK, self.experts)
         else:
-            mask_TE = (choice_TE > self.options.threshold).scatter(1, best_TK, True)
+            mask_TE = self._over_threshold(choice_TE).scatter(1, best_TK, True)
             token_N, expert_N = mask_TE.nonzero(as_tuple=True)
             weight_N = at_pairs(weight_TE, token_N, expert_N)
         if mask_TE is not None:
@@ -161,6 +163,11 @@ class DenseToSparseRouter(BalancedRouter):
         if context.wants("balance"):
             routing.losses["balance"] = self._balance(routing, probability_TE, context)
         return self.with_gate(routing, logits_TE, probability_TE, context)
+
+    def _over_threshold(self, choice_TE: Tensor) -> Tensor:
+        if self.options.threshold == 0 and self.balancing is None:
+            return torch.ones_like(choice_TE, dtype=torch.bool)  # a probability may be rounded to 0
+        return choice_TE > self.options.threshold
 
     def _balance(self, routing: Routing, probability_TE: Tensor, context: RoutingContext) -> Tensor:
         """The load-balance loss; the published one is of Switch's form in evaluation (authors' code)."""

@@ -18,8 +18,8 @@ class ExpertChoiceRouter(LinearRouter):
 
     With ``p = softmax(x W^T)`` over the experts, an expert takes of each sequence of L tokens the
     ``ceil(c L / E)`` with the highest p for it, and p is the weight; c is ``mean_experts``.  So loads are
-    even without a loss, and a token may have any number of experts, or none.  Losses: ``entropy`` and ``z``,
-    which have no weight as published.
+    even without a loss, and a token may have any number of experts, or none.  Losses: those of
+    ``with_gate``, which have no weight as published.
 
     Whether a token is taken depends on those after it: for encoders only.  As published, an expert takes the
     best tokens of the whole batch; that it takes them of each sequence is ours, so that what becomes of a
@@ -39,6 +39,7 @@ class ExpertChoiceRouter(LinearRouter):
 
         def contradictions(self, experts: int) -> Iterator[OptionError]:
             """See the parent."""
+            yield from super().contradictions(experts)
             yield from at_most_all(self, "mean_experts", experts)
 
     options: "ExpertChoiceRouter.Options"

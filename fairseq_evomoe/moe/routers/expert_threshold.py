@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Iterator, Optional
 import torch
 from torch import Tensor
 
+from ..gate_activation import GateActivation
 from ..merge_rule import MergeRule
 from ..options import OptionError, option
 from ..quantile import Histogram
@@ -93,12 +94,16 @@ class ExpertThresholdRouter(LinearRouter):
             below=1,
         )
 
-        # a gate that is no distribution has neither
+        # a gate that is no distribution has none of these
         entropy_weight: ClassVar[float] = 0.0  # type: ignore[misc]
         z_weight: ClassVar[float] = 0.0  # type: ignore[misc]
+        mutual_information_weight: ClassVar[float] = 0.0  # type: ignore[misc]
+        # the sigmoid is its activation
+        gate_activation: ClassVar[GateActivation] = GateActivation.identity  # type: ignore[misc]
 
         def contradictions(self, experts: int) -> Iterator[OptionError]:
             """See the parent."""
+            yield from super().contradictions(experts)
             yield from at_most_all(self, "mean_experts", experts)
 
     options: "ExpertThresholdRouter.Options"

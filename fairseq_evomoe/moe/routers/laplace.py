@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..balancing import Balance
+from ..gate_activation import GateActivation
 from ..options import OptionError, like
 from ..routing import RoutingContext
 from .registry import register_router
@@ -36,9 +37,12 @@ class LaplaceRouter(TopKRouter):
         balance_weight: float = like(TopKRouter.Options, "balance_weight", 0.01)
         entropy_weight: float = like(TopKRouter.Options, "entropy_weight", 0.0)
         z_weight: float = like(TopKRouter.Options, "z_weight", 0.0)
+        mutual_information_weight: float = like(TopKRouter.Options, "mutual_information_weight", 0.0)
 
         gate_input: ClassVar[GateInput] = GateInput.hidden
         gate_lr_scale: ClassVar[float] = 1.0
+        gate_activation: ClassVar[GateActivation] = GateActivation.identity
+        gate_input_activation: ClassVar[GateActivation] = GateActivation.identity
         renormalize: ClassVar[Renormalize] = Renormalize.always
         random_second: ClassVar[bool] = False
         capacity_factor: ClassVar[float] = 0.0

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
 from ..balancing import Balance
+from ..gate_activation import GateActivation
 from ..losses import product_of_means
 from ..merge_rule import MergeRule
 from ..options import OptionError, like, option
@@ -53,9 +54,12 @@ class RecurrentRouter(TopKRouter):
         balance_weight: float = like(TopKRouter.Options, "balance_weight", 0.01)
         entropy_weight: float = like(TopKRouter.Options, "entropy_weight", 0.0)
         z_weight: float = like(TopKRouter.Options, "z_weight", 0.0)
+        mutual_information_weight: float = like(TopKRouter.Options, "mutual_information_weight", 0.0)
 
         gate_input: ClassVar[GateInput] = GateInput.hidden
         gate_lr_scale: ClassVar[float] = 1.0
+        gate_activation: ClassVar[GateActivation] = GateActivation.identity
+        gate_input_activation: ClassVar[GateActivation] = GateActivation.identity
         random_second: ClassVar[bool] = False
         capacity_factor: ClassVar[float] = 0.0
         eval_capacity_factor: ClassVar[float] = 0.0

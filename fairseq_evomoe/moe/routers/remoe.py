@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Dict, Iterator, Optional
 import torch
 from torch import Tensor
 
+from ..gate_activation import GateActivation
 from ..losses import mean, product_of_means
 from ..merge_rule import MergeRule
 from ..options import OptionError, loss_weight, option
@@ -99,12 +100,16 @@ class ReLURouter(LinearRouter):
             1.0, "Weight of ReMoE's penalty, which has a coefficient of its own that adapts itself."
         )
 
-        # a gate that is no distribution has neither
+        # a gate that is no distribution has none of these
         entropy_weight: ClassVar[float] = 0.0  # type: ignore[misc]
         z_weight: ClassVar[float] = 0.0  # type: ignore[misc]
+        mutual_information_weight: ClassVar[float] = 0.0  # type: ignore[misc]
+        # the ReLU is its activation
+        gate_activation: ClassVar[GateActivation] = GateActivation.identity  # type: ignore[misc]
 
         def contradictions(self, experts: int) -> Iterator[OptionError]:
             """See the parent."""
+            yield from super().contradictions(experts)
             yield from at_most_all(self, "mean_experts", experts)
 
     options: "ReLURouter.Options"

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..losses import mean_entropy, z_loss
+from ..gate_activation import GateActivation, activate
+from ..losses import mean_entropy, mutual_information_loss, z_loss
 from ..merge_rule import MergeRule
 from ..options import OptionError, loss_weight, option
 from ..options import Options as BaseOptions
@@ -182,6 +183,9 @@ class LinearRouter(Router):
     hash layer (arXiv 2106.04426) whose assignment is learned further; the smaller s, the sooner it changes,
     and the more alike are the weights of a token's experts.
 
+    With a ``gate_activation`` f the logits are ``f(x W^T)``, before noise and temperature (arXiv 2401.13875);
+    with a ``gate_input_activation`` they are ``f(x) W^T``, and e becomes ``f(e)`` (arXiv 2310.14188).
+
     With ``gate_lr_scale`` r the parameters are W / r and U / r, so that an optimizer whose steps have the
     same size for any gradients, such as Adam, moves W and U by r times what it would move them.  Decoupled
     weight decay pulls at them as much as with r = 1, and to a clipped norm of all gradients theirs add r
@@ -214,12 +218,38 @@ class LinearRouter(Router):
             "It is part of the gate: go on from a checkpoint with the value that it was trained with.",
             above=0,
         )
+        gate_activation: GateActivation = option(
+            "identity",
+            "What a linear gate's logits go through before they become probabilities; EvoMoE's gate with "
+            "anything but identity is the activation dense-to-sparse gate.",
+        )
+        gate_input_activation: GateActivation = option(
+            "identity",
+            "What the input of a linear gate goes through before its linear map; anything but identity is "
+            "modified softmax gating.",
+        )
         entropy_weight: float = loss_weight(
             0.0, "Weight of the entropy of the gate's distribution, which makes the gate confident."
         )
         z_weight: float = loss_weight(
             0.0, "Weight of the z-loss, the mean squared logsumexp of the gate's logits."
         )
+        mutual_information_weight: float = loss_weight(
+            0.0,
+            "Weight of the loss by which experts tell tokens apart: the gate becomes confident for each "
+            "token, and even over all of them (DS-MoE).",
+        )
+
+        def contradictions(self, experts: int) -> Iterator[OptionError]:
+            """See the parent."""
+            yield from super().contradictions(experts)
+            transforms = self.gate_input_activation != GateActivation.identity
+            if transforms and self.gate_input == GateInput.table:
+                yield OptionError(
+                    "gate_input_activation",
+                    f"`gate_input_activation` {self.gate_input_activation.value} has nothing to transform "
+                    "with `gate_input` table, which looks its logits up: leave one of them out.",
+                )
 
     linear_gate = True
     unit_weight = True
@@ -237,8 +267,9 @@ class LinearRouter(Router):
         seen = self.options.gate_input
         if seen in (GateInput.hidden, GateInput.both):
             self.weight = nn.Parameter(torch.empty(experts, dim))
-        else:
-            self.linear_gate = False  # of the input there is none
+        activations = {self.options.gate_activation, self.options.gate_input_activation}
+        if self.weight is None or activations != {GateActivation.identity}:
+            self.linear_gate = False  # the logits are not those of the input alone
         if seen != GateInput.hidden:
             self.token_weight = nn.Parameter(torch.empty(experts, self._columns(vocabulary)))
 
@@ -301,10 +332,13 @@ class LinearRouter(Router):
         Raises:
             ValueError: the gate sees the token, and the context does not have it.
         """
+        given = self.options
+        x_TD = activate(x_TD, given.gate_input_activation)
         logits_TE = self._products(x_TD, context)
         if self.free_experts:
             logits_TE = self._with_free(logits_TE, x_TD)
-        return logits_TE if self.options.gate_lr_scale == 1 else logits_TE * self.options.gate_lr_scale
+        logits_TE = logits_TE if given.gate_lr_scale == 1 else logits_TE * given.gate_lr_scale
+        return activate(logits_TE, given.gate_activation)
 
     def _products(self, x_TD: Tensor, context: RoutingContext) -> Tensor:
         if self.token_weight is None:
@@ -314,7 +348,8 @@ class LinearRouter(Router):
             token_T = self._given(context.token_T, "vocabulary index")
             return float32(self.token_weight.index_select(1, token_T).t())
         e_TC = float32(self._given(context.embedding_TC, "embedding").detach()).to(x_TD.device)
-        logits_TE = linear32(F.layer_norm(e_TC, e_TC.shape[-1:]), self.token_weight)
+        e_TC = activate(F.layer_norm(e_TC, e_TC.shape[-1:]), self.options.gate_input_activation)
+        logits_TE = linear32(e_TC, self.token_weight)
         return logits_TE if self.weight is None else logits_TE + linear32(x_TD, self.weight)
 
     def _with_free(self, logits_TE: Tensor, x_TD: Tensor) -> Tensor:
@@ -334,10 +369,11 @@ class LinearRouter(Router):
     def with_gate(
         self, routing: Routing, logits_TE: Tensor, probability_TE: Tensor, context: RoutingContext
     ) -> Routing:
-        """``routing`` with the gate's distribution, its entropy, and two losses, if they are wanted.
+        """``routing`` with the gate's distribution, its entropy, and three losses, if they are wanted.
 
         ``entropy``, the mean entropy of the distribution, makes the gate confident (HMoE, arXiv 2408.10681);
-        ``z`` is ST-MoE's z-loss (arXiv 2202.08906).
+        ``z`` is ST-MoE's z-loss (arXiv 2202.08906); ``mutual_information`` makes it confident, and even over
+        the tokens (DS-MoE, arXiv 2404.05567).
         """
         routing.probability_TE = probability_TE
         if context.statistics:
@@ -346,6 +382,9 @@ class LinearRouter(Router):
             routing.losses["entropy"] = mean_entropy(probability_TE, context.ranks)
         if context.wants("z"):
             routing.losses["z"] = z_loss(logits_TE, context.ranks)
+        if context.wants("mutual_information"):
+            loss = mutual_information_loss(probability_TE, context.ranks)
+            routing.losses["mutual_information"] = loss
         return routing
 
     def _load_from_state_dict(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..gate_activation import GateActivation
 from ..merge_rule import MergeRule
 from ..options import like, option
 from ..routing import RoutingContext, Vocabulary
@@ -59,6 +60,8 @@ class CosineRouter(TopKRouter):
         gate_input: ClassVar[GateInput] = GateInput.hidden  # type: ignore[misc]
         gate_lr_scale: ClassVar[float] = 1.0  # type: ignore[misc]
         table_std: ClassVar[float] = 0.0  # type: ignore[misc]
+        gate_activation: ClassVar[GateActivation] = GateActivation.identity  # type: ignore[misc]
+        gate_input_activation: ClassVar[GateActivation] = GateActivation.identity  # type: ignore[misc]
         random_second: ClassVar[bool] = False  # type: ignore[misc]
         zero_experts: ClassVar[int] = 0  # type: ignore[misc]
         copy_experts: ClassVar[int] = 0  # type: ignore[misc]
