@@ -160,6 +160,8 @@ def test_what_experts_cannot_do_is_refused(option, lm_data):
 def test_scale_fc_s_norm_is_the_dense_model_s(lm_data):
     settings = {**LM, "scale_fc": True}
     plain = build(lm_data, **dense(settings)).model.eval()
+    if not any("ffn_layernorm" in name for name in plain.state_dict()):
+        pytest.skip("this fairseq has the flag and makes no norm")
     moe = build(lm_data, **settings)
     moe.model.load_state_dict(plain.state_dict())
     batch = moe.batches()[0]["net_input"]
