@@ -189,6 +189,34 @@ def test_a_part_is_no_checkpoint(folder, lm_data, capsys):
         call("fairseq-train", lm_data, **LM, restore_file=path, save_dir=folder / "run")
 
 
+def test_a_file_of_something_else_is_named(folder):
+    torch.save([1, 2], folder / "whole.pt")
+    for read in (recovery.load, recovery.peek):
+        with pytest.raises(DamagedCheckpoint, match="whole.pt cannot be read: it is no checkpoint"):
+            read(str(folder / "whole.pt"))
+
+
+def test_a_whole_checkpoint_is_no_part_of_another(folder):
+    shutil.copy(folder / "whole.pt", folder / "parts-experts1.pt")
+    with pytest.raises(DamagedCheckpoint, match="experts1.pt is no part of a checkpoint in several files"):
+        load(folder / "parts.pt")
+
+
+def test_there_is_nothing_to_consolidate_in_one_file(folder, capsys):
+    with pytest.raises(SystemExit):
+        evomoe("consolidate", folder / "whole.pt", "--out", folder / "out.pt")
+    assert "whole.pt has all experts already" in capsys.readouterr().err
+
+
+def test_the_newest_whole_one_is_offered_in_place_of_one_that_is_asked_for(made, lm_data, tmp_path):
+    for name in ("checkpoint_1_1.pt", "checkpoint_1_2.pt"):
+        shutil.copy(made / "whole.pt", tmp_path / name)
+    asked = tmp_path / "checkpoint_1_2.pt"
+    asked.write_bytes(asked.read_bytes()[:-1000])
+    with pytest.raises(DamagedCheckpoint, match="give --restore-file .*checkpoint_1_1.pt"):
+        call("fairseq-train", lm_data, **{**LM, "moe_spawn_update": 0}, restore_file=asked, save_dir=tmp_path)
+
+
 def test_a_file_that_must_not_be_read_is_not_called_truncated(folder, capsys, monkeypatch):
     opened = open
 

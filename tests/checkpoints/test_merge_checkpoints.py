@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from argparse import Namespace
+from unittest import mock
 
 import pytest
 import torch
@@ -15,14 +16,21 @@ from fairseq_evomoe.checkpoints.merge import (
     LayerMerge,
     merge_checkpoint,
     moe_layers_of,
+    new_options,
     plan_checkpoint,
 )
 from fairseq_evomoe.checkpoints.observe import observe
-from fairseq_evomoe.checkpoints.saved_optimizer import LAYOUT, Layout, parameter_keys
+from fairseq_evomoe.checkpoints.saved_optimizer import (
+    LAYOUT,
+    Layout,
+    UnknownLayout,
+    need_layout,
+    parameter_keys,
+)
 from fairseq_evomoe.checkpoints.saved_options import SavedOptions
 from fairseq_evomoe.config.config import declarations
 from fairseq_evomoe.config.resolve import resolve
-from fairseq_evomoe.evolution.merge import plan_merge, weight_similarity
+from fairseq_evomoe.evolution.merge import MergeError, plan_merge, weight_similarity
 from fairseq_evomoe.moe import ROUTERS
 from support.cli import LM, TRANSLATION, USER_DIR, build, call, evomoe
 from support.experts import experts_of, tensors_of
@@ -424,3 +432,59 @@ def test_options_are_read_from_checkpoints_of_any_version(old, lm):
         assert SavedOptions(state)["top_k"] == 4
         options["moe_top_k"] = None
         assert SavedOptions(state)["top_k"] == 2
+
+
+def merged_with(lm, experts=2, align=False, **changes):
+    """What becomes of a checkpoint whose options are others than those it was trained with."""
+    state = torch.load(lm)
+    state["cfg"]["model"].update(changes)
+    merge_checkpoint(state, plan_checkpoint(moe_layers_of(state), SavedOptions(state), experts, align=align))
+
+
+@pytest.mark.parametrize(
+    "options, text",
+    [
+        ({"moe_expert_sizes": "1,1,2"}, "do not tell the widths of its 4 experts"),
+        ({"experts": 1, "decoder_ffn_embed_dim": 96}, "have 48 hidden units: `experts` must be at least 2"),
+    ],
+)
+def test_options_that_do_not_go_with_merging_are_refused(options, text, lm):
+    with pytest.raises(MergeError, match=text):
+        merged_with(lm, **options)
+
+
+def test_units_that_a_norm_tells_apart_are_not_reordered(lm):
+    state = torch.load(lm)
+    state["model"]["decoder.layers.1.moe.experts.hidden.norm.weight"] = torch.ones(48)
+    with pytest.raises(MergeError, match="`align` would reorder hidden units"):
+        plan_checkpoint(moe_layers_of(state), SavedOptions(state), 2, align=True)
+
+
+def test_widths_that_differ_from_layer_to_layer_are_refused(lm):
+    state = torch.load(lm)
+    state["cfg"]["model"]["moe_expert_sizes"] = "1,1,2,2"
+    plans = [Namespace(merge=Namespace(widths=widths)) for widths in ([32, 64], [48, 48])]
+    with pytest.raises(MergeError, match=r"would be \[32, 64\] and \[48, 48\] in different layers"):
+        new_options(SavedOptions(state), plans, 2)
+
+
+def test_aligning_asks_for_scipy(lm, monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy.optimize", None)
+    with pytest.raises(MergeError, match="pip install scipy"):
+        merged_with(lm, align=True)
+
+
+def test_data_without_tokens_for_a_layer_are_refused(lm, lm_data, tmp_path, capsys):
+    nothing = {"decoder.layers.1": Namespace(tokens=0)}
+    with mock.patch("fairseq_evomoe.checkpoints.observe.observe", return_value=nothing):
+        with pytest.raises(SystemExit):
+            command(lm, "--experts", 2, "--data", lm_data, "--out", tmp_path / "x.pt")
+    assert "gave a layer no tokens: choose another --subset" in capsys.readouterr().err
+
+
+def test_an_optimizer_s_state_that_cannot_be_matched_is_refused(lm):
+    state = torch.load(lm)
+    del state[LAYOUT]
+    state["last_optimizer_state"]["state"] = {0: {"exp_avg": torch.zeros(1)}}
+    with pytest.raises(UnknownLayout, match="could not be matched"):
+        need_layout(state)

@@ -6,6 +6,9 @@ import pytest
 import torch
 from fairseq.models import ARCH_CONFIG_REGISTRY, ARCH_MODEL_REGISTRY
 
+from fairseq_evomoe.config.resolve import resolve
+from fairseq_evomoe.models.build import _take_apart
+from fairseq_evomoe.moe.options import OptionError
 from support.cli import LM, MASKED_LM, TRANSLATION, build, call
 from support.tasks import dense
 
@@ -167,3 +170,10 @@ def test_scale_fc_s_norm_is_the_dense_model_s(lm_data):
     batch = moe.batches()[0]["net_input"]
     with torch.no_grad():
         assert torch.allclose(moe.model.eval()(**batch)[0], plain(**batch)[0], atol=1e-6)
+
+
+def test_a_norm_of_hidden_units_needs_experts_of_its_width(lm_data):
+    layer = build(lm_data, **dense(LM)).model.decoder.layers[0]
+    layer.ffn_layernorm, layer.widths = torch.nn.LayerNorm(48), [24, 72]  # that of --scale-fc
+    with pytest.raises(OptionError, match="--scale-fc normalises hidden units"):
+        _take_apart(resolve({}, ffn_dims=[48]), layer)
