@@ -86,7 +86,7 @@ def test_layer_and_floor_have_the_same_rows(parts):
 def test_ranks_exchange_the_bytes_that_the_layer_reports(tmp_path):
     """The script asserts it in each step; the model of the cost says how many they are."""
     command = [sys.executable, str(FOLDER / "ranks.py"), "--quick", "--out", str(tmp_path)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=200)
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=600)
     assert done.returncode == 0, done.stdout
     check = [sys.executable, str(FOLDER / "cost_model.py"), "--check", str(tmp_path / "ranks.jsonl")]
     done = subprocess.run(check, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

@@ -14,7 +14,7 @@ class _Meeting:
     """Where ranks put down what they have and pick up what all have."""
 
     def __init__(self, size: int) -> None:
-        self.barrier = threading.Barrier(size, timeout=30)
+        self.barrier = threading.Barrier(size, timeout=120)
         self.things: List[Any] = [None] * size
 
     def exchange(self, rank: int, thing: Any) -> List[Any]:

@@ -19,6 +19,7 @@ from support.processes import PATH, free_port
 from support.rank_jobs import CPU_RANKS
 
 TIMEOUT = 3
+ENDING = 180  # seconds to find out who is absent and to end, on a machine that stands still now and then
 SETTINGS = {**LM, "batch_size": 4, "moe_freq": 1, "moe_spawn_update": 6, "moe_hard_update": 9}
 SETTINGS.update(moe_expert_parallel=2, moe_timeout=TIMEOUT, distributed_world_size=2)
 
@@ -66,7 +67,7 @@ def end_of(tmp_path):
 def test_a_rank_that_is_stopped_is_named(train, end_of):
     processes = train("stop", 1)
     code, seconds, output = end_of(processes, 0)
-    assert code == 1 and seconds < TIMEOUT + 60
+    assert code == 1 and seconds < TIMEOUT + ENDING
     assert f"no answer from rank 1 (process {processes[1].pid} on " in output
     assert f"(--moe-timeout {TIMEOUT})" in output
 
@@ -74,7 +75,7 @@ def test_a_rank_that_is_stopped_is_named(train, end_of):
 @pytest.mark.ranks
 def test_the_rank_that_keeps_the_store_is_named(train, end_of):
     code, seconds, output = end_of(train("stop", 0), 1)
-    assert code == 1 and seconds < TIMEOUT + 60
+    assert code == 1 and seconds < TIMEOUT + ENDING
     assert "no answer from rank 0, or whoever keeps the store of all ranks, (--moe-timeout" in output
 
 
@@ -113,7 +114,7 @@ def test_a_link_that_is_cut_ends_both_sides(two_hosts, train, end_of):
     processes = train("unplug", 1, prefixes, MASTER_ADDR=address, GLOO_SOCKET_IFNAME=link)
     for rank, absent in enumerate(("rank 1 (process ", "rank 0, or whoever keeps the store of all ranks,")):
         code, seconds, output = end_of(processes, rank)
-        assert code == 1 and seconds < TIMEOUT + 60
+        assert code == 1 and seconds < TIMEOUT + ENDING
         assert f"no answer from {absent}" in output
 
 
