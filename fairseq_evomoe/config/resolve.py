@@ -57,11 +57,7 @@ def resolve(
     if router not in ROUTERS:
         raise ConfigError([*errors, unknown_router(router)])
     if router != from_preset.get("router", "dts"):  # another one was given over the preset's
-        from_preset = {
-            name: value
-            for name, value in from_preset.items()
-            if owner(name) or router in routers_with(name) or not routers_with(name)
-        }
+        from_preset = _known_to(router, from_preset)
     values = {**from_preset, **options}
     values.pop("router", None)
     values.setdefault("experts", experts)
@@ -107,6 +103,15 @@ def _options_of(preset: str) -> Dict[str, Any]:
         (name[len(PREFIX) :] if name.startswith(PREFIX) else name): value
         for name, value in options.items()
         if value is not None
+    }
+
+
+def _known_to(router: str, options: Mapping[str, Any]) -> Dict[str, Any]:
+    """Those options that are not of other routers alone."""
+    return {
+        name: value
+        for name, value in options.items()
+        if owner(name) or router in routers_with(name) or not routers_with(name)
     }
 
 
