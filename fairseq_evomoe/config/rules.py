@@ -89,6 +89,12 @@ def _layer(config: MoEConfig) -> Iterator[OptionError]:
                 f"{compares}but those of `router` soft work on mixtures of tokens: choose another router or "
                 "leave it out.",
             )
+        if config.router == "default-moe":
+            yield OptionError(
+                "mutual_distillation_weight",
+                f"{compares}but `router` default-moe lets means of others stand beside them: choose another "
+                "router or leave it out.",
+            )
     if layer.hyper_adapter:
         if config.experts == 1 or config.router == "soft":
             yield OptionError(
@@ -134,6 +140,12 @@ def rank_contradictions(config: MoEConfig) -> Iterator[OptionError]:
             "mutual_distillation_weight",
             "`mutual_distillation_weight` compares all outputs of a token, which with `expert_parallel` "
             f"{parallel} are added up where they are computed: leave one of them out.",
+        )
+    if parallel > 1 and config.router == "default-moe":
+        yield OptionError(
+            "router",
+            "`router` default-moe needs the mean of all outputs of an expert, which with `expert_parallel` "
+            f"{parallel} are added up where they are computed: choose another router or leave that out.",
         )
     alone = parallel == 1
     if alone and (ranks.a2a_dtype, ranks.a2a_compress) != (TransportType.model, Compression.none):

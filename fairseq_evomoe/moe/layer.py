@@ -6,6 +6,7 @@ from typing import Any, Dict, List, Optional
 import torch
 from torch import Tensor
 
+from .default_outputs import dispatch_and_watch
 from .dispatch import dispatch
 from .dispatch.exchange import send
 from .losses import penalty_loss
@@ -139,10 +140,14 @@ class MoELayer(SpawningLayer):
                 y_TD, routing.losses["mutual_distillation"] = dispatch_and_compare(
                     x_TD, routing, self.experts, context.ranks
                 )
+            elif self.router.defaults is not None and self.training:
+                y_TD = dispatch_and_watch(x_TD, routing, self.experts, self.router.defaults)
             else:
                 y_TD = dispatch(x_TD, routing, self.experts)
             beside_TD = self._beside(x_TD, routing, context)
         y_TD = y_TD if free_TD is None else y_TD + free_TD
+        if self.router.defaults is not None:
+            y_TD = y_TD + self.router.defaults(routing).to(y_TD.dtype)
         y_TD = y_TD if self.scaling_factor == 1 else y_TD * self.scaling_factor
         self._note(routing, context)
         return y_TD if beside_TD is None else y_TD + beside_TD

@@ -15,7 +15,7 @@ NAMES = (
     "evomoe switch gshard mixtral base hash hash_balanced stable top_p hmoe_topk hmoe_topp dynmoe fusemoe "
     "comet rmoe soft mh_moe mode hypermoe deepseek upcycling drop_upcycling emoe evomoe_hmoe evomoe_context "
     "evomoe_table narrow_hash remoe loss_free quantile_balancing xmoe dtop_p "
-    "expert_choice expert_threshold moe_plus_plus evomoe_activation modified_softmax ds_moe"
+    "expert_choice expert_threshold moe_plus_plus evomoe_activation modified_softmax ds_moe default_moe"
 ).split()
 RUN = {"max_update": 1000, "ffn_dims": [64]}
 
@@ -92,6 +92,7 @@ WHAT_IS_PUBLISHED = {
     "evomoe_activation": {"router": "dts", "gate_activation": "gelu", "gate_input_activation": "identity"},
     "modified_softmax": {"router": "topk", "gate_activation": "identity", "gate_input_activation": "tanh"},
     "ds_moe": {"threshold": 0.0, "hard_update": -1, "mutual_information_weight": 0.01, "hard_experts": 2},
+    "default_moe": {"router": "default-moe", "top_k": 2, "default_decay": 0.9, "balance_weight": 0.01},
     "narrow_hash": {"hashes": 4, "experts": 32, "total_ffn_dim": "8x"},
 }
 

@@ -17,6 +17,7 @@ ROUTERS = {
     "xmoe": ({"moe_router": "xmoe", "moe_balance": "bias", "moe_routing_dim": 3}, "balancing.bias_E"),
     "dtop-p": ({"moe_router": "dtop-p", "moe_mean_experts": 3.0}, "controller.p"),
     "expert-threshold": ({"moe_router": "expert-threshold"}, "cutoffs.cutoff_E"),
+    "default-moe": ({"moe_router": "default-moe"}, "defaults.output_ED"),
     "moe++": ({"moe_preset": "moe_plus_plus"}, "free.constant_CD"),
     "moe++ bias": ({"moe_preset": "moe_plus_plus", "moe_balance": "bias"}, "balancing.bias_E"),
 }

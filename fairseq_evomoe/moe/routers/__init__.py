@@ -3,6 +3,7 @@
 # the order is that of the options in --help
 from .base import BaseRouter
 from .comet import CometRouter
+from .default_moe import DefaultMoERouter
 from .dtop_p import SteeredTopPRouter
 from .dts import DenseToSparseRouter
 from .dynmoe import DynMoERouter
@@ -26,6 +27,7 @@ __all__ = [
     "BaseRouter",
     "CometRouter",
     "CosineRouter",
+    "DefaultMoERouter",
     "DenseToSparseRouter",
     "DynMoERouter",
     "ExpertChoiceRouter",

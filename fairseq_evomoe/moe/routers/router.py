@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..default_outputs import DefaultOutputs
 from ..gate_activation import GateActivation, activate
 from ..losses import mean_entropy, mutual_information_loss, z_loss
 from ..merge_rule import MergeRule
@@ -42,6 +43,7 @@ class Router(nn.Module):
         experts: E, number of experts.
         options: the options' values.
         free_experts: how many experts are the router's own and cost next to nothing; ``experts`` counts them.
+        defaults: what stands in for the experts that a token does not have; ``None``: nothing does.
 
     Args:
         dim: D, width of a token.
@@ -71,6 +73,7 @@ class Router(nn.Module):
 
     options: Any
     free_experts: int = 0
+    defaults: Optional[DefaultOutputs]
 
     def __init__(
         self,
@@ -84,6 +87,7 @@ class Router(nn.Module):
         self.dim = dim
         self.experts = experts
         self.options = self.Options.given(options)
+        self.register_module("defaults", None)
         for error in self.options.contradictions(experts):
             raise error
 
