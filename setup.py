@@ -34,7 +34,7 @@ setup(
     extras_require={
         "benchmark": ["fairscale", "matplotlib", "mixture-of-experts", "st-moe-pytorch", "transformers"],
         "examples": ["matplotlib", "tqdm"],
-        "test": ["coverage", "hypothesis", "matplotlib", "mypy", "pytest", "pytest-xdist", "ruff", "tqdm"],
+        "test": "coverage hypothesis matplotlib mypy pytest pytest-xdist ruff tensorboardX tqdm".split(),
     },
     classifiers=[
         "Development Status :: 3 - Alpha",

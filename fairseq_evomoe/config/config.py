@@ -146,13 +146,19 @@ PARTS = ("router", "experts", "backbone")
 
 @dataclass(frozen=True)
 class TrainingOptions(Options):
-    """What is trained."""
+    """What is trained, and what is written down of it."""
 
     freeze: Optional[str] = option(
         None,
         "Parts of the model that are not trained, before and after the spawn, with commas between: router; "
         "experts, with what stands beside them (the shared expert, MH-MoE's heads, HyperMoE's adapter); "
         "backbone, which is all the rest, but for a classification head.",
+    )
+    trace: int = option(
+        0,
+        "Write the load of each expert, and how a fixed batch is routed, into moe_trace.jsonl beside the "
+        "checkpoints, every so many updates, for evomoe report; 0: never.",
+        at_least=0,
     )
 
     @property

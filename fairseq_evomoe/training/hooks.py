@@ -131,6 +131,7 @@ def update(
     try:
         # a rank that gives up a batch for want of memory would leave the others waiting
         with record() as run.routings:
+            routings = run.routings
             result = original(trainer, samples, raise_oom or ranks.ranks_of(model).size > 1)
     except FloatingPointError as error:
         if not run.broken:
@@ -143,6 +144,7 @@ def update(
     commit_statistics(trainer, updated)
     if updated:
         growth.watch_loss(trainer, result)
+        run.trace.note_update(trainer, samples, routings, before)
     return result
 
 

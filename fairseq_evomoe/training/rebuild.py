@@ -14,6 +14,7 @@ from ..moe import MoELayer
 from ..moe.plan import Inherit, Plan
 from . import ema, ranks
 from .change import Change
+from .state import RunState
 
 States = Dict[Tensor, ParameterState]
 
@@ -50,6 +51,8 @@ def change_experts(trainer: Trainer, changes: Dict[str, Change]) -> None:
     optimizer_state.take_over_settings(optimizer, trainer.optimizer)
     optimizer_state.repoint(scheduler, optimizer, trainer.optimizer)
     trainer._lr_scheduler = scheduler
+    plans = {name: change.plan for name, change in changes.items()}
+    RunState.of(trainer).trace.note_change(trainer.get_num_updates(), plans)
 
 
 def _gather_states(states: States, moe: MoELayer) -> None:

@@ -8,6 +8,7 @@ from fairseq.trainer import Trainer
 from ..checkpoints.whole import WholeExperts
 from ..moe.recorder import Record
 from .listener import Listener
+from .trace import Trace
 from .waiting import Pulse
 
 
@@ -26,6 +27,7 @@ class RunState:
         pulse: sign of life of this rank among others; ``None``: it is alone.
         spawned_before: whether the experts have spawned before update 0, in the run whose checkpoint this one
             began with.
+        trace: writes down what the experts do.
     """
 
     in_update: bool = False
@@ -37,6 +39,7 @@ class RunState:
     spawned_before: bool = False
     listener: Listener = field(default_factory=Listener)
     pulse: Optional[Pulse] = None
+    trace: Trace = field(default_factory=Trace)
 
     @classmethod
     def of(cls, trainer: Trainer) -> "RunState":

@@ -33,7 +33,7 @@ HMOE = {
 EXACT_JOBS = {
     "dts, P=1": {**SENTENCES, "moe_balance_weight": 0.1, "ddp_backend": "legacy_ddp"},
     "dts": {**SENTENCES, **SHARED, "moe_balance_weight": 0.1, "ddp_backend": "c10d"},
-    "dts, equal batches": {**EQUAL, **SHARED, "moe_balance_weight": 0.1},
+    "dts, equal batches": {**EQUAL, **SHARED, "moe_balance_weight": 0.1, "moe_trace": 5},
     "dts, gumbel weights, never hard": {
         **SENTENCES,
         **SHARED,

@@ -6,6 +6,7 @@ The processes of all tests here are started once: they work off one list of jobs
 import pytest
 import torch
 
+from fairseq_evomoe.checkpoints import trace_file
 from fairseq_evomoe.models.feed_forward import moe_layers
 from fairseq_evomoe.moe import ROUTERS, record
 from fairseq_evomoe.training.ranks import set_dummy_batch
@@ -89,6 +90,21 @@ def test_ranks_equal_one_process(name, trained, tmp_path, request):
     assert len(losses(one)) == 20
     expected = state_of(tmp_path / "checkpoint_last.pt")
     assert largest_difference(last(folder, name), expected) < TOLERANCE
+    if "moe_trace" in options:
+        check_traces(trace_file.read(folder / name), trace_file.read(tmp_path))
+
+
+def check_traces(found, expected):
+    """Loads are those of all ranks together, and the probe is routed by experts of both."""
+    assert [(x["kind"], x.get("update")) for x in found] == [(x["kind"], x.get("update")) for x in expected]
+    for record_, other in zip(found, expected):
+        if record_["kind"] == "update":
+            for layer, one in zip(record_["layers"].values(), other["layers"].values()):
+                assert (layer["tokens"], layer["widths"]) == (one["tokens"], one["widths"])
+                assert layer["load"] == pytest.approx(one["load"], abs=2)  # a tie that rounding decides
+                assert layer["gate_entropy"] == pytest.approx(one["gate_entropy"], abs=1e-3)
+    probe = found[-1]["layers"]["decoder.layers.1"]["probe"]
+    assert len(set(probe["expert"])) > 1 and max(probe["expert"]) > 1
 
 
 @pytest.mark.ranks
