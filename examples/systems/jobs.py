@@ -11,11 +11,7 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-
-class OtherSettings(ValueError):
-    """A folder has results of another command."""
+from typing import Any, Callable
 
 
 @dataclass
@@ -63,19 +59,6 @@ class Job:
         before = [f"{need.title}: {need.failure()}" for need in self.needs if need.failure()]
         return before[0] if before else self.state.get("error", "")
 
-    def check(self) -> None:
-        """Refuse to go on with what another command has begun.
-
-        Raises:
-            OtherSettings: the folder is that of another command.
-        """
-        before = self.state.get("command", self.command)
-        if before != self.command:
-            raise OtherSettings(
-                f"{self.log.parent} was made by another command ({self.state_file.name} has it): use another "
-                "--out, or delete that folder."
-            )
-
     def start(self, environment: dict[str, str]) -> None:
         """Start or continue it."""
         self.log.parent.mkdir(parents=True, exist_ok=True)
@@ -119,10 +102,18 @@ class Job:
         return int(found[-1]) if found else 0
 
 
-def run(jobs: list[Job], parallel: int, threads: int) -> None:
+def run(
+    jobs: list[Job], parallel: int, threads: int, ended: Callable[[Job], None] = lambda job: None
+) -> None:
     """Run what is not done of some jobs, so many at a time, and show how far they are.
 
     A job that fails is noted and the others go on; those that need it are left out.
+
+    Args:
+        jobs: in the order in which they start.
+        parallel: how many at a time.
+        threads: of each.
+        ended: is called with each job that has run to its end.
     """
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
     for job in jobs:
@@ -141,6 +132,8 @@ def run(jobs: list[Job], parallel: int, threads: int) -> None:
             time.sleep(0.2)
             for job in [job for job in running if job.poll()]:
                 running.remove(job)
+                if job.done:
+                    ended(job)
                 screen.say(f"{job.title}: {job.failure() or 'done'}")
             screen.show(running, total - len(waiting) - len(running), total)
     finally:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ class Run:
         seconds_per_update: the median.
         seconds: of all updates, without validation.
         flops: of all updates.
+        drift: shares of tokens whose expert has changed, by the name that the log has for each.
     """
 
     curve: list[Point]
@@ -50,6 +51,7 @@ class Run:
     seconds_per_update: float
     seconds: float
     flops: float
+    drift: dict[str, float] = field(default_factory=dict)
 
 
 def read(path: Path, validation: str, looked_up: int = 0) -> Run:
@@ -99,6 +101,7 @@ def read(path: Path, validation: str, looked_up: int = 0) -> Run:
         seconds_per_update=median,
         seconds=seconds,
         flops=flops,
+        drift=_drift(records),
     )
 
 
@@ -107,6 +110,17 @@ def _records(text: str) -> list[dict[str, Any]]:
     found = []
     for tag, line in re.findall(r"^.* \| (\w+) \| (\{\".*\})$", text, flags=re.MULTILINE):
         found.append({"tag": tag, **{key: _number(value) for key, value in json.loads(line).items()}})
+    return found
+
+
+def _drift(records: list[dict[str, Any]]) -> dict[str, float]:
+    """The last of each statistic of the routing's drift, whether it is of training or of validation."""
+    found = {}
+    for record in records:
+        for name, value in record.items():
+            name = name[len("valid_") :] if name.startswith("valid_") else name
+            if name.startswith("moe_drift") and isinstance(value, float):
+                found[name] = value
     return found
 
 

@@ -1,31 +1,41 @@
 #!/usr/bin/env python3
 """Train any of the systems on the same data, with the same seeds and sizes, and print one table of them.
 
-Each is a run of `fairseq-train` with one thread. OUT receives table.md, table.csv, curves.svg and, in
-runs/, the log and the checkpoints of each run. Interrupted, the same command goes on where it stopped: what
-is finished is not trained again, and what is not goes on from its last checkpoint. A system that fails is
-listed with its error, the others go on, and the same command tries it again.
+Each is a run of `fairseq-train` with one thread. OUT receives a line for each finished run (records.jsonl),
+and out of these lines alone table.md, table.csv and curves.svg; RUNS receives logs and checkpoints.
+Interrupted, the same command goes on where it stopped. What has a record is not trained again, even if RUNS
+is gone, unless its options or its code have changed since, which is said; what has none goes on from its last
+checkpoint. A system that fails is listed with its error, the others go on, and the same command tries it
+again.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
+import logging
 import signal
 import sys
 from pathlib import Path
 
+import finished
 import jobs
-import logs
 import report
+import timing
 from jobs import Job
-from systems import DENSE, TASKS, Settings, System, UnknownSystem, read_all, share
+from plan import plan
+from report import Row
+from systems import TASKS, Settings, System, UnknownSystem, read_all
+
+from fairseq_evomoe.config.errors import ConfigError, as_flags
 
 EPILOG = """\
 examples:
   run.py data/shakespeare/bin --systems all --updates 1000 --jobs 2 --out results
   run.py data/bible/bin --task translation --systems dense evomoe my.yaml --seeds 1 2 3 --out translation
   run.py data/shakespeare/bin --systems evomoe base --out wide -- --decoder-ffn-embed-dim 512
+  run.py --report --out results           the table anew, without training
 """
 
 
@@ -60,59 +70,73 @@ def parser() -> argparse.ArgumentParser:
     add("--seeds", type=int, nargs="+", default=[1], help="seeds to train each system with (1)")
     add("--jobs", type=int, default=1, help="how many to train at a time (1)")
     add("--threads", type=int, default=1, help="threads of each (1)")
-    add("--out", type=Path, default=Path("results"), help="folder to write to (results)")
+    add("--out", type=Path, default=Path("results"), help="folder of records and table (results)")
+    add("--runs", type=Path, help="folder of logs and checkpoints (runs, in OUT)")
+    add("--reference", default="switch", metavar="NAME", help="what the others are compared with (switch)")
+    add("--report", action="store_true", help="make the table of OUT's records, and train nothing")
     return result
 
 
-def plan(system: System, seed: int, settings: Settings, out: Path) -> list[Job]:
-    """The jobs of a system with one seed, in order: a dense model if it needs one, training, translation."""
-    folder = out / "runs" / f"{system.id}-{seed}"
-    result, dense = [], None
-    updates = settings.updates
-    if system.dense_updates:
-        first = share(system.dense_updates, updates)
-        updates -= first
-        short = Settings(settings.data, settings.task, first, settings.more)
-        before = out / "runs" / f"dense-{first}-updates-{seed}"
-        # another seed, for other batches than those that the experts then see
-        command = short.train(DENSE, seed + 1000, before)
-        result.append(Job(f"dense for {first} updates", command, before / "train.log", first))
-        dense = before / "checkpoint_last.pt"
-    command = settings.train(system, seed, folder, dense)
-    result.append(Job(f"{system.id}, seed {seed}", command, folder / "train.log", updates, list(result)))
-    if TASKS[settings.task].metric == "BLEU":
-        command = settings.generate(folder / "checkpoint_last.pt")
-        log = folder / "generate.log"
-        result.append(Job(f"{system.id}, seed {seed}: translation", command, log, 0, list(result)))
-    return result
+def rows_of(systems: list[System], seeds: list[int], settings: Settings, out: Path) -> list[Row]:
+    """What is known of each system: its records, and the seeds that have none."""
+    records, rows = finished.read(out), []
+    for system in systems:
+        row = Row(system)
+        rows.append(row)
+        if settings.task in system.not_for:
+            row.error = "not applicable: " + system.not_for[settings.task]
+            continue
+        try:
+            asked = finished.described(system, settings)
+        except ConfigError as error:
+            row.error = "failed: " + as_flags(str(error))
+            continue
+        for seed in seeds:
+            record = finished.newest(records, system.id, seed)
+            other = finished.differences(record, asked) if record else []
+            if other:
+                print(f"{system.id}, seed {seed}: its record is not of what is asked ({'; '.join(other)})")
+            if record and not other:
+                row.records.append(record)
+            else:
+                row.missing.append(seed)
+    return rows
 
 
-def result_of(system: System, seed: int, task: str, plans: list[Job]) -> report.Result:
-    """What came out of the jobs of a system."""
-    if task in system.not_for:
-        return report.Result(system, seed, "not applicable: " + system.not_for[task])
-    error = plans[-1].failure()
-    if error or not plans[-1].done:
-        return report.Result(system, seed, "failed: " + error if error else "not finished")
-    train = next(job for job in plans if job.log.parent.name == f"{system.id}-{seed}")
-    validation = TASKS[task].validation
-    return report.Result(
-        system,
-        seed,
-        run=logs.read(train.log, validation),
-        before=logs.read(plans[0].log, validation) if train is not plans[0] else None,
-        peak_mib=train.state["peak_mib"],
-        bleu=logs.bleu(plans[-1].log) if TASKS[task].metric == "BLEU" else None,
-    )
+def train(rows: list[Row], settings: Settings, args: argparse.Namespace) -> None:
+    """Train what has no record, each seed of all systems before the next, and note what fails."""
+    out, known = args.out.resolve(), {}
+    runs = (args.runs or out / "runs").resolve()
+    plans = [
+        (row, plan(row.system, seed, settings, runs, known))
+        for seed in args.seeds
+        for row in rows
+        if seed in row.missing and not row.error
+    ]
+    last = {each.jobs[-1].log: each for _, each in plans}
+
+    def record(job: Job) -> None:
+        if job.log in last:
+            finished.append(out, last[job.log].record())
+            last[job.log].tidy()
+
+    before = [job for _, each in plans for job in each.jobs[-1:] if job.done]
+    for job in before:  # it was ended between the run's end and its record
+        record(job)
+    every = {job.log: job for _, each in plans for job in each.jobs}
+    jobs.run(list(every.values()), args.jobs, args.threads, record)
+    for row, each in plans:
+        if each.failure:
+            row.error = "failed: " + each.failure
 
 
-def write_report(results: list[report.Result], task: str, out: Path) -> str:
+def write_report(rows: list[Row], reference: str, out: Path) -> str:
     """Write the table and the plot; return the table."""
-    metric = TASKS[task].metric
-    table = report.markdown(results, metric)
-    (out / "table.md").write_text(table)
-    report.write_csv(out / "table.csv", results, metric)
-    report.plot(out / "curves.svg", results)
+    times = timing.read(out)
+    table = report.markdown(rows, reference, times)
+    (out / "table.md").write_text(table, encoding="utf-8")
+    report.write_csv(out / "table.csv", rows, times)
+    report.plot(out / "curves.svg", rows)
     return table
 
 
@@ -126,6 +150,7 @@ def list_of(systems: list[System]) -> str:
 
 def main() -> int:
     """Train, evaluate, report; the exit status tells whether all went well."""
+    logging.getLogger().setLevel(logging.WARNING)  # fairseq, when it is imported, lets all others say all
     arguments = sys.argv[1:]
     end = arguments.index("--") if "--" in arguments else len(arguments)
     parse = parser()
@@ -137,37 +162,49 @@ def main() -> int:
     if args.list:
         print(list_of(systems), end="")
         return 0
-    if args.data is None or not args.systems:
-        parse.error("DATA and --systems are needed")
     if importlib.util.find_spec("matplotlib") is None:
         parse.error(f"the plot needs matplotlib: install it into {sys.executable} first.")
-    if args.updates < 4 or args.jobs < 1:
-        parse.error("--updates must be at least 4 and --jobs at least 1")
-    out, more = args.out.resolve(), tuple(arguments[end + 1 :])
-    settings = Settings(args.data.resolve(), args.task, args.updates, more)
-    runs = [(system, seed) for seed in args.seeds for system in systems]
-    plans = {
-        (system.id, seed): plan(system, seed, settings, out)
-        for system, seed in runs
-        if args.task not in system.not_for
-    }
-    unique = {job.log: job for jobs_of_one in plans.values() for job in jobs_of_one}
-    for jobs_of_one in plans.values():  # systems that are made of one dense model wait for one job
-        for job in jobs_of_one:
-            job.needs = [unique[need.log] for need in job.needs]
+    if args.report:
+        settings = kept_settings(args, parse)
+    else:
+        if args.data is None or not args.systems:
+            parse.error("DATA and --systems are needed")
+        if args.updates < 4 or args.jobs < 1:
+            parse.error("--updates must be at least 4 and --jobs at least 1")
+        settings = Settings(args.data.resolve(), args.task, args.updates, tuple(arguments[end + 1 :]))
+    return make(systems, settings, args)
+
+
+def kept_settings(args: argparse.Namespace, parse: argparse.ArgumentParser) -> Settings:
+    """The settings that the records of a folder have."""
+    path = args.out / finished.SETTINGS
+    if not path.exists():
+        parse.error(f"--report needs the records of a former run, and {args.out} has no {path.name}")
+    kept = json.loads(path.read_text())
+    return Settings(Path("data"), kept["task"], kept["updates"], tuple(kept["flags"]))
+
+
+def make(systems: list[System], settings: Settings, args: argparse.Namespace) -> int:
+    """Train if that is asked for, and make the table; return the exit status."""
+    out = args.out.resolve()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that running jobs are ended
     try:
-        for job in unique.values():
-            job.check()
-        jobs.run(list(unique.values()), args.jobs, args.threads)
-    except jobs.OtherSettings as error:
+        if not args.report:
+            finished.keep_settings(out, finished.settings_of(settings))
+        rows = rows_of(systems, args.seeds, settings, out)
+        if not args.report:
+            train(rows, settings, args)
+            failed = {row.system.id: row.error for row in rows if row.error}
+            rows = rows_of(systems, args.seeds, settings, out)
+            for row in rows:
+                row.error = failed.get(row.system.id, "")
+    except finished.OtherSettings as error:
         sys.exit(f"run.py: {error}")
     except KeyboardInterrupt:
         sys.exit("run.py: interrupted; the same command goes on from here.")
-    results = [result_of(s, seed, args.task, plans.get((s.id, seed), [])) for s, seed in runs]
-    print("\n" + write_report(results, args.task, out))
+    print("\n" + write_report(rows, args.reference, out))
     print("\n".join(str(path) for path in sorted(out.iterdir()) if path.is_file()))
-    return 1 if any(result.error.startswith("failed") for result in results) else 0
+    return 1 if any(row.error.startswith("failed") for row in rows) else 0
 
 
 if __name__ == "__main__":

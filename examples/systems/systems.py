@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import sysconfig
 from dataclasses import dataclass, field
@@ -20,6 +21,10 @@ EXPERTS = {"moe_experts": 8, "moe_freq": 2}
 """What all systems have in common, but for those whose preset says how many experts it has."""
 PHASES = {"moe_anneal_updates": "40%", "moe_hard_update": "48%"}
 """The Dense-To-Sparse gate's stages: the published 5000 updates are more than a run here may have."""
+DENSE_WIDTHS = (1, 1.5, 2, 4.5, 6.5)
+"""How wide the dense models are, in units of the others' feed-forward layers. With `EXPERTS` they have as
+many active parameters as one expert a token (1), two (1.5) or two gated ones (2), or as many parameters as
+eight experts (4.5) or eight gated ones (6.5). A gated expert has three matrices instead of two."""
 
 
 class UnknownSystem(ValueError):
@@ -39,6 +44,7 @@ class System:
         options: further `moe_*` options.
         differs: what differs from the paper.
         dense: whether it is fairseq's model without experts.
+        width: of a dense model's feed-forward layers, in units of the others'.
         dense_updates: how long a dense model is trained first, out of which the experts are made, as `50%`.
         not_for: the tasks that it cannot do, each with the reason.
     """
@@ -51,6 +57,7 @@ class System:
     options: dict[str, Any] = field(default_factory=dict)
     differs: str = ""
     dense: bool = False
+    width: float = 1
     dense_updates: str = ""
     not_for: dict[str, str] = field(default_factory=dict)
 
@@ -89,23 +96,33 @@ def without_experts(flags: Sequence[str]) -> list[str]:
     return kept
 
 
-DENSE = System(
-    id="dense",
-    name="Dense",
-    paper="Vaswani et al., arXiv 1706.03762",
-    differs="fairseq's own model of the same sizes and without experts, for reference.",
-    dense=True,
-)
+def dense(width: float = 1) -> System:
+    """fairseq's own model, with feed-forward layers so many times as wide as the others'."""
+    wider = "" if width == 1 else f", with feed-forward layers {width:g} times as wide"
+    return System(
+        id="dense" if width == 1 else f"dense_{width:g}x",
+        name="Dense" + wider,
+        paper="Vaswani et al., arXiv 1706.03762",
+        differs=f"fairseq's own model of the same sizes and without experts{wider}, for reference.",
+        dense=True,
+        width=width,
+    )
+
+
+DENSE = dense()
 
 
 def read(name: str) -> System:
     """A system by the name of its preset, or by the path of a file like those in the package.
 
+    Dense models are `dense` and, of any width, `dense_1.5x`.
+
     Raises:
         UnknownSystem: a name that there is not, or a file that is no preset.
     """
-    if name == DENSE.id:
-        return DENSE
+    width = re.fullmatch(r"dense(?:_(\d+(?:\.\d+)?)x)?", name)
+    if width:
+        return dense(float(width.group(1) or 1))
     try:
         preset = presets.load(name)
     except OptionError as error:
@@ -130,7 +147,7 @@ def read_all(names: list[str]) -> list[System]:
     Raises:
         UnknownSystem: a name that there is not.
     """
-    known = [DENSE.id, *presets.names()]
+    known = [*(dense(width).id for width in DENSE_WIDTHS), *presets.names()]
     every = [one for name in names for one in (known if name == "all" else [name])]
     return [read(name) for name in dict.fromkeys(every)]
 
@@ -229,7 +246,14 @@ class Settings:
         command += self._durations(updates) + system.flags()
         if dense is not None:
             command += ["--finetune-from-model", str(dense)]
-        return command + (without_experts(self.more) if system.dense else list(self.more))
+        command += without_experts(self.more) if system.dense else self.more
+        return command + (self._wider(command, system.width) if system.width != 1 else [])
+
+    @staticmethod
+    def _wider(command: list[str], width: float) -> list[str]:
+        """Flags that make the feed-forward layers of a command so many times as wide."""
+        found = {f: v for f, v in zip(command, command[1:]) if f.endswith("-ffn-embed-dim")}
+        return [word for f, v in found.items() for word in (f, str(round(width * int(v))))]
 
     def _durations(self, updates: int) -> list[str]:
         validate = str(max(self.updates // 10, 1))

@@ -4,6 +4,7 @@ import copy
 import csv
 import math
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from support.models import with_router
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "systems"
 sys.path.insert(0, str(EXAMPLES))
 
+import finished  # noqa: E402
 import logs  # noqa: E402
 import systems  # noqa: E402
 
@@ -101,7 +103,7 @@ def perplexity(checkpoint, data, system):
     return float(re.search(r"Perplexity: ([\d.]+)", output).group(1))
 
 
-@pytest.mark.parametrize("name", SYSTEMS)
+@pytest.mark.parametrize("name", [name for name in SYSTEMS if SYSTEMS[name].width == 1])
 def test_a_system_trains_resumes_and_evaluates(name, lm_data, tmp_path, request, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder = Path("checkpoints")
@@ -156,7 +158,7 @@ SIZES = "--decoder-layers 1 --moe-freq 1 --moe-experts 4 --decoder-embed-dim 32 
 SIZES += " --decoder-output-dim 32 --decoder-ffn-embed-dim 48 --tokens-per-sample 16 --batch-size 8"
 
 
-def runner(data, out, *systems, updates=300, wait=True):
+def runner(data, out, *systems, updates=300, more=(), wait=True):
     """Start the runner, and wait for its end."""
     command = [
         sys.executable,
@@ -167,7 +169,7 @@ def runner(data, out, *systems, updates=300, wait=True):
         "--updates",
         str(updates),
     ]
-    command += ["--systems", *map(str, systems), "--", *SIZES.split()]
+    command += ["--systems", *map(str, systems), "--", *SIZES.split(), *more]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     return process if not wait else (process.communicate()[0], process.returncode)
 
@@ -177,44 +179,66 @@ def test_the_runner(lm_data, tmp_path):
     broken = tmp_path / "broken.yaml"
     broken.write_text("name: Broken\npaper: none\noptions: {router: switch, top_k: 3}\n")
     out = tmp_path / "out"
-    log = out / "runs" / "switch-1" / "train.log"
+
+    def log():
+        return next(out.glob("runs/switch-1-*/train.log"), out / "none")
 
     first = runner(lm_data, out, "switch", broken, "soft", wait=False)
     while first.poll() is None and not (
-        log.exists() and re.search(r"Saved checkpoint.*_30\.pt", log.read_text())
+        log().exists() and re.search(r"Saved checkpoint.*_30\.pt", log().read_text())
     ):
         time.sleep(0.05)
     first.send_signal(signal.SIGTERM)
     first.communicate()
     assert first.returncode == 143
-    assert not (out / "table.md").exists()
+    assert not (out / "table.md").exists() and not (out / "records.jsonl").exists()
 
     output, status = runner(lm_data, out, "switch", broken, "soft")
-    text = log.read_text()
+    text = log().read_text()
     assert status == 1
     assert re.search(r"Loaded checkpoint .*checkpoint_last.pt \(epoch \d+ @ \d+ updates\)", text)
-    run = logs.read(log, "valid_loss")
+    run = logs.read(log(), "valid_loss")
     assert [point.update for point in run.curve] == list(range(30, 301, 30))
     table = (out / "table.md").read_text()
     assert table in output
-    assert (
-        "| Broken (`broken`) | failed: " in table
-        and "--moe-top-k 3 has no effect with --moe-router switch" in table
-    )
-    assert "| Soft MoE (`soft`) | not applicable: a token's output depends on later tokens" in table
+    assert "Broken (`broken`): failed: " in table
+    assert "--moe-top-k 3 has no effect with --moe-router switch" in table
+    assert "Soft MoE (`soft`): not applicable: a token's output depends on later tokens" in table
 
-    output, status = runner(lm_data, out, "switch", "dense")
-    assert status == 0 and log.read_text() == text
+    shutil.rmtree(out / "runs")  # what has a record is not trained again
+    output, status = runner(lm_data, out, "switch", "dense_2x")
+    assert status == 0 and log() == out / "none"
     with open(out / "table.csv") as file:
         rows = {row["system"]: row for row in csv.DictReader(file)}
-    assert rows.keys() == {"switch", "dense"}
+    assert rows.keys() == {"switch", "dense_2x"}
     assert float(rows["switch"]["validation perplexity"]) == run.last["valid_ppl"]
-    assert float(rows["dense"]["parameters"]) == float(rows["dense"]["active parameters"])
+    # one layer of width 32, from 48 hidden units to 96
+    assert float(rows["dense_2x"]["parameters"]) == run.active_parameters - 4 * 32 + 48 * (2 * 32 + 1)
     assert all(float(row["peak memory, MiB"]) > 50 and row["error"] == "" for row in rows.values())
     assert (out / "curves.svg").stat().st_size < 100_000
 
-    output, status = runner(lm_data, out, "switch", updates=40)
-    assert status == 1 and "use another --out" in output
+    record = finished.newest(finished.read(out), "switch", 1)
+    assert record["curve"] == [[p.update, p.flops, p.loss] for p in run.curve]
+    assert record["options"]["capacity_factor"] == 1.25 and len(record["code"]) == 12
+    assert record["versions"]["torch"] == torch.__version__ and record["processor"]
+
+    for settings in ({"updates": 40}, {"more": ["--lr", "1"]}):
+        output, status = runner(lm_data, out, "switch", **settings)
+        assert status == 1 and "use another --out" in output
+
+    command = [
+        sys.executable,
+        str(EXAMPLES / "run.py"),
+        "--report",
+        "--systems",
+        "switch",
+        "dense_2x",
+        "hash",
+    ]
+    command += ["--out", str(out), "--seeds", "1", "2"]
+    assert subprocess.run(command, stdout=subprocess.PIPE).returncode == 0
+    again = (out / "table.md").read_text()
+    assert "seed 1, 2: `hash`" in again.replace("seeds", "seed") and "seed 2: `switch`, `dense_2x`" in again
 
 
 def test_the_readme_lists_the_systems():
