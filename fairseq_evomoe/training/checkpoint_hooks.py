@@ -25,6 +25,7 @@ from ..moe.options import OptionError
 from ..moe.ranks import ALONE
 from ..patching import Patches, wrap
 from . import growth, ranks
+from .drift import Drift
 from .state import RunState
 
 logger = logging.getLogger(__name__)
@@ -119,6 +120,9 @@ def save_whole_checkpoint(
     checkpoints.note_ranks(trainer, extra_state)
     if RunState.of(trainer).spawned_before:
         extra_state[growth.SPAWNED_BEFORE] = True
+    drift = RunState.of(trainer).drift.state()
+    if drift:
+        extra_state[Drift.KEY] = drift
     return original(trainer, filename, extra_state)
 
 
@@ -156,6 +160,8 @@ def load_with_experts(
     if layers:
         growth.resume(trainer, result)
         checkpoints.move_to_position(trainer, result)
+        if result and not reset_optimizer:  # else another run begins
+            RunState.of(trainer).drift.load(result.get(Drift.KEY, {}))
     return result
 
 

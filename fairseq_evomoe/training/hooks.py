@@ -106,6 +106,7 @@ def check_flags(original: Original, *args: Any, **kwargs: Any) -> Any:
 def check_first_batch(original: Original, trainer: Trainer, batch: Any) -> None:
     """It is given the first batch before anything is trained."""
     check_batch(trainer.get_model(), trainer.cfg.model, trainer.task, batch)
+    RunState.of(trainer).drift.see_batch(batch)
     original(trainer, batch)
 
 
@@ -121,6 +122,7 @@ def update(
     if growth.spawn_is_due(trainer):
         growth.spawn(trainer)
     growth.resize(trainer)
+    run.drift.probe_if_due(trainer)
     for layer in layers:
         layer.begin_update()
     run.listener.listen()
@@ -144,6 +146,7 @@ def update(
     commit_statistics(trainer, updated)
     if updated:
         growth.watch_loss(trainer, result)
+        run.drift.log()
         run.trace.note_update(trainer, samples, routings, before)
     return result
 

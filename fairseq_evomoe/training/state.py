@@ -7,6 +7,7 @@ from fairseq.trainer import Trainer
 
 from ..checkpoints.whole import WholeExperts
 from ..moe.recorder import Record
+from .drift import Drift
 from .listener import Listener
 from .trace import Trace
 from .waiting import Pulse
@@ -27,6 +28,7 @@ class RunState:
         pulse: sign of life of this rank among others; ``None``: it is alone.
         spawned_before: whether the experts have spawned before update 0, in the run whose checkpoint this one
             began with.
+        drift: how the routing of some tokens has changed.
         trace: writes down what the experts do.
     """
 
@@ -39,6 +41,7 @@ class RunState:
     spawned_before: bool = False
     listener: Listener = field(default_factory=Listener)
     pulse: Optional[Pulse] = None
+    drift: Drift = field(default_factory=Drift)
     trace: Trace = field(default_factory=Trace)
 
     @classmethod
