@@ -6,7 +6,7 @@ import os
 import re
 import sys
 from pathlib import Path
-from typing import Any, Callable, Dict, List
+from typing import Any, Callable, Dict, List, Optional
 
 from fairseq.utils import import_user_module
 
@@ -22,8 +22,12 @@ from .saved_optimizer import UnknownLayout, parameter_keys
 from .saved_options import SavedOptions
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace, action: Optional[Callable[[argparse.Namespace], None]] = None) -> None:
     """Carry out the command ``args.command``.
+
+    Args:
+        args: its arguments.
+        action: what carries it out; one of ``COMMANDS`` if not given.
 
     Raises:
         SystemExit: it cannot be carried out; one sentence is printed that says why, with status 2.
@@ -32,7 +36,7 @@ def run(args: argparse.Namespace) -> None:
     level = fairseq.level
     fairseq.setLevel(logging.WARNING)  # it would report what it loads
     try:
-        COMMANDS[args.command](args)
+        (action or COMMANDS[args.command])(args)
     except (CommandError, MergeError, OptionError, UnknownLayout, *recovery.UNUSABLE) as error:
         print(f"evomoe {args.command}: {_with_flags(str(error), vars(args))}", file=sys.stderr)
         raise SystemExit(2) from error
@@ -49,7 +53,7 @@ def _with_flags(text: str, own: Dict[str, Any]) -> str:
 def merge(args: argparse.Namespace) -> None:
     """``evomoe merge``: write a checkpoint in which groups of similar experts have become one each."""
     _check_merge_arguments(args)
-    _import_plugin(args)
+    import_plugin(args)
     state = load(args.checkpoint)
     layers = moe_layers_of(state)
     observed = _observe(args) if args.data is not None else None
@@ -91,7 +95,12 @@ def _check_merge_arguments(args: argparse.Namespace) -> None:
     check_outputs([args.out], args.checkpoint, args.force)
 
 
-def _import_plugin(args: argparse.Namespace) -> None:
+def import_plugin(args: argparse.Namespace) -> None:
+    """Import the folder that ``--user-dir`` names, if it does.
+
+    Raises:
+        CommandError: it cannot be imported.
+    """
     try:
         import_user_module(args)
     except (FileNotFoundError, ImportError) as error:

@@ -69,16 +69,17 @@ def observe(path: str, data: str, subset: str = "valid", tokens: int = 4096) -> 
         for name, layer in moe_layers(model)
         if layer.moe.router is not None
     }
-    for batch in _batches(cfg, task, model, subset):
+    for batch in batches(cfg, task, model, subset):
         model(**batch["net_input"])
         if all(watch.enough for watch in watches.values()):
             break
     return {name: watch.result() for name, watch in watches.items()}
 
 
-def _batches(
+def batches(
     cfg: FairseqConfig, task: FairseqTask, model: BaseFairseqModel, subset: str
 ) -> Iterator[Dict[str, Any]]:
+    """Batches of a part of a task's data, in an order that is random and always the same."""
     task.load_dataset(subset)
     iterator = task.get_batch_iterator(
         task.dataset(subset),

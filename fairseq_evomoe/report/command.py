@@ -1,0 +1,184 @@
+"""``evomoe report``: what experts do, as ``report.json`` and on one page."""
+
+import argparse
+import contextlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Tuple
+
+from .. import __version__
+from ..checkpoints import recovery
+from ..checkpoints.commands import import_plugin
+from ..checkpoints.files import CommandError
+from . import curves, domains, measure
+from .figures import Pictures
+from .page import render
+from .reading import Reader, update_of
+from .sample import Sample
+
+FORMAT = 1
+"""Of ``report.json``; another number, other keys."""
+FILES = ("report.html", "report.json")
+
+
+def report(args: argparse.Namespace) -> None:
+    """Write the report of some checkpoints.
+
+    Raises:
+        CommandError: something is missing, or in the way.
+    """
+    _check(args)
+    import_plugin(args)
+    with _quiet():
+        pictures = Pictures()
+    known = domains.find(args.data, args.domain, args.subset)
+    logs = [curves.read(log.split(",")) for log in args.log]
+    with _quiet():
+        runs = [
+            {"name": name, **measure.run(_samples(paths, args, known))}
+            for name, paths in runs_of(args.checkpoints)
+        ]
+    _add_logs(runs, logs)
+    options = {run["name"]: run["options"] for run in runs}
+    found = {
+        "format": FORMAT,
+        "version": __version__,
+        "data": {
+            "folder": args.data,
+            "subset": args.subset,
+            "tokens": max(max(run["texts"].values()) for run in runs),
+            "domains": known,
+        },
+        "differences": measure.differences(options) if len(runs) > 1 else [],
+        "runs": runs,
+    }
+    with _quiet():
+        page = render(found, pictures)
+    _write(
+        Path(args.out), {"report.html": page, "report.json": json.dumps(found, ensure_ascii=False, indent=1)}
+    )
+    print(Path(args.out) / "report.html")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Nobody asks for what models say when they are built, torch's warnings, or the fonts that there are."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Refuse what cannot be read or written, before time goes into it."""
+    for path in args.checkpoints:
+        if not Path(path).is_file():
+            raise CommandError(f"There is no checkpoint {path}.")
+    if not Path(args.data).is_dir():
+        raise CommandError(f"`data` {args.data} is not a folder.")
+    if args.tokens < 1:
+        raise CommandError(f"`tokens` must be at least 1, but is {args.tokens}.")
+    for log in args.log:
+        for path in log.split(","):
+            if not Path(path).is_file():
+                raise CommandError(f"There is no `log` {path}.")
+    out = Path(args.out)
+    if not out.resolve().parent.is_dir():
+        raise CommandError(f"The folder that `out` {out} is to be in does not exist: create it.")
+    if not os.access(out.resolve().parent, os.W_OK | os.X_OK):
+        raise CommandError(f"The folder that `out` {out} is to be in cannot be written to: give another.")
+    if not os.path.lexists(out):
+        return
+    if not args.force:
+        raise CommandError(f"`out` {out} is there already: give another name, or `force` to replace it.")
+    if not out.is_dir() or out.is_symlink() or {path.name for path in out.iterdir()} - set(FILES):
+        raise CommandError(
+            f"`out` {out} has other things than a report, which would be lost: give another name."
+        )
+
+
+def runs_of(paths: List[str]) -> List[Tuple[str, List[str]]]:
+    """The checkpoints of each run, which are those in one folder, with a name for it.
+
+    Runs are in the order in which they are first given.
+    """
+    found: Dict[Path, List[str]] = {}
+    for path in dict.fromkeys(paths):
+        found.setdefault(Path(path).resolve().parent, []).append(path)
+    names = [folder.name or "run" for folder in found]
+    if len(set(names)) < len(names):
+        names = [f"{folder.parent.name}/{folder.name}" for folder in found]
+    if len(set(names)) < len(names):
+        names = [str(folder) for folder in found]
+    return list(zip(names, found.values()))
+
+
+def _samples(paths: List[str], args: argparse.Namespace, known: Dict[str, str]) -> Iterator[Sample]:
+    """What is seen of each checkpoint of a run, by its updates."""
+    updates = {path: update_of(recovery.peek(path)) for path in paths}
+    ordered = sorted(paths, key=lambda path: updates[path])
+    kept = [path for path, after in zip(ordered, [*ordered[1:], ""]) if updates.get(after) != updates[path]]
+    for path in kept:
+        reader = Reader(path, args.data)
+        with progress(Path(path).name, args.tokens) as bar:
+            sample = reader.read(args.subset, args.tokens, bar)
+        if path == kept[-1]:
+            if all(layer.choices is None for layer in sample.layers):
+                raise CommandError(
+                    f"{path} has one expert in each layer, as before the spawn, so that there is nothing to "
+                    "report "
+                    "on: give a checkpoint from after --moe-spawn-update."
+                )
+            for name, what in known.items():
+                with progress(name, args.tokens // len(known)) as bar:
+                    sample.domains[name] = reader.loads(
+                        domains.inputs(reader, what), max(args.tokens // len(known), 1), bar
+                    )
+        yield sample
+
+
+def progress(name: str, tokens: int) -> Any:
+    """A bar that counts tokens, where somebody looks on."""
+    from tqdm import tqdm
+
+    return tqdm(desc=name, total=tokens, unit=" tokens", leave=False, disable=None)
+
+
+def _add_logs(runs: List[Dict[str, Any]], logs: List[Dict[str, Any]]) -> None:
+    if logs and len(logs) != len(runs):
+        raise CommandError(
+            f"There are {len(runs)} runs and {len(logs)} `log`: give one for each run, in the order of the "
+            "runs; several files "
+            "of a run with commas between them."
+        )
+    for run, found in zip(runs, logs):
+        run["curves"] = found
+
+
+def _write(out: Path, texts: Dict[str, str]) -> None:
+    """Write the folder: it is whole at the end, or what was there before still is."""
+    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.resolve().parent))
+    try:
+        for name, text in texts.items():
+            (temporary / name).write_text(text, encoding="utf-8")
+        temporary.chmod(0o755)
+        if out.exists():
+            old = temporary.with_name(temporary.name + "-old")
+            out.rename(old)
+            temporary.rename(out)
+            shutil.rmtree(old)
+        else:
+            temporary.rename(out)
+    except OSError as error:
+        raise CommandError(f"The report cannot be written to `out` {out}: {error}.") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
