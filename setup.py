@@ -16,7 +16,7 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     packages=find_packages(include=["fairseq_evomoe", "fairseq_evomoe.*"]),
-    package_data={"fairseq_evomoe": ["py.typed", "config/presets/*.yaml"]},
+    package_data={"fairseq_evomoe": ["py.typed", "config/presets/*.yaml", "report/template/*"]},
     scripts=["fairseq_evomoe/bin/evomoe"],
     python_requires=">=3.9",
     install_requires=[
@@ -34,7 +34,10 @@ setup(
     extras_require={
         "benchmark": ["fairscale", "matplotlib", "mixture-of-experts", "st-moe-pytorch", "transformers"],
         "examples": ["matplotlib", "tqdm"],
-        "test": "coverage hypothesis matplotlib mypy pytest pytest-xdist ruff tensorboardX tqdm".split(),
+        "report": ["matplotlib", "tqdm"],
+        "test": (
+            "coverage hypothesis ipykernel matplotlib mypy nbclient pytest pytest-xdist ruff tensorboardX tqdm"
+        ).split(),
     },
     classifiers=[
         "Development Status :: 3 - Alpha",

@@ -13,7 +13,7 @@ from support.cli import LM, build
 from support.tasks import PLAIN
 
 PACKAGE = Path(fairseq_evomoe.__file__).parent
-FLOORS = ["training", "checkpoints", "models", "criterions", "config", "evolution", "moe"]
+FLOORS = ["report", "training", "checkpoints", "models", "criterions", "config", "evolution", "moe"]
 """From the top to the ground."""
 BESIDE = {"compat": {"patching"}, "patching": set()}
 """Modules that any floor may import, and what they may import themselves."""

@@ -61,6 +61,11 @@ class SavedOptions:
         value = self._first.get(name)
         return default if value is None else value
 
+    @property
+    def all_of_model(self) -> Dict[str, Any]:
+        """All options of the model, as plain values."""
+        return {name: _plain(value) for name, value in self._first.items()}
+
     def change(self, values: Dict[str, Any]) -> None:
         """Give some of our options other values, wherever the checkpoint has them.
 

@@ -8,6 +8,7 @@ import os
 import shutil
 import tempfile
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Tuple
 
@@ -15,6 +16,7 @@ from .. import __version__
 from ..checkpoints import recovery
 from ..checkpoints.commands import import_plugin
 from ..checkpoints.files import CommandError
+from ..checkpoints.saved_options import SavedOptions
 from . import curves, domains, measure
 from .figures import Pictures
 from .page import render
@@ -37,13 +39,13 @@ def report(args: argparse.Namespace) -> None:
     with _quiet():
         pictures = Pictures()
     known = domains.find(args.data, args.domain, args.subset)
+    given = runs_of(args.checkpoints)
+    _check_logs(given, args.log)
     logs = [curves.read(log.split(",")) for log in args.log]
     with _quiet():
-        runs = [
-            {"name": name, **measure.run(_samples(paths, args, known))}
-            for name, paths in runs_of(args.checkpoints)
-        ]
-    _add_logs(runs, logs)
+        runs = [{"name": run.name, **measure.run(_samples(run, args, known))} for run in given]
+    for run, found_curves in zip(runs, logs):
+        run["curves"] = found_curves
     options = {run["name"]: run["options"] for run in runs}
     found = {
         "format": FORMAT,
@@ -106,43 +108,71 @@ def _check(args: argparse.Namespace) -> None:
         )
 
 
-def runs_of(paths: List[str]) -> List[Tuple[str, List[str]]]:
-    """The checkpoints of each run, which are those in one folder, with a name for it.
+@dataclass
+class Run:
+    """Checkpoints of one run.
 
-    Runs are in the order in which they are first given.
+    Attributes:
+        name: short, unlike those of the others.
+        checkpoints: path and number of updates of each, by these; none has as many as another.
     """
-    found: Dict[Path, List[str]] = {}
+
+    name: str
+    checkpoints: List[Tuple[str, int]]
+
+
+def runs_of(paths: List[str]) -> List[Run]:
+    """The runs, in the order in which they are first given: checkpoints in one folder of equal model options.
+
+    Of several checkpoints of one update the last is taken, which is said.
+    """
+    found: Dict[Tuple[Path, str], Dict[int, str]] = {}
     for path in dict.fromkeys(paths):
-        found.setdefault(Path(path).resolve().parent, []).append(path)
-    names = [folder.name or "run" for folder in found]
-    if len(set(names)) < len(names):
-        names = [f"{folder.parent.name}/{folder.name}" for folder in found]
-    if len(set(names)) < len(names):
-        names = [str(folder) for folder in found]
-    return list(zip(names, found.values()))
+        state = recovery.peek(path)
+        model = SavedOptions(state).all_of_model
+        key = Path(path).resolve().parent, repr(sorted(model.items(), key=str))
+        of_run = found.setdefault(key, {})
+        update = update_of(state)
+        if update in of_run:
+            print(f"{of_run[update]} is left out: {path} is of the same update.")
+        of_run[update] = path
+    folders = [folder for folder, _ in found]
+    names = _short(
+        [f"{folder}/{max(run.items())[1].rpartition('/')[2]}" for folder, run in zip(folders, found.values())]
+    )
+    return [
+        Run(name, [(run[update], update) for update in sorted(run)])
+        for name, run in zip(names, found.values())
+    ]
 
 
-def _samples(paths: List[str], args: argparse.Namespace, known: Dict[str, str]) -> Iterator[Sample]:
+def _short(paths: List[str]) -> List[str]:
+    """The name of each file's folder, with as much around it as is needed to tell them apart."""
+    parts = [Path(path).parts for path in paths]
+    for first, end in ((-2, -1), (-2, None), (-3, -1), (-3, None)):
+        names = ["/".join(part[first:end]) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    return paths
+
+
+def _samples(run: Run, args: argparse.Namespace, known: Dict[str, str]) -> Iterator[Sample]:
     """What is seen of each checkpoint of a run, by its updates."""
-    updates = {path: update_of(recovery.peek(path)) for path in paths}
-    ordered = sorted(paths, key=lambda path: updates[path])
-    kept = [path for path, after in zip(ordered, [*ordered[1:], ""]) if updates.get(after) != updates[path]]
-    for path in kept:
-        reader = Reader(path, args.data)
+    for path, update in run.checkpoints:
+        reader = Reader.of_checkpoint(path, args.data)
         with progress(Path(path).name, args.tokens) as bar:
-            sample = reader.read(args.subset, args.tokens, bar)
-        if path == kept[-1]:
+            sample = reader.read(args.subset, args.tokens, bar, update)
+        if path == run.checkpoints[-1][0]:
             if all(layer.choices is None for layer in sample.layers):
                 raise CommandError(
-                    f"{path} has one expert in each layer, as before the spawn, so that there is nothing to "
-                    "report "
-                    "on: give a checkpoint from after --moe-spawn-update."
+                    f"{path} has one expert in each layer, as before the spawn: there is nothing to report "
+                    "on "
+                    "until after --moe-spawn-update."
                 )
             for name, what in known.items():
-                with progress(name, args.tokens // len(known)) as bar:
-                    sample.domains[name] = reader.loads(
-                        domains.inputs(reader, what), max(args.tokens // len(known), 1), bar
-                    )
+                tokens = max(args.tokens // len(known), 1)
+                with progress(name, tokens) as bar:
+                    sample.domains[name] = reader.loads(domains.inputs(reader, what), tokens, bar)
         yield sample
 
 
@@ -153,15 +183,13 @@ def progress(name: str, tokens: int) -> Any:
     return tqdm(desc=name, total=tokens, unit=" tokens", leave=False, disable=None)
 
 
-def _add_logs(runs: List[Dict[str, Any]], logs: List[Dict[str, Any]]) -> None:
+def _check_logs(runs: List[Run], logs: List[str]) -> None:
     if logs and len(logs) != len(runs):
         raise CommandError(
             f"There are {len(runs)} runs and {len(logs)} `log`: give one for each run, in the order of the "
-            "runs; several files "
-            "of a run with commas between them."
+            "runs, and "
+            "several files of a run with commas between them."
         )
-    for run, found in zip(runs, logs):
-        run["curves"] = found
 
 
 def _write(out: Path, texts: Dict[str, str]) -> None:

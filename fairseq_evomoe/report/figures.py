@@ -258,6 +258,7 @@ class Pictures:
         phases: Optional[Sequence[Optional[float]]] = None,
         valid: Optional[Dict[str, Sequence[float]]] = None,
         marked: Sequence[int] = (),
+        is_share: bool = False,
     ) -> str:
         """A curve of a log; phases are shaded, validations are points, what is marked are crosses."""
         figure, axes = self._axes(1.9)
@@ -278,6 +279,8 @@ class Pictures:
             axes.plot(list(marked), y[at], "X", color=SERIES[5], ms=7, label="jump")
         if phases is not None:
             self._shade(axes, updates, phases)
+        if is_share:
+            axes.set_ylim(0, 1.05)
         axes.set_ylabel(name, color=MUTED, fontsize=9)
         axes.set_xlabel("update", color=MUTED, fontsize=9)
         if (valid and valid["update"]) or marked:
@@ -285,6 +288,8 @@ class Pictures:
         return self._svg(figure, alt)
 
     def _shade(self, axes: Any, updates: Sequence[int], phases: Sequence[Optional[float]]) -> None:
+        # a label is as wide as its letters: where it would not fit there is none
+        room = 0.022 * max(updates[-1] - updates[0], 1)
         rounded = [0 if phase is None else round(phase) for phase in phases]
         start = 0
         for i in range(1, len(rounded) + 1):
@@ -292,8 +297,9 @@ class Pictures:
                 end = updates[min(i, len(updates) - 1)]
                 if rounded[start]:
                     axes.axvspan(updates[start], end, color=SERIES[rounded[start] + 1], alpha=0.12, lw=0)
+                name = PHASES.get(rounded[start], "")
                 axes.annotate(
-                    PHASES.get(rounded[start], ""),
+                    name if end - updates[start] > room * len(name) else "",
                     ((updates[start] + end) / 2, 1),
                     xycoords=("data", "axes fraction"),
                     ha="center",

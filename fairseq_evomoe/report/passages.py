@@ -107,7 +107,8 @@ def examples(
     for expert, tokens in enumerate(tops):
         of_expert_K = np.flatnonzero(choices.expert_N == expert)
         row_K, weight_K = token_N[of_expert_K], choices.weight_N[of_expert_K]
-        best_first_K = np.lexsort((row_K, -weight_K))
+        anywhere_K = row_K.astype(np.int64) * 2654435761 % (1 << 32)  # not all from the first page
+        best_first_K = np.lexsort((anywhere_K, -weight_K))
         row_K, weight_K = row_K[best_first_K], weight_K[best_first_K]
         value_K, used, of_this = text.token_T[row_K], set(), []
         for lifted in tokens:

@@ -146,43 +146,58 @@ def refusals(path: str, data: str) -> Iterator[None]:
         raise
     except (AssertionError, KeyError, OSError, RuntimeError, ValueError) as error:
         text = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+        if "size mismatch" in text:
+            text = "its dictionary has another size than that of the data, or the file is of another model"
         raise CommandError(f"{path} cannot be run on `data` {data}: {text}.") from error
 
 
 class Reader:
-    """A checkpoint's model, ready to read.
+    """A model, ready to read.
 
     Args:
-        path: the checkpoint, in one file or the first of several.
+        path: of its checkpoint.
         data: folder of binarised data for its task.
+        cfg: fairseq's configuration of it.
+        task: fairseq's task, with that data.
+        model: fairseq's model, which is put into evaluation.
 
     Raises:
-        CommandError: no checkpoint, a dense one, or data of another dictionary.
+        CommandError: a dense model.
     """
 
-    def __init__(self, path: str, data: str) -> None:
-        if not Path(path).is_file():
-            raise CommandError(f"There is no checkpoint {path}.")
-        recovery.check(path)
+    def __init__(self, path: str, data: str, cfg: Any, task: Any, model: Any) -> None:
         self.path, self.data = path, data
-        with refusals(path, data):
-            models, self.cfg, self.task = checkpoint_utils.load_model_ensemble_and_task(
-                [path], arg_overrides={"data": data}
-            )
-        self.model = models[0].eval()
-        self.watches = [_Watch(name, layer.moe) for name, layer in moe_layers(self.model)]
+        self.cfg, self.task, self.model = cfg, task, model.eval()
+        self.watches = [_Watch(name, layer.moe) for name, layer in moe_layers(model)]
         if not self.watches:
             raise CommandError(
                 f"{path} has no MoE layers, only dense ones: there are no experts to report on."
             )
 
-    def read(self, subset: str, tokens: int, progress: Any) -> Sample:
+    @classmethod
+    def of_checkpoint(cls, path: str, data: str) -> "Reader":
+        """The model of a checkpoint, in one file or the first of several.
+
+        Raises:
+            CommandError: no checkpoint, a dense one, or data of another dictionary.
+        """
+        if not Path(path).is_file():
+            raise CommandError(f"There is no checkpoint {path}.")
+        recovery.check(path)
+        with refusals(path, data):
+            models, cfg, task = checkpoint_utils.load_model_ensemble_and_task(
+                [path], arg_overrides={"data": data}
+            )
+        return cls(path, data, cfg, task, models[0])
+
+    def read(self, subset: str, tokens: int, progress: Any, update: int = 0) -> Sample:
         """Run the model on a part of the data.
 
         Args:
             subset: ``valid``, ``test``, ...
             tokens: how many of each layer are enough.
             progress: told how many tokens were read, by ``update``.
+            update: number of updates that the model has made.
         """
         with refusals(self.path, self.data):
             self._run(
@@ -198,7 +213,7 @@ class Reader:
                 texts[watch.side] = self._text(watch)
         return Sample(
             path=self.path,
-            update=update_of(recovery.peek(self.path)),
+            update=update,
             task=str(getattr(self.cfg.task, "_name", "")),
             router=str(getattr(self.cfg.model, "moe_router", "") or "dts"),
             options=_options(self.cfg),

@@ -44,6 +44,7 @@ def make(run: Dict[str, Any], anchor: str, pictures: Pictures, of: str) -> str:
             phases,
             curves["valid"] if is_loss else None,
             curves["spikes"] if is_loss else (),
+            is_share=key in ("moe_load_entropy", "moe_load_max"),
         )
         pictured.append(html.figure(picture, SERIES[key].capitalize()))
     spawns = [f"<p>{escape(line)}</p>" for line in curves["spawns"]]
