@@ -36,7 +36,8 @@ setup(
         "examples": ["matplotlib", "tqdm"],
         "report": ["matplotlib", "tqdm"],
         "test": (
-            "coverage hypothesis ipykernel matplotlib mypy nbclient pytest pytest-xdist ruff tensorboardX tqdm"
+            "coverage hypothesis ipykernel matplotlib mypy nbclient pytest pytest-xdist ruff tensorboardX "
+            "tqdm"
         ).split(),
     },
     classifiers=[

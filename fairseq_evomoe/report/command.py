@@ -17,7 +17,7 @@ from ..checkpoints import recovery
 from ..checkpoints.commands import import_plugin
 from ..checkpoints.files import CommandError
 from ..checkpoints.saved_options import SavedOptions
-from . import curves, domains, measure
+from . import curves, domains, measure, traces
 from .figures import Pictures
 from .page import render
 from .reading import Reader, update_of
@@ -41,11 +41,15 @@ def report(args: argparse.Namespace) -> None:
     known = domains.find(args.data, args.domain, args.subset)
     given = runs_of(args.checkpoints)
     _check_logs(given, args.log)
+    written = [traces.read(os.path.dirname(run.checkpoints[-1][0])) for run in given]
     logs = [curves.read(log.split(",")) for log in args.log]
     with _quiet():
         runs = [{"name": run.name, **measure.run(_samples(run, args, known))} for run in given]
     for run, found_curves in zip(runs, logs):
         run["curves"] = found_curves
+    for run, found_trace in zip(runs, written):
+        if found_trace is not None:
+            run["trace"] = found_trace
     options = {run["name"]: run["options"] for run in runs}
     found = {
         "format": FORMAT,

@@ -179,6 +179,8 @@ class Pictures:
         axes.spines[:].set_visible(False)
         if max(matrix.shape) <= 12:
             for (i, j), value in np.ndenumerate(matrix):
+                if np.isnan(value):
+                    continue
                 text = f"{value:.1f}" if lift else f"{value:.2f}".replace("0.", ".", 1)
                 axes.text(j, i, text, ha="center", va="center", fontsize=8, color=INK)
         self._ticks(axes, columns)
@@ -336,7 +338,7 @@ def _opaque(matrix: Array, top: Optional[float], lift: bool) -> Array:
         strength = np.clip(np.log2(np.maximum(matrix, 1e-3)) / 2, -1, 1)  # four times or a quarter is full
     else:
         strength = np.clip(matrix / (top or max(float(np.nanmax(matrix, initial=0)), 1e-9)), -1, 1)
-    strength = np.nan_to_num(strength)
+    strength = np.nan_to_num(strength)  # what is not there is clear
     result = np.empty((*matrix.shape, 4), dtype=np.uint8)
     result[..., :3] = np.where(strength[..., None] < 0, ORANGE, BLUE)
     result[..., 3] = np.abs(strength) * 190  # never fully, so that numbers can be read on it

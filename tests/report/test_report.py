@@ -10,7 +10,7 @@ import torch
 from tqdm import tqdm
 
 from fairseq_evomoe.moe import ROUTERS
-from fairseq_evomoe.report import measure
+from fairseq_evomoe.report import measure, traces
 from fairseq_evomoe.report.command import runs_of
 from fairseq_evomoe.report.figures import Pictures
 from fairseq_evomoe.report.page import render
@@ -371,3 +371,33 @@ def test_a_router_of_a_plugin(lm_data, tmp_path):
         tmp_path / "checkpoint_last.pt", data=lm_data, out=tmp_path / "out", **{"user-dir": plugin}
     )
     assert found["runs"][0]["router"] == "nearest"
+
+
+def test_what_the_run_wrote_down_while_it_trained(lm_data, tmp_path):
+    run = tmp_path / "run"
+    call("fairseq-train", lm_data, save_dir=run, **{**LM, "moe_trace": 2, "max_update": 12})
+    found, page = report(run / "checkpoint_last.pt", data=lm_data, out=tmp_path / "out")
+    trace = found["runs"][0]["trace"]
+    layer = trace["layers"]["decoder.layers.1"]
+    assert (
+        trace["update"] == [2, 4, 6, 8, 10, 12] and [len(load) for load in layer["load"]] == [1] * 3 + [4] * 3
+    )
+    assert layer["load"][0] == [1] and layer["drift"][:4] == [None] * 4 and layer["drift"][-1] is not None
+    assert [(one["update"], one["experts"]) for one in layer["family"]] == [(2, 1), (6, 4), (12, 4)]
+    assert layer["family"][1]["parents"] == [0] * 4
+    assert "run0-trace" in check_page(page)
+    (run / "moe_trace.jsonl").write_text("no trace")
+    with pytest.raises(SystemExit):
+        report(run / "checkpoint_last.pt", "--force", data=lm_data, out=tmp_path / "out")
+
+
+def test_long_traces_are_thinned():
+    layer = {"load": [3, 1], "tokens": 4, "assignments": 4, "dropped": 0, "probe": None}
+    updates = [
+        {"kind": "update", "update": u, "phase": 2, "temperature": 1.0, "layers": {"a": layer}}
+        for u in range(1, 1002)
+    ]
+    kept = traces._thinned(updates)
+    assert len(kept) <= traces.MOST and kept[-1]["update"] == 1001
+    steps = {b["update"] - a["update"] for a, b in zip(kept, kept[1:])}
+    assert len(steps) == 1

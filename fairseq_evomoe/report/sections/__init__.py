@@ -3,7 +3,7 @@
 from typing import Any, Callable, Dict, Tuple
 
 from ..figures import Pictures
-from . import experts, history, layers, specialisation, together, training
+from . import experts, history, layers, specialisation, together, trace, training
 from .overview import overview
 from .side_by_side import side_by_side
 
@@ -17,6 +17,7 @@ SECTIONS: Dict[str, Tuple[str, Make]] = {
     "specialisation": ("Specialisation", specialisation.make),
     "together": ("Together", together.make),
     "history": ("Over the run", history.make),
+    "trace": ("While training", trace.make),
     "training": ("Training", training.make),
 }
 """Those of one run, in their order: title and what makes them."""
