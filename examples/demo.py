@@ -39,13 +39,14 @@ def training_command(name: str, out: Path, updates: int) -> list[str]:
     command += f"--lr-scheduler polynomial_decay --warmup-updates {updates // 20}".split()
     command += f"--total-num-update {updates} --max-update {updates}".split()
     command += f"--save-dir {out / name} --no-epoch-checkpoints --no-progress-bar --log-format json".split()
-    command += f"--validate-interval-updates {updates // 9} --log-interval {updates // 90}".split()
+    command += f"--validate-interval-updates {updates // 9} --log-interval {max(updates // 90, 1)}".split()
     if name == "dense":
         return [*command, "--arch", "transformer_lm", "--criterion", "cross_entropy"]
     command += ["--user-dir", str(PLUGIN), "--arch", "evomoe_lm", "--criterion", "evomoe_cross_entropy"]
     command += "--moe-preset evomoe_table --moe-experts 8 --moe-freq 2".split()
     command += f"--moe-spawn-update {updates // 9}".split()
     command += f"--moe-anneal-updates {updates // 3} --moe-hard-update {updates * 4 // 9}".split()
+    command += f"--save-interval-updates {updates // 9}".split()  # for evomoe report
     return command
 
 
@@ -71,8 +72,8 @@ def train(out: Path, updates: int) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     running = {}
     for name in ("dense", "evomoe"):
-        if (out / name / "checkpoint_last.pt").exists():
-            (out / name / "checkpoint_last.pt").unlink()
+        for checkpoint in (out / name).glob("checkpoint*.pt"):  # of an earlier run, which would go on
+            checkpoint.unlink()
         with open(out / f"{name}.log", "w") as log:
             command = training_command(name, out, updates)
             log.write(" ".join(command) + "\n")

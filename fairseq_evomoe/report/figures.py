@@ -214,7 +214,8 @@ class Pictures:
             )
         axes.set_xlabel("update", color=MUTED, fontsize=9)
         axes.set_ylabel(label, color=MUTED, fontsize=9)
-        axes.set_ylim(0, None)
+        if percent:
+            axes.set_ylim(0, None)
         if len(series) <= 12:
             figure.legend(loc="outside upper left", ncols=2, frameon=False, fontsize=9, labelcolor=INK)
         return self._svg(figure, alt)

@@ -13,7 +13,7 @@ def side_by_side(report: Dict[str, Any], pictures: Pictures) -> str:
     runs: List[Dict[str, Any]] = report["runs"]
     names = [run["name"] for run in runs]
     rows = [[html.text(name), *cells] for name, cells in _rows(runs)]
-    parts = [html.table("Means over the layers of each run", ["", *names], rows)]
+    parts = [html.table("Means over the layers of each run", ["measure", *names], rows)]
     drawn = []
     known = [(run["name"], _explained(run)) for run in runs if _explained(run)]
     if known:
@@ -34,13 +34,17 @@ def side_by_side(report: Dict[str, Any], pictures: Pictures) -> str:
     parts.append(html.grid(drawn))
     if report["differences"]:
         rows = [
-            [html.text(one["option"]), *(html.text(_value(value)) for value in one["values"])]
+            [html.text(_flag(one["option"])), *(html.text(_value(value)) for value in one["values"])]
             for one in report["differences"]
         ]
         parts += ["<h3>Options that differ</h3>", html.table("Options that differ", ["option", *names], rows)]
     else:
         parts.append(html.note("The options of the runs do not differ."))
     return html.section("side-by-side", "Side by side", "", parts)
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def _value(value: Any) -> str:
@@ -87,6 +91,10 @@ def _rows(runs: List[Dict[str, Any]]) -> List[Tuple[str, List[html.Cell]]]:
         ("confidence of the gate", "confidence"),
     ):
         rows.append((name, [html.text(_shown(mean(run, key))) for run in runs]))
+    losses = [run.get("curves", {}).get("valid", {}).get("loss") for run in runs]
+    if any(losses):
+        shown = [html.text(f"{loss[-1]:.3f}" if loss else "–") for loss in losses]
+        rows.append(("last validation loss, by its log", shown))
     for name, key in (
         ("similarity of weights", "similarity_of_weights"),
         ("similarity of outputs", "similarity_of_outputs"),
