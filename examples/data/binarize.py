@@ -208,7 +208,7 @@ def fairseq_preprocess(
 
     Args:
         dictionary: passed as ``--srcdict``.
-        prefixes: of train, valid and perhaps test.
+        prefixes: of train, valid and perhaps test; of further test sets after that.
         destination: passed as ``--destdir``.
         workers: processes to use.
         options: further options.
@@ -225,8 +225,10 @@ def fairseq_preprocess(
 
     arguments = [*options, "--workers", str(workers)]
     arguments += ["--srcdict", str(dictionary), "--destdir", str(destination)]
-    for option, prefix in zip(("--trainpref", "--validpref", "--testpref"), prefixes):
+    for option, prefix in zip(("--trainpref", "--validpref"), prefixes):
         arguments += [option, prefix]
+    if prefixes[2:]:
+        arguments += ["--testpref", ",".join(prefixes[2:])]
     preprocess.logger.propagate = False
     try:
         preprocess.main(get_preprocessing_parser().parse_args(arguments))
@@ -235,6 +237,9 @@ def fairseq_preprocess(
         for handler in list(preprocess.logger.handlers):  # each run adds one
             preprocess.logger.removeHandler(handler)
             handler.close()
+    for number, prefix in enumerate(prefixes[3:], start=1):
+        for file in destination.glob(f"test{number}.*"):  # fairseq numbers them: give them their names
+            file.rename(file.with_name(Path(prefix).name + file.name[len(f"test{number}") :]))
 
 
 def binarize(

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,29 +58,72 @@ class DebianPackage:
     Attributes:
         package: name of the package.
         sha256: checksums of versions we have used, for machines without apt.
+        latest: whether ``package`` is empty and depends on the package of one version, which is meant.
     """
 
     package: str
     sha256: Sequence[str] = ()
+    latest: bool = False
 
     @property
     def name(self) -> str:
         """What to call it in messages."""
         return self.package
 
+    def _apt_cache(self, command: str, package: str) -> str:
+        """What apt's lists say of a package; nothing where there is no apt."""
+        if not shutil.which("apt-cache"):
+            return ""
+        return subprocess.run(
+            ["apt-cache", command, package], capture_output=True, text=True, check=False
+        ).stdout
+
+    def _versioned(self) -> str:
+        """The package that has the files: ``linux-doc-6.1`` for ``linux-doc``."""
+        if not self.latest:
+            return self.package
+        stem, ending = self.package.split("-")[0].rstrip("3"), "-doc"
+        for name in re.findall(r"^ +Depends: (\S+)$", self._apt_cache("depends", self.package), re.M):
+            if name.startswith(stem) and ending in name:
+                return name
+        return self.package
+
     def checksums(self) -> set[str]:
         """Checksums in apt's signed package lists, and those we know."""
-        known = set(self.sha256)
-        if shutil.which("apt-cache"):
-            shown = subprocess.run(
-                ["apt-cache", "show", self.package], capture_output=True, text=True, check=False
-            )
-            known.update(re.findall(r"^SHA256: (\w+)$", shown.stdout, re.M))
-        return known
+        shown = self._apt_cache("show", self._versioned())
+        return {*self.sha256, *re.findall(r"^SHA256: (\w+)$", shown, re.M)}
 
     def download(self, folder: Path) -> None:
         """Let apt-get put the file into ``folder``."""
-        _client(self, ["apt-get", "download", "-q", self.package], folder)
+        _client(self, ["apt-get", "download", "-q", self._versioned()], folder)
+
+
+def files_in(package: Path, wanted: str) -> Iterator[tuple[str, str]]:
+    """Path and text of each file in a Debian package whose path the pattern ``wanted`` finds; gzip is opened,
+    and what is not UTF-8 in it becomes U+FFFD.
+
+    Raises: PrepareError: the file is not a Debian package, or has no such file in it.
+    """
+    found = False
+    try:
+        command = ["dpkg-deb", "--fsys-tarfile", str(package)]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    except FileNotFoundError:
+        raise PrepareError("Opening a Debian package needs the program dpkg-deb.") from None
+    try:
+        with process, tarfile.open(fileobj=process.stdout, mode="r|") as archive:
+            for member in archive:
+                path = member.name[2:] if member.name.startswith("./") else member.name
+                if member.isfile() and re.search(wanted, path):
+                    found = True
+                    data = archive.extractfile(member).read()
+                    if path.endswith((".gz", ".dz")):
+                        data = gzip.decompress(data)
+                    yield path, data.decode("utf-8", errors="replace")
+    except tarfile.TarError:
+        found = False
+    if not found:
+        raise PrepareError(f"{package} is not a Debian package with files in it that match {wanted!r}.")
 
 
 def _client(package, command: list[str], folder: Path) -> None:

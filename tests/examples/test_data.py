@@ -29,8 +29,9 @@ sys.path.insert(0, str(DATA))
 import cleaning  # noqa: E402
 import fetch  # noqa: E402
 from cleaning import Document  # noqa: E402
-from corpora import bible, english, libreoffice_help, reviews, shakespeare, wikipedia  # noqa: E402
+from corpora import bible, domains, english, libreoffice_help, reviews, shakespeare, wikipedia  # noqa: E402
 from corpora.corpus import with_document_ends  # noqa: E402
+from fetch import DebianPackage  # noqa: E402
 from prepare import main  # noqa: E402
 from stages import PrepareError, building, is_finished  # noqa: E402
 
@@ -319,23 +320,28 @@ def test_help_sentences_pair_up_where_counts_agree():
     ]
 
 
+def debian_package(root, files):
+    """A package with these files, from path to content."""
+    for path, content in files.items():
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_bytes(content)
+    (root / "DEBIAN").mkdir()
+    control = "Package: x\nVersion: 1\nArchitecture: all\nMaintainer: x <x@x>\nDescription: x\n"
+    (root / "DEBIAN/control").write_text(control)
+    package = root.with_suffix(".deb")
+    subprocess.run(
+        ["dpkg-deb", "--build", "--root-owner-group", root, package], check=True, capture_output=True
+    )
+    return package
+
+
 @pytest.mark.skipif(not shutil.which("dpkg-deb"), reason="needs dpkg-deb")
 def test_help_pages_from_debian_packages(tmp_path):
     packages = []
     for language, word in (("en-US", "We"), ("de", "Wir")):
-        root = tmp_path / language
-        folder = root / "usr/share/libreoffice/help" / language / "text"
-        folder.mkdir(parents=True)
-        (folder / "a.html").write_text(HELP_PAGE.format(word), encoding="utf-8")
-        (root / "DEBIAN").mkdir()
-        control = "Package: x\nVersion: 1\nArchitecture: all\nMaintainer: x <x@x>\nDescription: x\n"
-        (root / "DEBIAN/control").write_text(control)
-        packages.append(tmp_path / f"{language}.deb")
-        subprocess.run(
-            ["dpkg-deb", "--build", "--root-owner-group", root, packages[-1]],
-            check=True,
-            capture_output=True,
-        )
+        page = HELP_PAGE.format(word).encode()
+        path = f"usr/share/libreoffice/help/{language}/text/a.html"
+        packages.append(debian_package(tmp_path / language, {path: page}))
     english, german = map(libreoffice_help.read_pages, packages)
     assert list(english) == ["text/a.html"]
     pairs = list(libreoffice_help.sentence_pairs(english, german))
@@ -358,6 +364,115 @@ def review_sdist(path, lines):
     inner = tar("hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt", ratings)
     path.write_bytes(tar("vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz", inner))
     return path
+
+
+def test_html_paragraphs_are_without_markup_lists_and_listings():
+    page = """<div><p class="a">A <a href="x">whole</a> sentence &amp; more.</p><pre>int x;</pre>
+    <p>One that is not closed<ul><li>item</li></ul><P>A second\none<table><td>cell</td></table></div>"""
+    found = [" ".join(text.split()) for text in domains.html_paragraphs(page)]
+    assert found == ["A whole sentence & more.", "One that is not closed", "A second one"]
+
+
+def test_pod_is_read_without_commands_and_code():
+    page = (
+        "=head1 NAME\n\nUse C<print> and I<B<never>> L<< this >> one.\n\n    code here\n\n=cut\n\nEnd E<lt>."
+    )
+    assert list(domains.pod_paragraphs(page))[0] == "Use print and never this one."
+    assert len(list(domains.pod_paragraphs(page))) == 2
+
+
+DICTIONARY = """00-database-info
+   About it.
+
+Ape \\Ape\\ ([=a]p), n. [AS. apa.]
+   1. (Zool.) A quadrumanous mammal of the {Simiadae} kind.
+      --Shak.
+      [1913 Webster]
+
+   2. One who imitates servilely what others do.
+      [1913 Webster]
+
+Apex \\A"pex\\, n.
+   The tip, point, or summit of anything.
+   [1913 Webster]
+
+Bee \\Bee\\, n.
+   An insect of the order Hymenoptera.
+"""
+
+
+def test_dictionary_definitions_by_the_letters_of_their_words():
+    pages = dict(domains.pages_of_dictionary(DICTIONARY))
+    assert list(pages) == ["ape", "bee"]
+    text = " ".join(" ".join(domains.dictionary_paragraphs(pages["ape"])).split())
+    assert "One who imitates servilely what others do." in text and "of the Simiadae kind." in text
+    assert "The tip, point, or summit of anything." in text
+    assert not any(mark in text for mark in ("Webster", "Shak", "[", "{", "\\"))
+
+
+def sentence_of(domain, page, line):
+    return f"Sentence {'abcdefghij'[line]} of page {'abcdefghijklmnopqrst'[page]} is about {domain} alone."
+
+
+@pytest.mark.skipif(not shutil.which("dpkg-deb"), reason="needs dpkg-deb")
+def test_domains_have_a_test_set_each_and_train_is_clear_of_all(tmp_path, monkeypatch):
+    monkeypatch.setattr(domains, "HELD_OUT_ROWS", 12)
+    monkeypatch.setattr(domains, "NEAR", 1.0)
+    packages, names = [], ("kernel", "qt")
+    for name in names:
+        files = {}
+        for page in range(12):
+            lines = "".join(f"<p>{sentence_of(name, page, line)}</p>" for line in range(2))
+            files[f"usr/html/{page}.html"] = f"{lines}<p>The same line is on all pages here.</p>".encode()
+        many = "".join(f"<p>{sentence_of(name, 19, line)}</p>" for line in range(10))
+        files["usr/html/long.html"] = many.encode()
+        files["usr/html/a.css"] = b"p { The style sheet is not read here. }"
+        packages.append(debian_package(tmp_path / name, files))
+    chosen = tuple(domain for domain in domains.DOMAINS if domain.name in names)
+    monkeypatch.setattr(domains, "DOMAINS", chosen)
+
+    splits = {
+        split: [row[0] for row in rows if row[0]]
+        for split, rows in domains.extract(packages, "").splits.items()
+    }
+
+    assert list(splits) == ["train", "valid", "test", "test_kernel", "test_qt"]
+    assert splits["test"] == splits["test_kernel"] + splits["test_qt"]
+    assert all(name in line or "same line" in line for name in names for line in splits[f"test_{name}"])
+    assert all(
+        any(name in line for line in splits[split]) for name in names for split in ("train", "valid", "test")
+    )
+    assert (
+        sum(line.startswith("The same line") for rows in splits.values() for line in rows) == 2
+    )  # test, test_kernel
+    assert all(sentence_of(name, 19, 9) in splits["train"] for name in names)  # a long page is not held out
+    assert not set(splits["train"]) & {*splits["valid"], *splits["test"]}
+    archives = [word for package in packages for word in ("--archive", package)]
+    result = in_process("domains", tmp_path / "out", *archives, "--no-checksum", "--vocab-size", 60)
+    assert result.returncode == 0, result.stderr
+    rows = (tmp_path / "out/raw/test_qt").read_text().split("\n")[:-1]
+    read = fairseq_data.data_utils.load_indexed_dataset(str(tmp_path / "out/bin/test_qt"))
+    assert len(read) == len(rows) and (tmp_path / "out/bin/test.bin").exists()
+    assert not (tmp_path / "out/bin/test1.bin").exists()
+    with pytest.raises(PrepareError, match="is not a Debian package"):
+        list(domains.Domain("none", "x", r"\.pdf$").documents(packages[0]))
+
+
+def test_train_loses_what_resembles_a_held_out_sentence():
+    rows = [("The function returns the first of all numbers.",), ("Something else is said here.",)]
+    near = Document("test", [("The function returns the last of all numbers.",)])
+    splits = {"train": [Document("a", rows), Document("b", rows[:1])], "valid": [], "test": [near]}
+    assert domains.clear_of_near_duplicates(splits)["train"] == [Document("a", rows[1:])]
+
+
+def test_a_debian_package_that_depends_on_that_of_a_version(monkeypatch):
+    said = {
+        ("depends", "python3-doc"): "python3-doc\n  Depends: python3.11-doc\n  Suggests: python3-examples\n",
+        ("show", "python3.11-doc"): "Package: python3.11-doc\nSHA256: abc\n",
+    }
+    monkeypatch.setattr(DebianPackage, "_apt_cache", lambda _, *asked: said.get(asked, ""))
+    assert DebianPackage("python3-doc", latest=True).checksums() == {"abc"}
+    assert DebianPackage("python3-doc").checksums() == set()
 
 
 def test_reviews_with_a_clear_rating(tmp_path):

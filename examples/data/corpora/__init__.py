@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from corpora import bible, english, libreoffice_help, reviews, shakespeare, wikipedia
+from corpora import bible, domains, english, libreoffice_help, reviews, shakespeare, wikipedia
 from corpora.corpus import Corpus
 
 BUILT_IN: dict[str, Corpus] = {
@@ -12,6 +12,7 @@ BUILT_IN: dict[str, Corpus] = {
         wikipedia.CORPUS,
         bible.CORPUS,
         english.CORPUS,
+        domains.CORPUS,
         libreoffice_help.CORPUS,
         reviews.CORPUS,
     )

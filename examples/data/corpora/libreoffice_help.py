@@ -9,8 +9,6 @@ one test pair in seven has a near twin in train.
 from __future__ import annotations
 
 import re
-import subprocess
-import tarfile
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -26,8 +24,7 @@ from cleaning import (
     near_duplicates,
     squeeze,
 )
-from fetch import DebianPackage
-from stages import PrepareError
+from fetch import DebianPackage, files_in
 
 from corpora.corpus import Corpus, Extraction, Kind, without_document_ends
 
@@ -99,22 +96,9 @@ def page_paragraphs(page: str) -> dict[str, str]:
 def read_pages(package: Path) -> dict[str, str]:
     """The HTML pages in a Debian package, by their path inside the language's folder."""
     pages = {}
-    try:
-        command = ["dpkg-deb", "--fsys-tarfile", str(package)]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-    except FileNotFoundError:
-        raise PrepareError("Opening a Debian package needs the program dpkg-deb.") from None
-    try:
-        with process, tarfile.open(fileobj=process.stdout, mode="r|") as archive:
-            for member in archive:
-                path = member.name[2:] if member.name.startswith("./") else member.name
-                if member.isfile() and path.startswith(_ROOT) and path.endswith(".html"):
-                    _, _, page = path[len(_ROOT) :].partition("/")
-                    pages[page] = archive.extractfile(member).read().decode("utf-8")
-    except tarfile.TarError:
-        pages = {}
-    if not pages:
-        raise PrepareError(f"{package} is not a Debian package with LibreOffice Help pages in it.")
+    for path, text in files_in(package, f"^{_ROOT}.*\\.html$"):
+        _, _, page = path[len(_ROOT) :].partition("/")
+        pages[page] = text
     return pages
 
 
