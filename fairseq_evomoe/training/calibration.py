@@ -1,0 +1,177 @@
+"""Seconds of an update, measured with fairseq's own Trainer, and what the model has in it."""
+
+import itertools
+import statistics
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Iterator, List, Sequence, Tuple
+
+import torch
+from fairseq import options, tasks
+from fairseq.data import Dictionary
+from fairseq.data.indexed_dataset import make_builder
+from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+from fairseq.trainer import Trainer
+
+from ..config.config import MoEConfig
+from ..evolution.cost import Layer
+from ..models.feed_forward import moe_layers
+
+WARM_UP = 2
+"""Updates before those that are timed."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """A causal language model, where no command of fairseq's is given.
+
+    Attributes:
+        layers: number of its layers, of which every second has experts.
+        dim: width of a token.
+        ffn_dim: hidden units of the feed-forward networks that become base experts.
+        vocabulary: entries of the dictionary.
+        tokens: of an update.
+        sequence: tokens of a sequence.
+    """
+
+    layers: int = 6
+    dim: int = 512
+    ffn_dim: int = 2048
+    vocabulary: int = 8000
+    tokens: int = 4096
+    sequence: int = 128
+
+    def flags(self, data: Path) -> List[str]:
+        """The flags of ``fairseq-train`` for it, on data that ``write_data`` has made."""
+        sizes = {
+            "layers": self.layers,
+            "embed-dim": self.dim,
+            "input-dim": self.dim,
+            "output-dim": self.dim,
+            "ffn-embed-dim": self.ffn_dim,
+            "attention-heads": max(self.dim // 64, 1),
+        }
+        flags = [str(data), "--task", "language_modeling", "--arch", "evomoe_lm"]
+        flags += ["--criterion", "evomoe_cross_entropy", "--share-decoder-input-output-embed"]
+        flags += [word for name, size in sizes.items() for word in (f"--decoder-{name}", str(size))]
+        flags += ["--tokens-per-sample", str(self.sequence), "--sample-break-mode", "none"]
+        flags += ["--batch-size", str(max(self.tokens // self.sequence, 1))]
+        return [*flags, "--optimizer", "adam", "--lr", "0.0001"]
+
+    def write_data(self, folder: Path, updates: int) -> None:
+        """Write random text that is long enough for so many updates, as ``fairseq-preprocess`` does."""
+        dictionary = Dictionary()
+        for number in range(self.vocabulary - len(dictionary)):
+            dictionary.add_symbol(f"w{number}")
+        dictionary.save(str(folder / "dict.txt"))
+        draw = torch.Generator().manual_seed(1)
+        shape = (updates * self.tokens // self.sequence + 1, self.sequence)
+        ids = torch.randint(dictionary.nspecial, len(dictionary), shape, generator=draw)
+        builder = make_builder(str(folder / "train.bin"), impl="mmap", vocab_size=len(dictionary))
+        for row in ids.int():
+            builder.add_item(row)
+        builder.finalize(str(folder / "train.idx"))
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a model has and how long its updates take.
+
+    Attributes:
+        seconds: of each update that was timed.
+        experts: parameters of the experts that are on this rank.
+        others: all other parameters.
+        layers: the MoE layers.
+        tokens: of an update, as the criterion counts them.
+        active: experts that a token has, in the mean.
+    """
+
+    seconds: List[float]
+    experts: int
+    others: int
+    layers: List[Layer]
+    tokens: float
+    active: float
+
+    @property
+    def median(self) -> float:
+        """Seconds of an update."""
+        return statistics.median(self.seconds)
+
+
+def configuration(flags: Sequence[str]) -> Tuple[Any, MoEConfig]:
+    """fairseq's configuration and ours for the flags of ``fairseq-train``."""
+    args = options.parse_args_and_arch(options.get_training_parser(), input_args=list(flags))
+    cfg = convert_namespace_to_omegaconf(args)
+    task = tasks.setup_task(cfg.task)
+    model = task.build_model(cfg.model)
+    return cfg, model.moe_config
+
+
+def measure(flags: Sequence[str], seconds: float, least: int = 3) -> Measured:
+    """Time updates of the run that these flags describe, on its own data.
+
+    Args:
+        flags: of ``fairseq-train``, the folder of the data first.
+        seconds: for how long updates are timed.
+        least: how many are at least.
+    """
+    args = options.parse_args_and_arch(options.get_training_parser(), input_args=list(flags))
+    cfg = convert_namespace_to_omegaconf(args)
+    torch.manual_seed(cfg.common.seed)
+    task = tasks.setup_task(cfg.task)
+    task.load_dataset(cfg.dataset.train_subset)
+    model, criterion = task.build_model(cfg.model), task.build_criterion(cfg.criterion)
+    trainer = Trainer(cfg, task, model, criterion)
+    trainer.begin_epoch(1)
+    found: List[float] = []
+    log: Any = None
+    for number, batches in enumerate(_updates(cfg, task, trainer)):
+        start = _now()
+        log = trainer.train_step(batches) or log
+        if number >= WARM_UP:
+            found.append(_now() - start)
+        if len(found) >= least and sum(found) > seconds:
+            break
+    return _measured(model, found, log or {})
+
+
+def _updates(cfg: Any, task: Any, trainer: Trainer) -> Iterator[List[Any]]:
+    """The batches of each update, epoch after epoch."""
+    accumulated = cfg.optimization.update_freq[0]
+    for epoch in itertools.count(1):
+        iterator = trainer.get_train_iterator(epoch=epoch, load_dataset=False)
+        batches = iterator.next_epoch_itr(shuffle=True)
+        yield from _grouped(batches, accumulated)
+
+
+def _grouped(batches: Iterator[Any], size: int) -> Iterator[List[Any]]:
+    return iter(lambda: list(itertools.islice(batches, size)), [])
+
+
+def _measured(model: Any, seconds: List[float], log: Any) -> Measured:
+    experts, layers = 0, []
+    for _, layer in moe_layers(model):
+        moe = layer.moe
+        experts += sum(p.numel() for p in moe.experts.parameters())
+        widths = moe.experts.widths
+        matrices = 3 if moe.experts.gated else 2
+        layers.append(Layer(moe.experts.dim, round(sum(widths) / len(widths)), moe.num_experts, matrices))
+    others = sum(p.numel() for p in model.parameters()) - experts
+    tokens = float(log.get("sample_size", 0) or log.get("ntokens", 0))
+    return Measured(seconds, experts, others, layers, tokens, float(log.get("moe_experts", 1) or 1))
+
+
+def _now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def temporary_data(sizes: Sizes, updates: int) -> "tempfile.TemporaryDirectory[str]":
+    """A folder with random text, which goes with the object."""
+    folder = tempfile.TemporaryDirectory(prefix="evomoe-plan-")
+    sizes.write_data(Path(folder.name), updates)
+    return folder

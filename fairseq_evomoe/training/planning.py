@@ -1,0 +1,237 @@
+"""``evomoe plan``: what schedules of spawns cost beside a number of experts that is there from the start."""
+
+import argparse
+import logging
+import platform
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Callable, Dict, Iterator, List, NamedTuple, Sequence, Tuple
+
+import torch
+
+from ..checkpoints.files import CommandError
+from ..config.config import MoEConfig
+from ..evolution import budget
+from ..evolution.budget import Stage, Step
+from ..evolution.cost import (
+    BYTES_OF_PARAMETER,
+    Link,
+    Machine,
+    Phase,
+    Run,
+    all_reduce,
+    all_to_all,
+    exchanged_bytes,
+    reduce_experts,
+)
+from .calibration import Measured, Sizes, configuration, measure, temporary_data
+
+ROUNDS = 2
+"""Times that each number of experts is timed, in turn, so that a busy moment is not one number's alone."""
+
+
+class Schedule(NamedTuple):
+    """A way to reach all experts.
+
+    Attributes:
+        name: as it is written with ``--moe-spawn-update``.
+        stages: of the run.
+    """
+
+    name: str
+    stages: List[Stage]
+
+
+class Case(NamedTuple):
+    """What is timed.
+
+    Attributes:
+        experts: that a rank has.
+        soft: whether the gate is soft.
+    """
+
+    experts: int
+    soft: bool
+
+
+def plan(args: argparse.Namespace) -> None:
+    """Carry out the command: measure, and print two tables."""
+    logging.disable(logging.INFO)
+    sizes = Sizes(args.layers, args.dim, args.ffn_dim, args.vocabulary, args.tokens, args.sequence)
+    with temporary_data(sizes, updates=256) as folder:
+        flags = _flags(args, sizes.flags(Path(folder)))
+        schedules = list(_schedules(args, flags))
+        measured = _measure(args, flags, schedules)
+    steps = {case: _step(args, case, found) for case, found in measured.items()}
+    print(_heading(args))
+    print(steps_table(measured, steps))
+    print(schedules_table(schedules, lambda stage: steps[_case(args, stage)]))
+
+
+def _flags(args: argparse.Namespace, own: List[str]) -> List[str]:
+    """The flags of ``fairseq-train`` that are measured: those after ``--``, or those of the sizes given."""
+    flags = list(args.train) or own
+    if args.train and Path(flags[0]).name.startswith("fairseq-"):
+        flags = flags[1:]
+    if "--user-dir" not in flags:
+        flags += ["--user-dir", str(Path(__file__).resolve().parents[1])]
+    if not torch.cuda.is_available() and "--cpu" not in flags:
+        flags.append("--cpu")
+    if args.preset:
+        flags += ["--moe-preset", args.preset]
+    return [*flags, "--max-update", str(args.max_update), "--moe-experts", str(args.experts)]
+
+
+def _schedules(args: argparse.Namespace, flags: Sequence[str]) -> Iterator[Schedule]:
+    """All experts from the start, and each schedule of the arguments."""
+    for text in ("0", *args.spawn_update):
+        _, config = configuration([*flags, "--moe-spawn-update", text])
+        spawns = _spawns(config, text)
+        soft = config.schedule.hard_after if config.router_class.stages else 0
+        stages = budget.stages(spawns, args.max_update, int(min(soft, args.max_update)))
+        yield Schedule("from the start" if text == "0" else text, stages)
+
+
+def _spawns(config: MoEConfig, text: str) -> List[Tuple[int, int]]:
+    """Updates before which experts spawn, and how many there are from then on."""
+    spawns = [(stage.update, stage.experts) for stage in config.stages]
+    if any(update is None for update, _ in spawns):
+        raise CommandError(
+            f"`spawn_update` {text} waits for a plateau, whose update nobody knows: give updates."
+        )
+    return [(update, experts) for update, experts in spawns if update is not None]
+
+
+def _case(args: argparse.Namespace, stage: Stage) -> Case:
+    """What is timed for a stage: the experts that one of P ranks has."""
+    return Case(-(-stage.experts // args.parallel), stage.soft) if stage.experts > 1 else Case(1, False)
+
+
+def _measure(
+    args: argparse.Namespace, flags: Sequence[str], schedules: Sequence[Schedule]
+) -> Dict[Case, Measured]:
+    """Time each number of experts that any schedule has, in turns."""
+    cases = sorted({_case(args, stage) for schedule in schedules for stage in schedule.stages})
+    seconds = args.seconds / len(cases) / ROUNDS
+    found: Dict[Case, Measured] = {}
+    for number in range(ROUNDS):
+        for case in cases:
+            print(
+                f"evomoe plan: timing {_name(case)} ({number + 1} of {ROUNDS})", file=sys.stderr, flush=True
+            )
+            here = measure([*flags, *_case_flags(case, args.max_update)], seconds)
+            before = found[case].seconds if case in found else []
+            found[case] = replace(here, seconds=before + here.seconds)
+    return found
+
+
+def _case_flags(case: Case, max_update: int) -> List[str]:
+    """Flags with which a run is in that stage from its first update on."""
+    if case.experts == 1 and not case.soft:
+        return ["--moe-spawn-update", str(max_update - 1)]
+    stage = ["--moe-hard-update", "-1"] if case.soft else ["--moe-hard-update", "0"]
+    return ["--moe-spawn-update", "0", "--moe-experts", str(case.experts), *stage]
+
+
+def _step(args: argparse.Namespace, case: Case, found: Measured) -> Step:
+    """What an update costs on the ranks that are asked for."""
+    parameters = found.others + found.experts
+    memory = BYTES_OF_PARAMETER * parameters
+    if args.gpus == 1:
+        return Step(found.median, memory)
+    machine = Machine(
+        1.0,
+        Link(args.inside * 1e9, args.latency),
+        Link(args.bandwidth * 1e9, args.latency),
+        args.ranks_per_node,
+    )
+    run = Run(args.gpus, args.parallel, round(found.tokens), args.bytes, args.bytes)
+    spawned = case.experts > 1
+    phase = Phase(_name(case), max(round(found.active), 1), spawned)
+    layers = [
+        replace(layer, experts=layer.experts * args.parallel if spawned else 1) for layer in found.layers
+    ]
+    sent = sum(exchanged_bytes(layer, run, phase) for layer in layers)
+    exchange = sum(
+        all_to_all(exchanged_bytes(layer, run, phase), args.parallel, machine, 5) for layer in layers
+    )
+    own = sum(reduce_experts(layer, run, phase, machine) for layer in layers)
+    everywhere = found.others + (found.experts if args.parallel == 1 or not spawned else 0)
+    gradients = own + all_reduce(everywhere * args.bytes, args.gpus, machine)
+    return Step(found.median + (exchange if spawned else 0) + gradients, memory, sent)
+
+
+def _name(case: Case) -> str:
+    if case.experts == 1:
+        return "1 expert"
+    return f"{case.experts} experts" + (", soft gate" if case.soft else "")
+
+
+def _heading(args: argparse.Namespace) -> str:
+    """What was measured, where, and what was not."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "CPU"
+    lines = [f"Medians of updates timed here ({device}, torch {torch.__version__}), one process."]
+    if args.gpus > 1:
+        lines.append(
+            f"The exchange between {args.gpus} GPUs, {args.parallel} of which share the experts, is "
+            f"estimated from {args.bandwidth:g} GB/s between nodes and {args.inside:g} GB/s inside."
+        )
+    lines.append(f"Memory is that of weights, gradients and Adam: {BYTES_OF_PARAMETER} bytes a parameter.")
+    return "\n".join(lines) + "\n"
+
+
+def steps_table(measured: Dict[Case, Measured], steps: Dict[Case, Step]) -> str:
+    """What an update costs with each number of experts."""
+    rows = [["a rank has", "s an update", "updates timed", "parameters", "memory, GB", "MB sent"]]
+    for case, found in measured.items():
+        step = steps[case]
+        rows.append(
+            [
+                _name(case),
+                f"{step.seconds:.3f}",
+                str(len(found.seconds)),
+                f"{found.experts + found.others:,}",
+                f"{step.memory / 1e9:.2f}",
+                f"{step.sent / 1e6:.1f}",
+            ]
+        )
+    return _table(rows)
+
+
+def schedules_table(schedules: Sequence[Schedule], step: Callable[[Stage], Step]) -> str:
+    """What the run costs with each schedule, and as a share of the first one."""
+    rows = [
+        [
+            "--moe-spawn-update",
+            "hours",
+            "of the first",
+            "memory x time",
+            "peak memory, GB",
+            "GB sent",
+            "of the first",
+        ]
+    ]
+    costs = [budget.cost(schedule.stages, step) for schedule in schedules]
+    first = costs[0]
+    for schedule, cost in zip(schedules, costs):
+        rows.append(
+            [
+                schedule.name,
+                f"{cost.seconds / 3600:.2f}",
+                f"{cost.seconds / first.seconds:.2f}",
+                f"{cost.memory_seconds / first.memory_seconds:.2f}",
+                f"{cost.peak_memory / 1e9:.2f}",
+                f"{cost.sent / 1e9:.1f}",
+                f"{cost.sent / first.sent:.2f}" if first.sent else "-",
+            ]
+        )
+    return _table(rows)
+
+
+def _table(rows: List[List[str]]) -> str:
+    """Markdown, its columns padded."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in rows]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return "\n".join(lines) + "\n"
