@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -127,8 +128,8 @@ def near_duplicates(texts: Sequence[str], held_out: Sequence[str], threshold: fl
     """Positions in ``texts`` that resemble a held-out text.
 
     Two texts resemble each other when the Jaccard overlap of their word pairs and triples (case,
-    digits and punctuation aside) is at least ``threshold``. An inverted index keeps this far from
-    all-against-all.
+    digits and punctuation aside) is at least ``threshold``. Such texts share at least that part of either's
+    shingles, so that one of the rarest of a text is among those: only who holds these is compared with it.
     """
     held_shingles = [_shingles(text) for text in held_out]
     holders: dict[tuple[str, ...], list[int]] = defaultdict(list)
@@ -138,8 +139,11 @@ def near_duplicates(texts: Sequence[str], held_out: Sequence[str], threshold: fl
     near = set()
     for position, text in enumerate(texts):
         shingles = _shingles(text)
-        shared = Counter(index for shingle in shingles for index in holders.get(shingle, ()))
-        for index, common in shared.items():
+        rarest = sorted(shingles, key=lambda shingle: len(holders.get(shingle, ())))
+        needed = len(shingles) - math.ceil(threshold * len(shingles)) + 1
+        candidates = {index for shingle in rarest[:needed] for index in holders.get(shingle, ())}
+        for index in candidates:
+            common = len(shingles & held_shingles[index])
             if common >= threshold * (len(shingles) + len(held_shingles[index]) - common):
                 near.add(position)
                 break
