@@ -58,6 +58,7 @@ class Task:
 
 
 _ENGLISH = ("english", "--vocab-size", "2000")
+_DOMAINS = ("domains", "--vocab-size", "4000")
 _LANGUAGE = ("--dropout", "0")
 _MASKED = (*_LANGUAGE, "--mask-prob", "0.3", "--tokens-per-sample", "16", "--batch-size", "128")
 _TRANSLATION = (
@@ -68,6 +69,14 @@ TASKS = {
     task.id: task
     for task in (
         Task("lm", "causal LM", "lm", _ENGLISH, _LANGUAGE, ("--decoder-ffn-embed-dim", "192")),
+        Task(
+            "domains",
+            "causal LM, nine domains",
+            "lm",
+            _DOMAINS,
+            _LANGUAGE,
+            ("--decoder-ffn-embed-dim", "192"),
+        ),
         Task(
             "masked_lm",
             "masked LM",
@@ -473,7 +482,7 @@ _FASTER = ("EvoMoE", "Hash", "Hash, 4 of 32 narrow experts")
 _AT_HIGHER_RATES = (*(v.label for v in _SYSTEMS[:8]), "GShard, top-2", "Hash, 4 of 32 narrow experts")
 _DEFAULTS = {"masked_lm": "EvoMoE, confident gate"}
 _MASKED_ROWS = (*_DEFAULTS.values(), "Switch, confident gate", "EvoMoE, gate on state and token")
-_BOTH = {"moe_gate_input": "both"}
+BOTH = {"moe_gate_input": "both"}
 _BALANCED = {"moe_balance_weight": 0.01}
 _GATED = {"moe_expert_activation": "swiglu", "moe_total_ffn_dim": 680}  # three matrices for the cost of two
 _NORMALIZED = {**_BALANCED, "moe_balance_form": "normalized"}
@@ -543,7 +552,7 @@ EXPERIMENTS = {
             "The systems",
             "Test scores of models of equal length of training, mean and standard deviation over seeds.",
             _SYSTEMS,
-            tasks=tuple(TASKS),
+            tasks=tuple(_MAIN),
             seeds=SEEDS,
             once=("Switch, confident gate",),
             references=_DEFAULTS,
@@ -589,32 +598,32 @@ EXPERIMENTS = {
                     label, system, options, flags=("--lr", "0.008") if "0.008" in label else ("--lr", "0.004")
                 )
                 for label, system, options in (
-                    ("EvoMoE", "evomoe_fine", _BOTH),
-                    ("EvoMoE: experts from the start", "evomoe_fine", {**_BOTH, **_START}),
-                    ("EvoMoE: balance loss", "evomoe_fine", {**_BOTH, **_BALANCED}),
-                    ("EvoMoE: probabilities as weights", "evomoe_fine", {**_BOTH, **_PROBABILITY}),
-                    ("EvoMoE: start, balance", "evomoe_fine", {**_BOTH, **_START, **_BALANCED}),
+                    ("EvoMoE", "evomoe_fine", BOTH),
+                    ("EvoMoE: experts from the start", "evomoe_fine", {**BOTH, **_START}),
+                    ("EvoMoE: balance loss", "evomoe_fine", {**BOTH, **_BALANCED}),
+                    ("EvoMoE: probabilities as weights", "evomoe_fine", {**BOTH, **_PROBABILITY}),
+                    ("EvoMoE: start, balance", "evomoe_fine", {**BOTH, **_START, **_BALANCED}),
                     (
                         "EvoMoE: start, balance, probabilities",
                         "evomoe_fine",
-                        {**_BOTH, **_START, **_BALANCED, **_PROBABILITY},
+                        {**BOTH, **_START, **_BALANCED, **_PROBABILITY},
                     ),
-                    ("EvoMoE: Switch's balance loss", "evomoe_fine", {**_BOTH, **_NORMALIZED}),
-                    ("EvoMoE: 8 wide experts, probabilities", "evomoe", {**_BOTH, **_PROBABILITY}),
+                    ("EvoMoE: Switch's balance loss", "evomoe_fine", {**BOTH, **_NORMALIZED}),
+                    ("EvoMoE: 8 wide experts, probabilities", "evomoe", {**BOTH, **_PROBABILITY}),
                     (
                         "EvoMoE: 8 wide experts, start, probabilities",
                         "evomoe",
-                        {**_BOTH, **_START, **_PROBABILITY},
+                        {**BOTH, **_START, **_PROBABILITY},
                     ),
                     (
                         "EvoMoE: 8 wide experts, start, probabilities, Switch's balance loss",
                         "evomoe",
-                        {**_BOTH, **_START, **_PROBABILITY, **_NORMALIZED},
+                        {**BOTH, **_START, **_PROBABILITY, **_NORMALIZED},
                     ),
                     (
                         "EvoMoE: 8 gated experts, start, probabilities, Switch's balance loss",
                         "evomoe",
-                        {**_BOTH, **_START, **_PROBABILITY, **_NORMALIZED, **_GATED},
+                        {**BOTH, **_START, **_PROBABILITY, **_NORMALIZED, **_GATED},
                     ),
                     ("EvoMoE: confident gate", "evomoe_confident", {}),
                     (
@@ -623,13 +632,13 @@ EXPERIMENTS = {
                         {**_NARROW, "moe_hard_experts": 4, "moe_scaling_factor": 4},
                     ),
                     ("EvoMoE: confident gate, 8 gated experts", "evomoe_confident", _GATED),
-                    ("EvoMoE: 0.008", "evomoe_fine", _BOTH),
+                    ("EvoMoE: 0.008", "evomoe_fine", BOTH),
                     ("Switch", "switch", {}),
-                    ("Switch: gate on state and token", "switch", _BOTH),
+                    ("Switch: gate on state and token", "switch", BOTH),
                     (
                         "Switch: gate on state and token, no limit",
                         "switch",
-                        {**_BOTH, "moe_capacity_factor": 0},
+                        {**BOTH, "moe_capacity_factor": 0},
                     ),
                     ("Switch: 4 of 32 narrow experts", "mixtral", {**_TOP4, **_HIDDEN}),
                     ("Switch: 8 gated experts", "switch", _GATED),

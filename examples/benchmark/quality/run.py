@@ -16,17 +16,21 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent / "systems"))
 
 import jobs
+from growth import GROWTH
 from jobs import Job
-from protocol import EXPERIMENTS, HERE, SEEDS, TASKS, UPDATES, Run
+from protocol import EXPERIMENTS as RIVALRY
+from protocol import HERE, SEEDS, TASKS, UPDATES, Run
 from records import read
 from systems import Settings
 from task_data import prepared, prepared_small
 
+EXPERIMENTS = {**RIVALRY, **GROWTH}
 EPILOG = """\
 examples:
   run.py                                           everything: hours, on two cores
   run.py --experiments systems --tasks lm --jobs 4
   run.py --experiments gate_input --seeds 1
+  run.py --experiments growth_switch --jobs 1
 """
 
 
