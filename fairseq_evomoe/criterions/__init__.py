@@ -1,3 +1,3 @@
 """fairseq's own criterions, plus the routers' auxiliary losses and statistics."""
 
-from . import criterions  # noqa: F401  (registers with fairseq)
+from . import criterions, distillation  # noqa: F401  (register with fairseq)

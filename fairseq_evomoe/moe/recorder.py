@@ -53,6 +53,16 @@ def record() -> Iterator[Record]:
         _records.reset(token)
 
 
+@contextmanager
+def no_record() -> Iterator[None]:
+    """Have what MoE layers do in this context written down by nobody."""
+    token = _records.set(())
+    try:
+        yield
+    finally:
+        _records.reset(token)
+
+
 def open_records() -> Tuple[Record, ...]:
     """The records that wait for what a layer does; none, usually, in evaluation."""
     return _records.get()

@@ -19,7 +19,8 @@ from fairseq.trainer import Trainer
 from ..checkpoints import index, saving, shards
 from ..checkpoints import whole as checkpoints
 from ..config.errors import ConfigError, flag
-from ..models.feed_forward import CheckpointMismatch, MoEFeedForward, moe_layers
+from ..criterions.distillation import Distillation
+from ..models.feed_forward import CheckpointMismatch, MoEFeedForward, MoEModel, moe_layers
 from ..moe import MoELayer
 from ..moe.options import OptionError
 from ..moe.ranks import ALONE
@@ -82,6 +83,10 @@ def state_of_all_experts(original: Original, trainer: Trainer) -> Dict[str, Any]
     """What is saved has the experts of all ranks, or those of one file."""
     state: Dict[str, Any] = original(trainer)
     run = RunState.of(trainer)
+    criterion = trainer.get_criterion()
+    if isinstance(criterion, Distillation) and not isinstance(trainer.get_model(), MoEModel):
+        # fairseq-validate makes the criterion anew, in an installation that knows nothing of this package
+        state["cfg"]["criterion"] = criterion.config_of_task()
     if run.shards is not None:
         return checkpoints.shard_of(trainer, state, run.shards)
     if ranks.is_sharded(trainer):

@@ -1,9 +1,6 @@
 """`evomoe densify`: dense checkpoints that fairseq loads without the plugin."""
 
-import os
 import re
-import subprocess
-import sys
 from argparse import Namespace
 
 import pytest
@@ -18,6 +15,7 @@ from fairseq_evomoe.checkpoints.merge import moe_layers_of
 from fairseq_evomoe.evolution.densify import gather_experts
 from support.cli import CLASSIFICATION, LM, MASKED_LM, TRANSLATION, build, call, evomoe
 from support.evaluation import perplexity
+from support.stock import stock
 from support.tasks import DATA, TASKS, dense
 
 CLASSES = {"language_modeling": TransformerLanguageModel, "masked_lm": RobertaModel}
@@ -27,35 +25,6 @@ CRITERIONS["masked_lm"] = ("masked_lm", "MaskedLmLoss")
 CRITERIONS["translation"] = ("label_smoothed_cross_entropy", "LabelSmoothedCrossEntropyCriterion")
 # all experts are there from the start; in evaluation each token gets all of them, by weights that sum to 1
 SPAWNED = {"moe_spawn_update": 0, "max_update": 3, "moe_eval_routing": "adaptive", "moe_threshold": 0.0}
-
-# fairseq's own command, with the names that numpy has removed since, which the plugin mends where it is used
-STOCK = """
-import sys
-import numpy as np
-np.int = int
-if not hasattr(np, "compat"):
-    np.compat = type("compat", (), {"long": int})
-from importlib import import_module
-import_module("fairseq_cli." + sys.argv.pop(1)).cli_main()
-assert "fairseq_evomoe" not in sys.modules
-"""
-EVALUATION = ["--batch-size", "8", "--num-workers", "0"]
-
-
-def stock(script, *arguments, cwd):
-    """What a command of fairseq's prints in a process that knows no plugin."""
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    done = subprocess.run(
-        [sys.executable, "-c", STOCK, script, *map(str, arguments), *EVALUATION],
-        env={**environment, "OMP_NUM_THREADS": "1"},
-        cwd=cwd,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout
-    return done.stdout
 
 
 def densify(path, out, method="topk", *options):
