@@ -30,7 +30,7 @@ BLUE, GREY, RED = "#2b6cb0", "#a0aec0", "#c05621"
 
 def active_experts(schedule: Schedule, update: int) -> float:
     """Mean number of active experts of a token, for random tokens and a moderately sure gate."""
-    phase = schedule.phase(update, spawned=update >= SPAWN)
+    phase = schedule.phase(update, stage=int(update >= SPAWN))
     if phase == phase.DIVERSIFY:
         return 1.0
     router = DenseToSparseRouter(16, EXPERTS).train()

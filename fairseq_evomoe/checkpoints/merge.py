@@ -9,9 +9,11 @@ from typing import Any, Collection, Dict, List, Optional, Set, Type
 import torch
 from torch import Tensor
 
+from ..evolution import stages
 from ..evolution.merge import Merge, MergeError, plan_merge, weight_similarity
 from ..evolution.sizes import expert_widths, size_ratios
 from ..moe.balancing import Balance
+from ..moe.loading import STAGE
 from ..moe.routers import ROUTERS, Router
 from .saved_optimizer import LAYOUT, Layout, find_layout, replace_rows
 from .saved_options import SavedOptions
@@ -293,13 +295,14 @@ def _merge_tensors(tensors: Dict[str, Tensor], plans: List[LayerMerge]) -> None:
 
 
 def _dropped_keys(keys: Collection[str], plans: List[LayerMerge]) -> Set[str]:
-    """The keys of the tensors that are needed no more: a single expert has no router."""
+    """The keys of what is needed no more: a single expert has no router, and merged ones have no stages."""
     alone = tuple(
         f"{plan.layer.name}.moe.router."
         for plan in plans
         if plan.merge is not None and len(plan.merge.groups) == 1
     )
-    return {key for key in keys if key.startswith(alone)}
+    counters = {f"{plan.layer.name}.moe.{STAGE}" for plan in plans}
+    return {key for key in keys if key.startswith(alone) or key in counters}
 
 
 def _merged_keys(keys: Collection[str], plans: List[LayerMerge]) -> Dict[str, LayerMerge]:
@@ -328,6 +331,10 @@ def new_options(options: SavedOptions, plans: List[LayerMerge], experts: int) ->
         MergeError: experts whose widths in one layer are not those in another, so that no options do.
     """
     changed: Dict[str, Any] = {"experts": experts}
+    if stages.is_list(options["spawn_update"]):  # the spawn that made the experts was the last
+        done = int(plans[0].layer.tensors.get(STAGE, 0))
+        update = stages.read(options["spawn_update"], experts)[done - 1].update
+        changed["spawn_update"] = stages.BY_ITSELF if update is None else update
     sizes, split = options["expert_sizes"], options["spawn_method"] == "split"
     if split:  # which would divide the base's hidden units among fewer
         changed.update(spawn_method="slice", spawn_strength=None)

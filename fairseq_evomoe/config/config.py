@@ -3,13 +3,14 @@
 import math
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, Callable, Dict, FrozenSet, Iterator, List, Optional, Tuple, Type
+from typing import Any, Callable, Dict, FrozenSet, Iterator, List, Optional, Sequence, Tuple, Type
 
 import torch
 from torch.nn import functional as F
 
+from ..evolution import stages
 from ..evolution.plateau import Plateau, PlateauOptions
-from ..evolution.schedule import Schedule, ScheduleOptions, TemperatureSchedule
+from ..evolution.schedule import Schedule, ScheduleOptions, StageTemperature, TemperatureSchedule
 from ..evolution.sizes import SizeOptions
 from ..evolution.spawn import Spawn, SpawnMethod, SpawnOptions
 from ..moe.dispatch.compression import LSH
@@ -259,17 +260,29 @@ class MoEConfig:
         return result
 
     @property
+    def stages(self) -> Tuple[stages.Stage, ...]:
+        """The spawns, of which there is at least one."""
+        return stages.read(self.schedule.spawn_update, self.experts)
+
+    @property
     def spawns_by_itself(self) -> bool:
         """Whether the training loss decides when the experts spawn."""
-        return self.schedule.spawn_update == "auto"
+        return self.stages[0].update is None
+
+    @property
+    def latest_spawns(self) -> Tuple[float, ...]:
+        """The update before which each stage spawns, or does so at the latest, by half of the run."""
+        found, half = self.stages, self.max_update // 2
+        latest = [
+            max(half * (i + 1) // len(found), i + 1) if self.max_update > 0 else math.inf
+            for i in range(len(found))
+        ]
+        return tuple(last if stage.update is None else stage.update for stage, last in zip(found, latest))
 
     @property
     def latest_spawn(self) -> float:
-        """The update before which the experts spawn, at the latest if they do it by themselves."""
-        update = self.schedule.spawn_update
-        if isinstance(update, int):
-            return update
-        return max(self.max_update // 2, 1) if self.max_update > 0 else math.inf
+        """The update before which the experts spawn first, at the latest if they do it by themselves."""
+        return self.latest_spawns[0]
 
     def make_plateau(self) -> Optional[Plateau]:
         """What finds out when the experts spawn; ``None`` if the options say it."""
@@ -278,28 +291,31 @@ class MoEConfig:
         window = self.plateau.spawn_window
         if window is None:
             window = max(self.max_update // 40, 10) if self.max_update > 0 else 500
-        return Plateau(window, self.plateau.spawn_plateau)
+        return Plateau(window, self.plateau.spawn_plateau, len(self.stages))
 
-    def make_schedule(self, spawn_update: Optional[int] = None) -> Schedule:
+    def make_schedule(self, spawned: Sequence[float] = ()) -> Schedule:
         """When the experts spawn, and when the router is in which stage from then on.
 
         Args:
-            spawn_update: when experts that spawn by themselves did; ``None``: the latest that they may.
+            spawned: when the first stages did, instead of when the options say or the latest that they may.
         """
-        spawn: float = self.latest_spawn if spawn_update is None else spawn_update
+        spawns = (*spawned, *self.latest_spawns[len(spawned) :])
         router, options = self.router_class, self.schedule
         if not router.anneals:
-            last_stage = max(self.stable_update(spawn) - spawn, 0) if router.stages else 0
+            last_stage = max(self.stable_update(spawns[-1]) - spawns[0], 0) if router.stages else 0
             # an infinite one, of a spawn that may never come, is not asked for before the spawn
             after = int(last_stage) if math.isfinite(last_stage) else -1
-            return Schedule(spawn, 1.0, 1.0, TemperatureSchedule.constant, 0, after)
+            constant = TemperatureSchedule.constant
+            return Schedule(spawns[0], 1.0, 1.0, constant, 0, after, spawns[1:], restarts=False)
         return Schedule(
-            spawn_update=spawn,
+            spawn_update=spawns[0],
             temperature_start=options.temperature_start,
             temperature_end=options.temperature_end,
             kind=options.temperature_schedule,
             anneal_updates=options.anneal_updates,
             hard_update=options.hard_update,
+            later_spawns=spawns[1:],
+            restarts=options.stage_temperature == StageTemperature.restart,
         )
 
     def stable_update(self, spawn_update: float) -> float:
@@ -325,16 +341,21 @@ class MoEConfig:
             return of_model, False
         return (GATED[name], True) if name in GATED else (PLAIN[name], False)
 
+    def first_widths(self, ffn_dim: int) -> List[int]:
+        """Hidden units of each expert after the first of all spawns; see ``widths``."""
+        return self.widths(ffn_dim)[: self.stages[0].experts]
+
     def make_spawn(self, layer: int, widths: List[int]) -> Spawn:
-        """The spawn of one layer, whose experts have these widths."""
+        """The spawn of one layer, whose experts have these widths after the first."""
         return Spawn(
-            experts=self.experts,
+            experts=self.stages[0].experts,
             layer=layer,
             method=self.spawning.spawn_method or SpawnMethod.mask,
             strength=self.spawning.spawn_strength,
             seed=self.seed,
             widths=widths,
             inherit=self.spawning.spawn_statistics,
+            gate_noise=self.spawning.spawn_gate_noise,
         )
 
     def make_transport(self, layer: int) -> Transport:

@@ -10,6 +10,7 @@ from dataclasses import replace
 from enum import Enum
 from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple, Type
 
+from ..evolution import stages
 from ..evolution.spawn import SpawnMethod
 from ..moe.options import Declaration, OptionError, Options
 from ..moe.routers import ROUTERS
@@ -60,7 +61,7 @@ def resolve(
         from_preset = _known_to(router, from_preset)
     values = {**from_preset, **options}
     values.pop("router", None)
-    values.setdefault("experts", experts)
+    values.setdefault("experts", stages.last_experts(values.get("spawn_update")) or experts)
     errors += _without_effect(values, router, from_preset)
     values, counted = _count_durations(values, max_update)
     errors += counted
@@ -159,11 +160,20 @@ def _count_durations(values: Mapping[str, Any], max_update: int) -> Tuple[Dict[s
     for name, declared in declarations().items():
         if name in result and declared[0].duration:
             try:
-                result[name] = count(declared[0], result[name], max_update)
+                result[name] = _count_stages(declared[0], values, max_update)
             except OptionError as error:
                 errors.append(error)
                 del result[name]
     return result, errors
+
+
+def _count_stages(declaration: Declaration, values: Mapping[str, Any], max_update: int) -> Any:
+    """A duration in updates, or a list of stages in updates and experts."""
+    value = values[declaration.name]
+    if not (declaration.stages and stages.is_list(value)):
+        return count(declaration, value, max_update)
+    experts = declarations()["experts"][0].convert(values["experts"])
+    return stages.counted(value, lambda moment: count(declaration, moment, max_update), experts)
 
 
 def count(declaration: Declaration, value: Any, max_update: int) -> Any:
@@ -203,7 +213,7 @@ def _decide(config: MoEConfig, values: Mapping[str, Any], ffn_dims: Sequence[int
     router_options = config.router_options
     if getattr(router_options, "stable_update", 0) is None and config.max_update > 0:
         if not config.spawns_by_itself:
-            update = int(config.stable_update(config.latest_spawn))
+            update = int(config.stable_update(config.latest_spawns[-1]))
             config = replace(config, router_options=replace(router_options, **{"stable_update": update}))
     return config
 

@@ -2,6 +2,7 @@
 
 from typing import Any, Iterator, List, Tuple
 
+from ..evolution import stages
 from ..evolution.spawn import SpawnMethod
 from ..moe.options import OptionError
 from .config import Compression, MoEConfig, TransportType
@@ -14,9 +15,17 @@ UNSUPPORTED = {
     "ffn_blocks_to_remove": "pruning of feed-forward units is not made for experts",
 }
 
-SCHEDULE = ("temperature_start", "temperature_end", "temperature_schedule", "anneal_updates", "hard_update")
+SCHEDULE = (
+    "temperature_start",
+    "temperature_end",
+    "temperature_schedule",
+    "anneal_updates",
+    "hard_update",
+    "stage_temperature",
+)
 PLATEAU = ("spawn_window", "spawn_plateau")
 SPAWNING = ("spawn_statistics",)
+STAGES = ("spawn_gate_noise", "stage_temperature")
 
 
 def unsupported(model: Any) -> Iterator[OptionError]:
@@ -37,9 +46,10 @@ def contradictions(config: MoEConfig) -> Iterator[OptionError]:
     """All that the options have against each other, whatever ranks the model is trained on."""
     for options in config.groups:
         yield from options.contradictions(config.experts)
+    yield from _stages(config)
     yield from _stable(config)
     yield from _layer(config)
-    if config.schedule.spawn_update != 0 and set(config.frozen_parts) == {"experts", "backbone"}:
+    if config.latest_spawn != 0 and set(config.frozen_parts) == {"experts", "backbone"}:
         yield OptionError(
             "freeze",
             f"`freeze` {config.training.freeze} leaves nothing to train before the experts spawn and have a "
@@ -47,10 +57,36 @@ def contradictions(config: MoEConfig) -> Iterator[OptionError]:
         )
 
 
+def _stages(config: MoEConfig) -> Iterator[OptionError]:
+    """What several spawns, one after another, do not go with."""
+    found = config.stages
+    yield from stages.contradictions(found, config.experts, even=True)
+    last = {error.args for error in config.router_options.contradictions(config.experts)}
+    for stage in found[:-1]:
+        for error in config.router_options.contradictions(stage.experts):
+            if error.args not in last:
+                yield error
+    if len(found) == 1:
+        return
+    text = f"`spawn_update` {config.schedule.spawn_update}"
+    if config.spawning.spawn_method == SpawnMethod.split:
+        yield OptionError(
+            "spawn_method",
+            f"`spawn_method` split divides the base's hidden units once, and {text} has {len(found)} stages: "
+            "give one stage, or another method.",
+        )
+    if config.sizes.expert_sizes != "uniform":
+        yield OptionError(
+            "expert_sizes",
+            f"Children are as wide as their parents, so that with {text} all experts have one width, and "
+            f"`expert_sizes` is {config.sizes.expert_sizes}: leave it out, or give one stage.",
+        )
+
+
 def _stable(config: MoEConfig) -> Iterator[OptionError]:
     if config.router != "stable":
         return
-    update, spawn = getattr(config.router_options, "stable_update"), config.schedule.spawn_update  # noqa: B009
+    update = getattr(config.router_options, "stable_update")  # noqa: B009
     if update is None:
         if config.max_update <= 0:
             yield OptionError(
@@ -58,11 +94,11 @@ def _stable(config: MoEConfig) -> Iterator[OptionError]:
                 "`router` stable freezes its assignment after a tenth of --max-update, which is not given: "
                 "give `stable_update`.",
             )
-    elif isinstance(spawn, int) and update < spawn:
+    elif not config.spawns_by_itself and update < config.latest_spawn:
         yield OptionError(
             "stable_update",
-            f"`stable_update` ({update}) is before `spawn_update` ({spawn}), when there is nothing to "
-            "freeze yet: raise it.",
+            f"`stable_update` ({update}) is before `spawn_update` ({config.schedule.spawn_update}), when "
+            "there is nothing to freeze yet: raise it.",
         )
     elif update < config.latest_spawn:
         yield OptionError(
@@ -119,7 +155,7 @@ def widths(config: MoEConfig, ffn_dims: List[int]) -> Iterator[OptionError]:
     """
     for ffn_dim in sorted(set(ffn_dims)):
         try:
-            widths = config.widths(ffn_dim)
+            widths = config.first_widths(ffn_dim)
             if config.experts > 1 and config.latest_spawn > 0:
                 config.make_spawn(0, widths).widths_from(ffn_dim)
         except OptionError as error:
@@ -129,10 +165,12 @@ def widths(config: MoEConfig, ffn_dims: List[int]) -> Iterator[OptionError]:
 def rank_contradictions(config: MoEConfig) -> Iterator[OptionError]:
     """The same for training on many ranks; a model that is only used may come from any number of them."""
     ranks, parallel = config.ranks, config.ranks.expert_parallel
-    if parallel > max(config.experts, 1):
+    if parallel > config.stages[0].experts:
+        first = config.stages[0].experts
+        several = " of the first stage in `spawn_update`" if len(config.stages) > 1 else ""
         yield OptionError(
             "expert_parallel",
-            f"`expert_parallel` must be from 1 to the `experts` ({config.experts}), so that every rank has "
+            f"`expert_parallel` must be from 1 to the `experts` ({first}){several}, so that every rank has "
             f"an expert, but is {parallel}.",
         )
     if parallel > 1 and config.layer.mutual_distillation_weight > 0:
@@ -176,7 +214,8 @@ def idle(config: MoEConfig) -> Iterator[Tuple[str, List[str]]]:
     for applies, names, where in (
         (config.router_class.anneals, SCHEDULE, f"with `router` {config.router}"),
         (config.spawns_by_itself, PLATEAU, "without `spawn_update` auto"),
-        (config.schedule.spawn_update != 0, SPAWNING, "with `spawn_update` 0"),
+        (config.latest_spawns[-1] != 0, SPAWNING, "with `spawn_update` 0"),
+        (len(config.stages) > 1, STAGES, "without several stages in `spawn_update`"),
     ):
         found = [name for name in names if name in config.given]
         if found and not applies:

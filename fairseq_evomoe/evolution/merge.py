@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..moe.merge_rule import MergeRule
+from ..moe.merge_rule import MergeRule, rule_of
 
 UNIT_TENSORS = ("w1", "b1", "w2", "w3")
 """Tensors of the experts with one row for each hidden unit."""
@@ -121,7 +121,7 @@ class Merge:
         return torch.cat(parts).to(old.dtype)
 
     def _of_router(self, name: str, old: Tensor) -> Tensor:
-        rule = self.router_rules.get(name, self.router_rules.get(name.split(".")[0]))
+        rule = rule_of(self.router_rules, name)
         if rule == MergeRule.mean:
             return self.mean(old)
         if rule == MergeRule.sum:

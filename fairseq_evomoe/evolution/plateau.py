@@ -1,8 +1,8 @@
 """When experts spawn by themselves (``--moe-spawn-update auto``): ours, not from the paper."""
 
 import math
-from dataclasses import dataclass
-from typing import Dict, Optional
+from dataclasses import dataclass, field
+from typing import Dict, List, Optional
 
 import torch
 from torch import Tensor
@@ -36,7 +36,7 @@ class PlateauOptions(Options):
 
 @dataclass
 class Plateau:
-    """Finds the first plateau of the training loss.
+    """Finds the first plateau of the training loss, and with several stages the first one after each spawn.
 
     Updates are taken in windows of ``window``.  With m_k the mean loss of window k, in which each update
     weighs its sample size, the loss falls by ``f_k = m_(k-1) - m_k`` in window k >= 2.  The window is a
@@ -56,8 +56,9 @@ class Plateau:
     Attributes:
         window: W, updates in a window.
         share: see above.
+        stages: how many spawns there are.
         update: the last update that was seen.
-        spawn_update: the update before which the experts spawn or have spawned; ``None``: no plateau yet.
+        spawned: the updates before which the experts have spawned, or spawn now.
         count: updates in the window that is being filled.
         windows: how many there were.
         loss_sum: sum of weight times loss in the window that is being filled.
@@ -70,8 +71,9 @@ class Plateau:
 
     window: int
     share: float
+    stages: int = 1
     update: int = 0
-    spawn_update: Optional[int] = None
+    spawned: List[int] = field(default_factory=list)
     count: int = 0
     windows: int = 0
     loss_sum: float = 0.0
@@ -83,6 +85,16 @@ class Plateau:
 
     KEYS = ("plateau.updates", "plateau.losses")
     """Names of the tensors in a model's state."""
+
+    @property
+    def spawn_update(self) -> Optional[int]:
+        """The update before which the experts spawn, or have spawned last; ``None``: no plateau yet."""
+        return self.spawned[-1] if self.spawned else None
+
+    @property
+    def ended(self) -> bool:
+        """Whether there is nothing more to wait for."""
+        return len(self.spawned) >= self.stages
 
     def see(self, update: int, loss: float, weight: float, lr: float) -> bool:
         """Take in an update; whether it ends a window that is a plateau, so that the experts spawn now.
@@ -103,8 +115,20 @@ class Plateau:
         found = self.weight_sum > 0 and self._end_window(self.loss_sum / self.weight_sum, lr)
         self.count, self.loss_sum, self.weight_sum = 0, 0.0, 0.0
         if found:
-            self.spawn_update = update
+            self.spawned.append(update)
         return found
+
+    def begin_stage(self, stage: int, update: int) -> None:
+        """Note that the experts spawn, and look for the plateau that the next spawn waits for, if one does.
+
+        Args:
+            stage: how many times they had spawned before.
+            update: before which they do it now.
+        """
+        self.spawned = [*self.spawned[:stage], update]
+        if not self.ended:
+            fresh = Plateau(self.window, self.share, self.stages, self.update, self.spawned)
+            vars(self).update(vars(fresh))
 
     def _end_window(self, mean: float, lr: float) -> bool:
         self.fall = self.mean - mean if self.windows > 0 else 0.0
@@ -114,10 +138,11 @@ class Plateau:
         self.windows += 1
         return flat
 
-    def reason(self) -> str:
-        """Why the experts spawn now."""
-        if self.spawn_update is None:
-            return "the training loss has reached no plateau in the first half of --max-update"
+    def reason(self, stage: int = 0) -> str:
+        """Why the experts spawn now, which have done so ``stage`` times before."""
+        if len(self.spawned) <= stage:
+            part = "the first half" if self.stages == 1 else f"its part of the first half (stage {stage + 1})"
+            return f"the training loss has reached no plateau in {part} of --max-update"
         return (
             f"the mean loss of {self.window} updates fell by {self.fall:.4g} to {self.mean:.4g}, by less "
             f"than {self.share:g} of its greatest fall of {self.steepest:.4g}"
@@ -126,7 +151,7 @@ class Plateau:
     def state(self) -> Dict[str, Tensor]:
         """What a checkpoint needs, by the names in ``KEYS``."""
         spawn_update = -1 if self.spawn_update is None else self.spawn_update
-        counts = [spawn_update] + [getattr(self, name) for name in _COUNTS]
+        counts = [spawn_update] + [getattr(self, name) for name in _COUNTS] + self.spawned[:-1]
         losses = [getattr(self, name) for name in _LOSSES]
         return dict(zip(self.KEYS, (torch.tensor(counts), torch.tensor(losses, dtype=torch.float64))))
 
@@ -134,25 +159,27 @@ class Plateau:
         """The inverse of ``state``."""
         # scripts/average_checkpoints.py makes a mean of whole numbers, too
         spawn_update, *counts = (round(x) for x in state[self.KEYS[0]].tolist())
-        self.spawn_update = None if spawn_update < 0 else spawn_update
+        spawned = [] if spawn_update < 0 else [*counts[len(_COUNTS) :], spawn_update]
+        self.spawned = spawned[-self.stages :]  # a merged model has one stage left
         vars(self).update(zip(_COUNTS, counts))
         vars(self).update(zip(_LOSSES, state[self.KEYS[1]].tolist()))
 
-    def resume(self, update: int, spawned: bool) -> bool:
+    def resume(self, update: int, stage: int) -> bool:
         """Begin anew if a checkpoint was loaded that another run, or another count of updates, left.
 
         What waits for a plateau forgets that other loss; experts that have spawned count as spawned at 0.
 
         Args:
             update: the number of updates that the run has made.
-            spawned: whether the experts have spawned.
+            stage: how many times the experts have spawned.
 
         Returns:
             whether it was so.
         """
-        foreign = update != self.update
-        if spawned:
-            foreign = self.spawn_update is None or update < self.spawn_update
+        foreign = len(self.spawned) < stage or update < max(self.spawned, default=0)
+        if stage < self.stages:
+            foreign = foreign or update != self.update
         if foreign:
-            vars(self).update(vars(Plateau(self.window, self.share, update, 0 if spawned else None)))
+            fresh = Plateau(self.window, self.share, self.stages, update, [0] * min(stage, self.stages))
+            vars(self).update(vars(fresh))
         return foreign

@@ -14,9 +14,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..moe.noise import seed_of
+from ..moe.offspring import Offspring
 from ..moe.options import OptionError, Options, option
 from ..moe.plan import Inherit, Origin, Plan
 from .clustering import balanced_kmeans
+from .selection import allot
 
 
 class SpawnMethod(str, Enum):
@@ -38,6 +40,9 @@ DEFAULT_STRENGTH = {
     SpawnMethod.slice: 0.1,
     SpawnMethod.split: 0.0,
 }
+
+
+GATE_NOISE = 0.1
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,12 @@ class SpawnOptions(Options):
         "all",
         "Weights for which the optimizer's statistics of the base expert carry over to each of its copies: "
         "all, those that the spawn leaves unchanged (not a masked one, say), or none.",
+    )
+    spawn_gate_noise: float = option(
+        GATE_NOISE,
+        "With several stages in moe-spawn-update, standard deviation of the noise by which the gate tells "
+        "children of one expert apart, in units of the gate's own.",
+        at_least=0,
     )
 
     def contradictions(self, experts: int) -> Iterator[OptionError]:
@@ -109,6 +120,10 @@ class Spawn:
       number of experts that a token has, which is right if they have weight 1; with the weights of most
       routers neither is exact.)
 
+    Where many experts become more (``multiply``), each child is its parent changed in the same way, but that
+    ``slice``, with no hidden unit to choose from but the parent's, draws the share ``strength`` of the least
+    useful ones anew, as for a wider expert.  An only child is its parent.  ``split`` cannot do it.
+
     Attributes:
         experts: E, how many experts to make.
         layer: a number for the layer, different in each of a model's layers.
@@ -117,6 +132,8 @@ class Spawn:
         seed: seed of the random numbers.
         widths: hidden units of each expert; ``None``: those of the base, or their share with ``split``.
         inherit: see ``Plan``.
+        gate_noise: see ``Offspring``.
+        generation: how many experts become more now, on which random numbers depend; 1: the base expert.
 
     Raises:
         ValueError: widths that the method cannot make.
@@ -129,6 +146,8 @@ class Spawn:
     seed: int = 1
     widths: Optional[Sequence[int]] = None
     inherit: Inherit = Inherit.all
+    gate_noise: float = GATE_NOISE
+    generation: int = 1
 
     def __post_init__(self) -> None:
         if self.widths is not None and (len(self.widths) != self.experts or min(self.widths) < 1):
@@ -203,6 +222,46 @@ class Spawn:
         origins = [Origin(0, self._units(e, units, width)) for e, width in enumerate(widths)]
         return Plan(origins, self._diversify)
 
+    def children(self, experts: int, wanted: int) -> List[int]:
+        """How many children each of many experts has, of so many in all."""
+        return allot(experts, wanted)
+
+    def multiply(self, experts: Dict[str, Tensor], widths: Sequence[int], parent_E: Sequence[int]) -> Plan:
+        """What to do to many experts so that each becomes several.
+
+        Args:
+            experts: the tensors of all of them by name.
+            widths: hidden units of each.
+            parent_E: number of the parent of each new one.
+        """
+        spawn = replace(self, generation=len(widths))
+        return spawn._multiply(experts, widths, Offspring(parent_E, self.gate_noise, spawn.generator))
+
+    def _multiply(self, experts: Dict[str, Tensor], widths: Sequence[int], offspring: Offspring) -> Plan:
+        unit_EK = torch.arange(sum(widths)).split(list(widths))
+        only_E = (offspring.siblings_E == 1).tolist()
+        kept_EK = list(unit_EK)
+        if self.method == SpawnMethod.slice:
+            useful_EH = usefulness(experts).cpu().split(list(widths))
+            kept_EK = [self._most_useful(unit_K, value_K) for unit_K, value_K in zip(unit_EK, useful_EH)]
+        origins = [
+            Origin(parent, unit_EK[parent])
+            if only
+            else Origin(parent, kept_EK[parent], new_units=widths[parent] - len(kept_EK[parent]))
+            for parent, only in zip(offspring.parent_E, only_E)
+        ]
+
+        def change(child: int, name: str, rows: Tensor) -> Tensor:
+            rows = self._with_new_units(child, name, rows, origins[child].new_units)
+            return rows if only_E[child] else self._diversify(child, name, rows)
+
+        return Plan(origins, change, inherit=self.inherit, offspring=offspring)
+
+    def _most_useful(self, unit_K: Tensor, useful_K: Tensor) -> Tensor:
+        """An expert's hidden units without the least useful ones, in their order."""
+        kept = max(len(unit_K) - round(self.used_strength * len(unit_K)), 1)
+        return unit_K[useful_K.sort(descending=True, stable=True).indices[:kept].sort().values]
+
     def _units(self, expert: int, units: int, width: int) -> Tensor:
         """All hidden units of the base, or a random choice for an expert that is narrower."""
         if width == units:
@@ -211,6 +270,7 @@ class Spawn:
 
     def generator(self, *key: object) -> torch.Generator:
         """A generator of its own for each key."""
+        key = key if self.generation == 1 else ("generation", self.generation, *key)
         return torch.Generator().manual_seed(seed_of(self.seed, self.layer, *key))
 
     def _diversify(self, expert: int, name: str, base: Tensor) -> Tensor:
@@ -250,13 +310,16 @@ class Spawn:
             origins.append(Origin(0, unit_K, new_units=width - kept))
 
         def fill_new_units(expert: int, name: str, rows: Tensor) -> Tensor:
-            new = origins[expert].new_units
-            if new == 0 or name not in ("w1", "b1", "w3"):
-                return rows
-            old = rows[:-new]
-            return torch.cat([old, self._draw(expert, name, old, new)])
+            return self._with_new_units(expert, name, rows, origins[expert].new_units)
 
         return Plan(origins, fill_new_units)
+
+    def _with_new_units(self, expert: int, name: str, rows: Tensor, new: int) -> Tensor:
+        """New hidden units, the last rows, drawn but for those of ``w2``, so that they do nothing yet."""
+        if new == 0 or name not in ("w1", "b1", "w3"):
+            return rows
+        old = rows[:-new]
+        return torch.cat([old, self._draw(expert, name, old, new)])
 
     def _is_sharded(self, w1_HD: Tensor) -> Plan:
         cluster_H = balanced_kmeans(F.normalize(w1_HD.double(), dim=1), self.experts, self.generator("split"))

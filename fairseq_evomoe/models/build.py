@@ -77,8 +77,9 @@ def add_experts(
             compat.remove_encoder_fast_path(layers[side])
     for side in stacks:
         if chosen[side]:
+            experts = ", then ".join(str(stage.experts) for stage in config.stages)
             logger.info(
-                f"{side}: {len(chosen[side])} of {len(layers[side])} layers with {config.experts} experts of "
+                f"{side}: {len(chosen[side])} of {len(layers[side])} layers with {experts} experts of "
                 f"{_listed(chosen[side][0].widths)} hidden units"
             )
 
@@ -141,7 +142,7 @@ class _StackBuilder:
         """
         cfg, config, fc1, fc2 = self.cfg, self.config, layer.fc1, layer.fc2
         layer.ffn_dim = fc1.out_features
-        layer.widths = config.widths(layer.ffn_dim)
+        layer.widths = config.first_widths(layer.ffn_dim)
         hidden, gated = _take_apart(config, layer)
         layer.stack = self.input
         layer.make_schedule = config.make_schedule
@@ -161,7 +162,7 @@ class _StackBuilder:
         layer.moe = MoELayer(
             fc1.in_features,
             layer.ffn_dim,
-            config.experts,
+            [stage.experts for stage in config.stages],
             config.router_class,
             spawned=layer.schedule.spawn_update == 0,
             widths=layer.widths,
@@ -189,6 +190,7 @@ class _StackBuilder:
             return
         if layer.schedule.spawn_update > 0:
             moe.spawner.widths_from(layer.ffn_dim)
+        moe.try_stages()
         if moe.spawner.makes_gate:
             check_linear_gate(router)
         if config.layer.penalty_weight > 0:

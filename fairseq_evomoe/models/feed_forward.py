@@ -93,7 +93,7 @@ class MoEFeedForward:
     Attributes:
         moe: the MoE layer.
         schedule: phase and temperature at each update.
-        make_schedule: makes it for experts that have spawned by themselves, from the update of the spawn.
+        make_schedule: makes it for experts that have spawned by themselves, from the updates of their spawns.
         num_updates: the update that fairseq last told; ``None`` before the first.
         rows_routed: how many rows all ranks have routed in this layer in the update that is being made; only
             training counts them.
@@ -101,14 +101,14 @@ class MoEFeedForward:
         stack: knows what the layers of the stack share.
         causal: whether the layer must not see later tokens.
         ffn_dim: hidden units of the base expert.
-        widths: hidden units of each expert once they have spawned.
+        widths: hidden units of each expert once they have spawned, with several stages for the first time.
         checkpoint_activations: whether to recompute activations in the backward pass.
         offload_activations: whether to keep the layer's input on the CPU until then.
     """
 
     moe: MoELayer
     schedule: Schedule
-    make_schedule: Callable[[Optional[int]], Schedule]
+    make_schedule: Callable[[Sequence[float]], Schedule]
     num_updates: Optional[int] = None
     rows_routed = 0
     is_dummy_batch = False
@@ -142,9 +142,9 @@ class MoEFeedForward:
     def _context(self, batch: _Batch) -> RoutingContext:
         """What the router is told of a batch at this update."""
         moe, update = self.moe, self.num_updates
-        phase = self.schedule.phase(update, moe.spawned)
+        phase = self.schedule.phase(update, moe.stage)
         return RoutingContext(
-            temperature=self.schedule.temperature(update),
+            temperature=self.schedule.temperature(update, moe.stage),
             hard=phase == phase.HARD,
             memory=batch.memory,
             statistics=batch.statistics,
@@ -298,9 +298,9 @@ class MoEModel:
         return self
 
     def count_from_spawn(self) -> None:
-        """Let the layers' schedules count from the spawn that ``plateau`` tells."""
+        """Let the layers' schedules count from the spawns that ``plateau`` tells."""
         for _, layer in moe_layers(self):
-            layer.schedule = layer.make_schedule(self.plateau.spawn_update)
+            layer.schedule = layer.make_schedule(self.plateau.spawned)
 
     def upgrade_state_dict_named(self, state_dict, name: str) -> None:
         """See fairseq's ``BaseFairseqModel``."""

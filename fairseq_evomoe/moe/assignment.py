@@ -3,6 +3,7 @@
 Suffixes: see ``routing.py``.
 """
 
+import heapq
 from typing import List, Sequence, Tuple
 
 import torch
@@ -157,3 +158,30 @@ def _cheapest_path(cost_EE: Tensor, from_E: Tensor, to_E: Tensor) -> Tuple[List[
     while previous[path[-1]] != path[-1]:
         path.append(previous[path[-1]])
     return path[::-1], distance_E[end].item()
+
+
+def balanced_table(count_V: Tensor, experts: int) -> Tensor:
+    """An expert for each entry of the vocabulary: the most frequent entry to the least loaded expert.
+
+    Args:
+        count_V: how often each entry occurs, at least 0.
+        experts: E.
+
+    Returns:
+        int64, shape (V,).  Entries of the same frequency are in the order of the vocabulary, experts of the
+        same load in that of their number of entries; entries that do not occur are dealt out in turn.
+    """
+    counts = count_V.tolist()
+    table = [0] * len(counts)
+    # the load, the number of entries and the number of each expert
+    heap = [(0.0, 0, expert) for expert in range(experts)]
+    turn = 0
+    for index in sorted(range(len(counts)), key=lambda i: -counts[i]):
+        if counts[index] > 0:
+            load, entries, expert = heap[0]
+            heapq.heapreplace(heap, (load + counts[index], entries + 1, expert))
+        else:
+            expert = turn % experts
+            turn += 1
+        table[index] = expert
+    return torch.tensor(table, dtype=torch.long)

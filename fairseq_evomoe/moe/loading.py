@@ -4,7 +4,7 @@ Room is made and tensors are copied, nothing else: random numbers are drawn only
 into a layer that has many, which is a spawn.
 """
 
-from typing import TYPE_CHECKING, Any, Dict, List
+from typing import TYPE_CHECKING, Any, Dict, List, Optional
 
 import torch
 from torch import Tensor
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 WIDTHS_OF_SHARD = "experts.widths"
 """Key of the widths of all experts in a state that has only those of one rank."""
+
+STAGE = "stage"
+"""Key of how many times the experts have spawned, in the state of a layer that does so more than once."""
 
 
 class StateMismatch(OptionError):
@@ -39,11 +42,12 @@ def fit(moe: "SpawningLayer", state_dict: Dict[str, Any], prefix: str) -> None:
     Raises:
         StateMismatch: the state is that of a layer with other options.
     """
+    stage = state_dict.pop(prefix + STAGE, None)
     w1, b2 = (state_dict.get(f"{prefix}experts.{name}") for name in ("w1", "b2"))
     if w1 is None or b2 is None:
         return  # PyTorch names the missing keys
     if _tensors_of(state_dict, prefix + "router.") or b2.shape[0] > 1:
-        _fit_spawned(moe, state_dict, prefix)
+        _fit_spawned(moe, state_dict, prefix, stage)
     else:
         _check_units(moe.base_width, w1.shape[0], prefix)
         if moe.spawned and moe.num_experts > 1:
@@ -66,15 +70,19 @@ def _tensors_of(state_dict: Dict[str, Any], prefix: str) -> Dict[str, Tensor]:
     return {key[len(prefix) :]: tensor for key, tensor in state_dict.items() if key.startswith(prefix)}
 
 
-def _fit_spawned(moe: "SpawningLayer", state_dict: Dict[str, Any], prefix: str) -> None:
+def _fit_spawned(
+    moe: "SpawningLayer", state_dict: Dict[str, Any], prefix: str, stage: Optional[Tensor]
+) -> None:
     """Make the layer one that the state of a layer that has spawned fits into, and the state this rank's."""
     widths_of_shard = state_dict.pop(prefix + WIDTHS_OF_SHARD, None)
-    if widths_of_shard is None and is_shard(moe, state_dict, prefix):
+    number = None if stage is None else round(stage.item())
+    if widths_of_shard is None and number in (None, moe.stage) and is_shard(moe, state_dict, prefix):
         return  # the layer's own state
     w1, b2 = (state_dict[f"{prefix}experts.{name}"] for name in ("w1", "b2"))
     found, units = b2.shape[0], w1.shape[0]
     if widths_of_shard is not None:
         found, units = len(widths_of_shard), int(widths_of_shard.sum())
+    _begin_stage(moe, found, number)
     if found != moe.num_experts and not moe.resizes:
         _refuse_number(moe, found, prefix)
     widths = moe.widths_when_spawned()
@@ -98,6 +106,30 @@ def _fit_spawned(moe: "SpawningLayer", state_dict: Dict[str, Any], prefix: str) 
         for name in moe.expert_tensors():
             key = f"{prefix}experts.{name}"
             state_dict[key] = moe.local_rows(name, state_dict[key])
+
+
+def _begin_stage(moe: "SpawningLayer", found: int, stage: Optional[int]) -> None:
+    """Let a layer that grows in stages have the experts of that which a state is of; contents are undefined.
+
+    Args:
+        moe: the layer.
+        found: the number of experts in the state.
+        stage: how many times they have spawned, if the state tells.
+    """
+    if not moe.grows_in_stages:
+        return
+    if not moe.resizes:
+        if found not in moe.stages:
+            return  # is refused
+        stage = moe.stages.index(found) + 1
+    elif stage is None:
+        stage = sum(number <= found for number in moe.stages)
+    stage = min(max(stage, 1), len(moe.stages))
+    if stage != moe.stage:
+        width = moe.widths_when_spawned()[0]  # the same in all stages
+        moe.num_experts = moe.stages[stage - 1]
+        moe.allocate_spawned([width] * moe.num_experts)
+        moe.stage = stage
 
 
 def _resize(moe: "SpawningLayer", widths: List[int]) -> None:

@@ -1,6 +1,7 @@
 """What a router says of its tensors, so that similar experts can be merged."""
 
 from enum import Enum
+from typing import Mapping, Optional
 
 
 class MergeRule(str, Enum):
@@ -17,3 +18,8 @@ class MergeRule(str, Enum):
     table = "table"
     numbers = "numbers"
     unchanged = "unchanged"
+
+
+def rule_of(rules: Mapping[str, MergeRule], name: str) -> Optional[MergeRule]:
+    """The rule of a tensor, by its own name or that of the module that it is in; ``None``: there is none."""
+    return rules.get(name, rules.get(name.split(".")[0]))

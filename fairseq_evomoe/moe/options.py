@@ -82,6 +82,7 @@ class Declaration:
         choices: the words that are accepted; empty if any are.
         duration: whether it counts updates, so that ``10%`` of all updates is a value, too.
         words: words that a number, or a duration, may be instead.
+        stages: whether it may be a list of moments with numbers of experts, such as ``5%:4,15%:16``.
         loss: whether it is the weight of an auxiliary loss.
     """
 
@@ -93,6 +94,7 @@ class Declaration:
     choices: Tuple[str, ...] = ()
     duration: bool = False
     words: Tuple[str, ...] = ()
+    stages: bool = False
     loss: bool = False
 
     def convert(self, value: Any) -> Any:
@@ -105,7 +107,7 @@ class Declaration:
             return None
         if self.choices:
             return self._choice(value)
-        if isinstance(value, str) and value in self.words:
+        if isinstance(value, str) and (value in self.words or (self.stages and ":" in value)):
             return value
         if self.type is bool:
             return self._boolean(value)
@@ -140,6 +142,7 @@ class Declaration:
         else:
             return number
         words = "".join(f", or {word}" for word in self.words)
+        words += ", or stages such as 5%:4,15%:16" * self.stages
         raise OptionError(self.name, f"`{self.name}` must be {expected}{words}, but is {value}.")
 
 
@@ -166,6 +169,7 @@ def option(
     choices: Sequence[str] = (),
     duration: bool = False,
     words: Sequence[str] = (),
+    stages: bool = False,
     loss: bool = False,
 ) -> Any:
     """A field of a dataclass of options; see ``Declaration`` and ``Range`` for the arguments."""
@@ -175,6 +179,7 @@ def option(
         choices=tuple(choices),
         duration=duration,
         words=tuple(words),
+        stages=stages,
         loss=loss,
     )
     return field(default=default, metadata={_META: known})

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .experts import ROWS_BY_EXPERT
+from .offspring import Offspring
 from .options import OptionError
 from .routers import Router
 from .routers.registry import name_of
@@ -54,12 +55,15 @@ class Plan:
         gate_ED: the weights that the linear gate of a new router must have, if any.
         inherit: the weights whose statistics in an optimizer are kept: ``unchanged`` are those that are equal
             in the old expert; ``none`` lets the optimizer begin as if the parameters were new.
+        offspring: who is whose child, where many experts become more; ``None``: there was one, or experts
+            come and go.
     """
 
     origins: Sequence[Origin]
     change: Optional[Callable[[int, str, Tensor], Tensor]] = None
     gate_ED: Optional[Tensor] = None
     inherit: Inherit = Inherit.all
+    offspring: Optional[Offspring] = None
 
     @property
     def widths(self) -> List[int]:
@@ -225,6 +229,12 @@ class Spawner(Protocol):
 
     def plan(self, base: Dict[str, Tensor], activity_H: Optional[Tensor] = None) -> Plan:
         """What to do to the base expert, given its tensors by name and the activity of its units."""
+
+    def children(self, experts: int, wanted: int) -> List[int]:
+        """How many children each of many experts has, of so many in all."""
+
+    def multiply(self, experts: Dict[str, Tensor], widths: Sequence[int], parent_E: Sequence[int]) -> Plan:
+        """What to do to many experts, given their tensors and widths, and the parent of each new one."""
 
 
 _spawners: Dict[str, Callable[..., Spawner]] = {}

@@ -5,7 +5,7 @@ from typing import Any, Callable, Dict, FrozenSet, List, Mapping, Optional, Sequ
 import torch
 from torch import Tensor, nn
 
-from . import loading, sharding
+from . import loading, multiplying, sharding
 from .dispatch.exchange import Transport
 from .experts import Experts, Hidden, take_settings
 from .hyper_adapter import HyperAdapter
@@ -21,6 +21,7 @@ from .statistics import Activity
 class SpawningLayer(nn.Module):
     """The parameters of a feed-forward layer that owns one expert at first and later many and a router.
 
+    With several stages its experts spawn again, and each becomes one or several (see ``multiplying.py``).
     ``load_state_dict`` takes both forms: one expert loaded into a layer with many is spawned into all of
     them, and a layer with one expert gets room for as many as the state has.
 
@@ -33,7 +34,9 @@ class SpawningLayer(nn.Module):
             once the experts have spawned.
         heads: splits tokens into sub-tokens around the experts; ``None`` with one head.
         hyper_adapter: HyperMoE's adapter; ``None`` without ``hyper_adapter`` and before the spawn.
-        num_experts: E, the number of experts once they have spawned.
+        num_experts: E, the number of experts that there are; with one, of those that it spawns.
+        stages: the number of experts after each spawn.
+        stage: how many times the experts have spawned; 0: there is one.
         loss_weights: weight of each auxiliary loss, by its name.
         spawner: how the base expert becomes many.
         ranks: the processes that train the model together; see ``attach_ranks``.
@@ -47,13 +50,13 @@ class SpawningLayer(nn.Module):
     Args:
         dim: D, width of a token.
         hidden: hidden units of the base expert.
-        experts: E, the number of experts once they have spawned.
+        experts: E, the number of experts once they have spawned; several: after each of as many spawns.
         router: a name in ``ROUTERS``, or a class of routers.
         spawned: whether all experts are there from the start, each with initial weights of its own.
         seed: of the random numbers of the spawn; the same on all ranks.
         number: of this layer among those of a model, so that each has other random numbers.
-        widths: hidden units of each expert once they have spawned; ``None``: as the spawner makes them, or
-            ``hidden`` each if they are there from the start.
+        widths: hidden units of each expert once they have spawned, with several stages for the first time;
+            ``None``: as the spawner makes them, or ``hidden`` each if they are there from the start.
         between: what happens between the two products of an expert; ReLU if not given.
         gated: whether experts have a third matrix, as SwiGLU's have.
         heads: h, a divisor of D: each token is routed as h sub-tokens of width D / h (MH-MoE).
@@ -82,7 +85,7 @@ class SpawningLayer(nn.Module):
         self,
         dim: int,
         hidden: int,
-        experts: int = 8,
+        experts: Union[int, Sequence[int]] = 8,
         router: Union[str, Type[Router]] = "switch",
         *,
         spawned: bool = False,
@@ -105,8 +108,11 @@ class SpawningLayer(nn.Module):
         super().__init__()
         self.router_class = _router_class(router)
         self.router_options = router_options
-        _check_options(self.router_class, router_options, experts)
-        self.num_experts = experts
+        self.stages = [experts] if isinstance(experts, int) else list(experts)
+        for each in self.stages:
+            _check_options(self.router_class, router_options, each)
+        self.num_experts = experts = self.stages[0]
+        self.stage = int(self.stages == [1])
         self.widths = None if widths is None else list(widths)
         if spawner is None:
             uneven = widths is not None and set(widths) != {hidden}
@@ -160,15 +166,18 @@ class SpawningLayer(nn.Module):
             return self.experts.widths
         return self.spawner.widths_from(self.base_width) if self.widths is None else self.widths
 
-    def build_router(self, of_stack: Optional[Dict[str, Any]] = None) -> Router:
+    def build_router(
+        self, of_stack: Optional[Dict[str, Any]] = None, experts: Optional[int] = None
+    ) -> Router:
         """A router of this layer, whose parameters are undefined.
 
         Args:
             of_stack: where it finds or leaves the modules that the routers of a stack share, if not there
                 where this layer does.
+            experts: of how many it is; ``None``: of those that there are.
         """
         shared = self.of_stack if of_stack is None else of_stack
-        sizes = self.experts.dim, self.num_experts
+        sizes = self.experts.dim, self.num_experts if experts is None else experts
         return self.router_class(*sizes, vocabulary=self.vocabulary, shared=shared, **self.router_options)
 
     def make_router(self, of_stack: Optional[Dict[str, Any]] = None) -> Router:
@@ -176,6 +185,14 @@ class SpawningLayer(nn.Module):
         router = self.build_router(of_stack)
         router.initialize(self.spawner.generator("router"))
         return router
+
+    def try_stages(self) -> None:
+        """Find out now whether the router of each stage can become that of the next one.
+
+        Raises:
+            OptionError: it cannot.
+        """
+        multiplying.try_routers(self)
 
     def freeze(self, *modules: str) -> None:
         """Let modules such as ``router`` be as they are, those too that a spawn has yet to make."""
@@ -214,7 +231,12 @@ class SpawningLayer(nn.Module):
         return self.experts.tensors()
 
     def plan_spawn(self) -> Plan:
-        """What would become of the base expert and its copies if the experts spawned now."""
+        """What would become of the base expert, or of the experts, and their copies if they spawned now.
+
+        Of many experts, the ranks that share them must all call this.
+        """
+        if self.router is not None:
+            return multiplying.plan(self)
         activity_H = None if self.activity is None else self.activity.magnitude_H
         return self.spawner.plan(self.expert_tensors(), activity_H)
 
@@ -227,17 +249,27 @@ class SpawningLayer(nn.Module):
         *,
         plan: Optional[Plan] = None,
     ) -> None:
-        """Spawn the experts and make the router.  The parameters are new objects afterwards.
+        """Spawn the experts and make the router, or with several stages let there be more of both.
+
+        The parameters are new objects afterwards.
 
         Args:
             method: what is done to the copies of the base, such as ``mask``; ``None``: as the spawner does.
             strength: how much; ``None``: the method's default, or the spawner's.
             seed: of the random numbers; ``None``: the spawner's.
             plan: what becomes of the base expert; ``plan_spawn()`` if not given.
+
+        Raises:
+            OptionError: there is no stage left.
         """
+        if self.stage == len(self.stages):
+            raise OptionError(
+                "experts",
+                f"The layer has spawned all its {self.num_experts} experts: give `experts` one more stage.",
+            )
         if method is not None or strength is not None or seed is not None:
             self.spawner = make_spawner(
-                experts=self.num_experts,
+                experts=self.stages[0],
                 layer=self.spawner.layer,
                 seed=self.spawner.seed if seed is None else seed,
                 widths=self.widths,
@@ -245,6 +277,9 @@ class SpawningLayer(nn.Module):
                 strength=strength,
             )
         plan = self.plan_spawn() if plan is None else plan
+        self.stage += 1
+        if self.router is not None:
+            return multiplying.apply(self, plan)
         base = self.expert_tensors()
         self.apply_plan(plan)
         self._add_companions(self.build_router())
@@ -261,6 +296,7 @@ class SpawningLayer(nn.Module):
             router: the router; one like ``build_router`` makes if not given.
         """
         self.num_experts = len(widths)
+        self.stage = max(self.stage, 1)
         self.allocate(widths)
         self._add_companions(self.build_router() if router is None else router)
 
@@ -323,13 +359,24 @@ class SpawningLayer(nn.Module):
         if self.hyper_adapter is not None:
             self.hyper_adapter.initialize(self.spawner.generator("hyper_adapter"))
 
+    @property
+    def grows_in_stages(self) -> bool:
+        """Whether the experts spawn more than once."""
+        return len(self.stages) > 1
+
+    def _save_to_state_dict(self, destination: Dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.grows_in_stages:
+            destination[prefix + loading.STAGE] = torch.tensor(self.stage)
+
     def _load_from_state_dict(self, state_dict: Dict[str, Any], prefix: str, *args: Any) -> None:
         loading.fit(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
         """State of the spawn, for ``print(model)``."""
-        return f"num_experts={self.num_experts}, spawned={self.spawned}"
+        stages = f", stage={self.stage} of {self.stages}" if self.grows_in_stages else ""
+        return f"num_experts={self.num_experts}, spawned={self.spawned}{stages}"
 
 
 def _router_class(router: Union[str, Type[Router]]) -> Type[Router]:

@@ -83,8 +83,7 @@ def check_run(
     Raises:
         ConfigError: all contradictions, one sentence each.
     """
-    spawn_update = layers[0].schedule.spawn_update
-    if math.isinf(spawn_update):
+    if math.isinf(layers[0].schedule.spawn_updates[-1]):
         logger.warning(
             "without --max-update, nothing limits how long --moe-spawn-update auto waits for a plateau of "
             "the training loss"
@@ -228,10 +227,11 @@ def _never(model: nn.Module, layers: List[MoEFeedForward], last: int, limit: str
     """What would come after the last update; a plateau may let experts spawn before the latest moment."""
     schedule, config = layers[0].schedule, getattr(model, "moe_config", None)
     by_itself = config is not None and config.spawns_by_itself
-    if not layers[0].moe.spawned and not by_itself and last <= schedule.spawn_update:
+    spawn_update = schedule.spawn_updates[-1]
+    if layers[0].moe.stage < len(layers[0].moe.stages) and not by_itself and last <= spawn_update:
         yield OptionError(
             "spawn_update",
-            f"`spawn_update` {schedule.spawn_update} is not before {limit}, so the experts would never "
+            f"`spawn_update` {spawn_update} is not before {limit}, so the experts would never "
             "spawn: lower the one or raise the other.",
         )
     if config is not None and "stable_update" in config.given:

@@ -8,6 +8,7 @@ from torch import Tensor
 from ..checkpoints import whole as checkpoints
 from ..evolution.plateau import Plateau
 from ..models.feed_forward import moe_layers
+from ..moe.multiplying import child_tensor
 from ..patching import wrap
 from .change import Change
 
@@ -43,7 +44,9 @@ def change(ema: EMA, changes: Dict[str, Change]) -> None:
                 tensor = tensor.float().clone()
             elif module == "experts" and "." not in name:
                 tensor = own.weights(name, base)
-            elif module == "router":
+            elif plan.offspring is not None and tensor.shape != base.shape:
+                tensor = child_tensor(moe, plan, key, base, tensor.shape, gate=True)
+            elif plan.offspring is None and module == "router":
                 tensor = plan.per_expert(base, tensor.float())
             else:
                 continue

@@ -4,7 +4,6 @@ import functools
 import logging
 import math
 import time
-from dataclasses import replace
 from typing import Any, Dict, List, Optional
 
 from fairseq import metrics
@@ -32,11 +31,13 @@ STAGES = ("anneal_updates", "hard_update", "stable_update")
 
 
 def spawn_is_due(trainer: Trainer) -> bool:
-    """Whether the experts must spawn before the next update."""
-    return any(
-        not layer.moe.spawned and trainer.get_num_updates() >= layer.schedule.spawn_update
-        for _, layer in moe_layers(trainer.get_model())
-    )
+    """Whether the experts must spawn before the next update, for the first time or again."""
+    return any(_is_due(layer, trainer.get_num_updates()) for _, layer in moe_layers(trainer.get_model()))
+
+
+def _is_due(layer: MoEFeedForward, update: int) -> bool:
+    moe = layer.moe
+    return moe.stage < len(moe.stages) and update >= layer.schedule.next_spawn(moe.stage)
 
 
 def watch_loss(trainer: Trainer, logged: Optional[Dict[str, Any]]) -> None:
@@ -49,7 +50,7 @@ def watch_loss(trainer: Trainer, logged: Optional[Dict[str, Any]]) -> None:
     model, update = trainer.get_model(), trainer.get_num_updates()
     plateau = _plateau(model)
     # with --amp, trainer.py calls train_step again from within, to try a batch once more
-    if plateau is None or plateau.spawn_update is not None or plateau.update == update:
+    if plateau is None or plateau.ended or plateau.update == update:
         return
     # trainer.py has just added it up over all ranks and read it; what it returns is rounded
     meter = metrics.get_meter("train", "loss")
@@ -61,6 +62,11 @@ def watch_loss(trainer: Trainer, logged: Optional[Dict[str, Any]]) -> None:
 
 def _plateau(model: nn.Module) -> Optional[Plateau]:
     return getattr(model, "plateau", None)  # a model of somebody else's may have our layers
+
+
+def _stage(model: nn.Module) -> int:
+    """How many times the experts have spawned; the same in all layers."""
+    return next(layer.moe.stage for _, layer in moe_layers(model))
 
 
 def resume(trainer: Trainer, saved: Optional[Dict[str, Any]]) -> None:
@@ -78,7 +84,7 @@ def resume(trainer: Trainer, saved: Optional[Dict[str, Any]]) -> None:
     layers = [layer for _, layer in moe_layers(model)]
     spawned = any(layer.moe.router is not None for layer in layers)
     plateau = _plateau(model)
-    if plateau is not None and plateau.resume(update, spawned):
+    if plateau is not None and plateau.resume(update, _stage(model)):
         model.count_from_spawn()
     config: Optional[MoEConfig] = getattr(model, "moe_config", None)
     on_load = any(layer.moe.spawned_on_load for layer in layers)
@@ -87,7 +93,8 @@ def resume(trainer: Trainer, saved: Optional[Dict[str, Any]]) -> None:
     if saved is None or config is None or not spawned or on_load:
         return
     run = RunState.of(trainer)
-    run.spawned_before = bool(saved.get(SPAWNED_BEFORE)) or update < max(layers[0].schedule.spawn_update, 1)
+    last_spawn = layers[0].schedule.last_spawn(_stage(model))
+    run.spawned_before = bool(saved.get(SPAWNED_BEFORE)) or update < max(last_spawn, 1)
     if run.spawned_before and config.router_class.stages:
         _count_from_before(config, layers, update)
 
@@ -109,8 +116,9 @@ def _method(moe: MoELayer) -> str:
 
 def _count_from_before(config: MoEConfig, layers: List[MoEFeedForward], update: int) -> None:
     """Let the stages of experts that have spawned before update 0 be those that the flags say."""
+    stage = layers[0].moe.stage
     if "spawn_update" in config.given and not config.spawns_by_itself:
-        spawn_update = layers[0].schedule.spawn_update
+        spawn_update = layers[0].schedule.last_spawn(stage)
         if update < spawn_update:
             logger.warning(
                 "the checkpoint's experts have spawned already, so nothing spawns at --moe-spawn-update "
@@ -120,8 +128,8 @@ def _count_from_before(config: MoEConfig, layers: List[MoEFeedForward], update: 
         return
     last = not config.given.intersection(STAGES)
     for layer in layers:
-        schedule = layer.make_schedule(0)
-        layer.schedule = replace(schedule, spawn_update=-math.inf) if last else schedule
+        schedule = layer.make_schedule([0] * stage)
+        layer.schedule = schedule.long_after(stage) if last else schedule
     if last:
         logger.info(
             "the checkpoint's experts have spawned already, so that they go on in the last stage (to begin "
@@ -136,13 +144,14 @@ def _count_from_before(config: MoEConfig, layers: List[MoEFeedForward], update: 
 def spawn(trainer: Trainer) -> None:
     """Spawn the experts of every MoE layer, between two updates; see ``change_experts``."""
     start = time.perf_counter()
-    model = trainer.get_model()
-    plateau = _plateau(model)
+    model, update = trainer.get_model(), trainer.get_num_updates()
+    plateau, stage = _plateau(model), _stage(model)
     if plateau is not None:
-        logger.info(f"spawning before update {trainer.get_num_updates()}: {plateau.reason()}")
-        plateau.spawn_update = trainer.get_num_updates()
+        logger.info(f"spawning before update {update}: {plateau.reason(stage)}")
+        plateau.begin_stage(stage, update)
         model.count_from_spawn()
     parameters = count_parameters(model)
+    before = next(len(layer.moe.experts.widths) for _, layer in moe_layers(model))
     changes: Dict[str, Change] = {}
     for name, layer in moe_layers(model):
         plan = layer.moe.plan_spawn()
@@ -150,11 +159,12 @@ def spawn(trainer: Trainer) -> None:
         moe = layer.moe
     change_experts(trainer, changes)
     logger.info(
-        f"spawned experts before update {trainer.get_num_updates()}: 1 -> {moe.num_experts} experts, "
+        f"spawned experts before update {update}: {before} -> {moe.num_experts} experts, "
         f"{parameters:,} -> {count_parameters(model):,} parameters, {_method(moe)}, "
         f"{time.perf_counter() - start:.2f} s{freezing.in_words(model)}"
     )
-    freezing.warn_of_drawn_routers(model)
+    if stage == 0:
+        freezing.warn_of_drawn_routers(model)
 
 
 def resize(trainer: Trainer) -> None:

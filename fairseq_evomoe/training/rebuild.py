@@ -11,6 +11,7 @@ from ..checkpoints import optimizer_state
 from ..checkpoints.optimizer_state import ParameterState
 from ..models.feed_forward import moe_layers
 from ..moe import MoELayer
+from ..moe.multiplying import child_tensor
 from ..moe.plan import Inherit, Plan
 from . import ema, ranks
 from .change import Change
@@ -79,6 +80,9 @@ def _change_states(states: States, plan: Plan, old: Dict[str, Tensor], moe: MoEL
         if module == "experts":
             statistics = functools.partial(own.statistics, name, weights=old[key].detach())
             state = state.apply(functools.partial(own.weights, name), None if anew else statistics)
+        elif plan.offspring is not None:
+            child = functools.partial(child_tensor, moe, plan, key, shape=parameter.shape)
+            state = state.apply(functools.partial(child, gate=True), None if anew else child)
         elif module == "router":
             state = state.apply(functools.partial(plan.per_expert, new=parameter.float()), plan.per_expert)
         states[parameter] = state

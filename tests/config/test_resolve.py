@@ -227,7 +227,7 @@ def test_stable_freezes_a_tenth_of_the_run_after_the_spawn():
     assert resolve({**stable, "spawn_update": 500}, **RUN).router_options.stable_update == 550
     config = resolve({**stable, "spawn_update": "auto"}, **RUN)  # counted from the spawn, when it was
     assert config.router_options.stable_update is None
-    assert config.make_schedule(200).hard_after == 80
+    assert config.make_schedule([200]).hard_after == 80
 
 
 # durations

@@ -34,24 +34,24 @@ def test_published_setting():
     """2.0 -> 0.5 over 5000 updates, hard from 6000."""
     schedule = Schedule()
     assert schedule.hard_after == 6000
-    assert schedule.phase(5999, spawned=True) == Phase.SOFT
-    assert schedule.phase(6000, spawned=True) == Phase.HARD
+    assert schedule.phase(5999, stage=1) == Phase.SOFT
+    assert schedule.phase(6000, stage=1) == Phase.HARD
 
 
 @pytest.mark.parametrize("hard, phases", [(None, "SSHHH"), (0, "HHHHH"), (-1, "SSSSS"), (1000, "SSSSH")])
 def test_phases_after_the_spawn(hard, phases):
     schedule = Schedule(spawn_update=50, anneal_updates=100, hard_update=hard)
-    got = [schedule.phase(n, spawned=True) for n in (50, 169, 170, 1049, 1050)]
+    got = [schedule.phase(n, stage=1) for n in (50, 169, 170, 1049, 1050)]
     assert [p.name[0] for p in got] == list(phases)
 
 
 def test_one_expert_is_the_diversify_phase():
-    assert Schedule(spawn_update=10).phase(100, spawned=False) == Phase.DIVERSIFY
+    assert Schedule(spawn_update=10).phase(100, stage=0) == Phase.DIVERSIFY
 
 
 def test_a_grown_checkpoint_with_its_counter_reset_waits_for_the_anneal():
     schedule = Schedule(spawn_update=100, anneal_updates=50)
-    assert schedule.phase(0, spawned=True) == Phase.SOFT
+    assert schedule.phase(0, stage=1) == Phase.SOFT
     assert schedule.temperature(0) == schedule.temperature(100) == 2.0
 
 
@@ -60,5 +60,5 @@ def test_a_grown_checkpoint_with_its_counter_reset_waits_for_the_anneal():
 def test_experts_that_have_spawned_in_another_run_are_in_the_last_stage(kind, hard_update, last):
     schedule = Schedule(-math.inf, 2.0, 0.5, TemperatureSchedule(kind), 20, hard_update)
     for update in (0, 1, 10**6, None):
-        assert schedule.phase(update, spawned=True) == last
+        assert schedule.phase(update, stage=1) == last
         assert schedule.temperature(update) == (2.0 if kind == "constant" else 0.5)

@@ -83,7 +83,7 @@ def test_the_rule_is_the_slow_one_and_survives_an_interruption(updates, window, 
             state, plateau = plateau.state(), Plateau(window, share)
             plateau.load(state)
             assert_equal(plateau.state(), state)
-            assert not plateau.resume(update - 1, spawned=False)
+            assert not plateau.resume(update - 1, stage=0)
         if plateau.see(update, loss, weight, lr):
             found = update
             break
@@ -294,7 +294,7 @@ def test_loading_into_a_model_that_spawns_otherwise(run, lm_data, caplog):
     plain.load_state_dict(parameters(folder / "checkpoint_last.pt"))  # strictly
     assert not set(Plateau.KEYS) & plain.state_dict().keys()
     auto.load_state_dict(plain.state_dict())
-    assert auto.plateau.resume(7, spawned=True) and auto.plateau.spawn_update == 0
+    assert auto.plateau.resume(7, stage=1) and auto.plateau.spawn_update == 0
 
 
 @pytest.mark.parametrize("task", [LM, TRANSLATION, MASKED_LM], ids=lambda each: each["task"])
@@ -353,10 +353,10 @@ def test_bad_values_are_refused(changes, parts, lm_data):
 
 def test_a_later_stable_update_is_taken(lm_data):
     model = build(lm_data, **{**AUTO, "moe_router": "stable", "moe_stable_update": 30}).model
-    model.plateau.spawn_update = 20
+    model.plateau.spawned = [20]
     model.count_from_spawn()
     (layer,) = (layer for _, layer in moe_layers(model))
-    assert [layer.schedule.phase(n, spawned=True).name for n in (20, 29, 30)] == ["SOFT", "SOFT", "HARD"]
+    assert [layer.schedule.phase(n, 1).name for n in (20, 29, 30)] == ["SOFT", "SOFT", "HARD"]
 
 
 def test_idle_options_are_named(lm_data, caplog):

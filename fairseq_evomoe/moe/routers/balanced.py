@@ -1,7 +1,7 @@
 """Linear gates whose loads a loss or a bias keeps even, and which may have free experts."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Dict, Iterator, Optional, Tuple, Type, TypeVar
+from typing import Any, ClassVar, Dict, Iterator, Optional, Sequence, Tuple, Type, TypeVar
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from ..balancing import Balance, LoadBias
 from ..capacity import keep_pairs
 from ..free_experts import FreeExperts
 from ..merge_rule import MergeRule
+from ..offspring import Offspring
 from ..options import OptionError, loss_weight, option
 from ..routing import Routing, Vocabulary
 from .router import BALANCE, LinearRouter, fill_uniform, linear32
@@ -155,6 +156,16 @@ class BalancedRouter(LinearRouter):
                 fill_uniform(self.free.mixing, bound, generator)
                 noise_CD = torch.randn(self.free.constant_CD.shape, generator=generator)
                 self.free.constant_CD.copy_(0.02 * noise_CD)
+
+    def child_tensor(
+        self, name: str, old: Tensor, shape: Sequence[int], offspring: Offspring, gate: bool = False
+    ) -> Tensor:
+        """See the parent; biases shrink as the probabilities do that more experts share, and stay even."""
+        new = super().child_tensor(name, old, shape, offspring, gate)
+        if name != "balancing.bias_E" or new is old:
+            return new
+        new = new * (offspring.experts / len(offspring.parent_E))
+        return new - new.mean()
 
     def _with_free(self, logits_TE: Tensor, x_TD: Tensor) -> Tensor:
         """See the parent: free experts' gate sees the layer's input."""

@@ -1,12 +1,13 @@
 """The tree gate of COMET (arXiv 2306.02824)."""
 
 from dataclasses import dataclass
-from typing import Any, Iterator, List
+from typing import Any, Iterator, List, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from ..losses import active_balance_loss, entropy, mean
+from ..offspring import Offspring
 from ..options import OptionError, loss_weight, option
 from ..routing import Routing, RoutingContext, at_pairs
 from .registry import register_router
@@ -76,6 +77,27 @@ class CometRouter(Router):
         """As published: nodes from U(-gamma/100, gamma/100), leaves from U(-0.05, 0.05)."""
         fill_uniform(self.node, self.options.gamma / 100, generator)
         fill_uniform(self.leaf, 0.05, generator)
+
+    @classmethod
+    def parents(cls, children_E: Sequence[int]) -> List[int]:
+        """See the parent: leaves become nodes, level by level, whatever numbers are asked for."""
+        experts, children = len(children_E), sum(children_E)
+        parents = []
+        for node in range(children - 1, 2 * children - 1):
+            while node >= 2 * experts - 1:  # below the leaves of the old tree
+                node = (node - 1) // 2
+            parents.append(node - (experts - 1))
+        return parents
+
+    def child_tensor(
+        self, name: str, old: Tensor, shape: Sequence[int], offspring: Offspring, gate: bool = False
+    ) -> Tensor:
+        """See the parent: where there was a leaf, a node at its start divides tokens among its children."""
+        if name != "node" or old.shape[1] == shape[1]:
+            return super().child_tensor(name, old, shape, offspring, gate)
+        new = self.node.detach()[:, old.shape[1] :].to(old)
+        new = new if gate else torch.zeros_like(new)
+        return torch.cat([old, new if old.dim() == 3 else new[..., 0]], 1)  # adafactor has one for a row
 
     def forward(self, x_TD: Tensor, context: RoutingContext) -> Routing:
         """Route tokens; see the class."""

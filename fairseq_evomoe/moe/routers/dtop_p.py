@@ -140,6 +140,7 @@ class SteeredTopPRouter(TopPRouter):
             gains = given.proportional_gain, given.integral_gain
             shared["dtop_p"] = ProportionalIntegral(given.mean_experts, experts, given.top_p, *gains)
         self.controller: ProportionalIntegral = shared["dtop_p"]
+        self.controller.experts = experts  # which may be more than when it was made
         self.scale = nn.Parameter(torch.empty(1))
 
     @property

@@ -1,13 +1,14 @@
 """Expert Threshold: a causal stand-in for Expert Choice (arXiv 2603.11535)."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Iterator, Optional
+from typing import Any, ClassVar, Iterator, Optional, Sequence
 
 import torch
 from torch import Tensor
 
 from ..gate_activation import GateActivation
 from ..merge_rule import MergeRule
+from ..offspring import Offspring
 from ..options import OptionError, option
 from ..quantile import Histogram
 from ..routing import Routing, RoutingContext, Vocabulary, at_pairs
@@ -120,6 +121,13 @@ class ExpertThresholdRouter(LinearRouter):
         super().__init__(dim, experts, vocabulary, **options)
         share = self.options.mean_experts / experts
         self.cutoffs = Cutoffs(experts, share, self.options.cutoff_decay)
+
+    def child_tensor(
+        self, name: str, old: Tensor, shape: Sequence[int], offspring: Offspring, gate: bool = False
+    ) -> Tensor:
+        """See the parent; cutoffs, over which fewer tokens are to be than before, are learned anew."""
+        new = super().child_tensor(name, old, shape, offspring, gate)
+        return torch.zeros_like(new) if name == "cutoffs.updates" else new
 
     def forward(self, x_TD: Tensor, context: RoutingContext) -> Routing:
         """Route tokens; see the class.  There are no losses and no ``probability_TE``."""

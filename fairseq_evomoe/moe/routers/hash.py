@@ -1,6 +1,5 @@
 """Hash layers (arXiv 2106.04426)."""
 
-import heapq
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Iterator, Optional
@@ -8,6 +7,7 @@ from typing import Any, Iterator, Optional
 import torch
 from torch import Tensor
 
+from ..assignment import balanced_table
 from ..merge_rule import MergeRule
 from ..options import OptionError, option
 from ..routing import Routing, RoutingContext, Vocabulary
@@ -85,9 +85,9 @@ class HashRouter(Router):
         self, dim: int, experts: int, vocabulary: Optional[Vocabulary] = None, **options: Any
     ) -> None:
         super().__init__(dim, experts, vocabulary, **options)
-        self.vocabulary = need_vocabulary(vocabulary, "hash")
+        size = need_vocabulary(vocabulary, "hash").size
         self.hashes = self.options.hashes
-        shape = (self.vocabulary.size,) + ((self.hashes,) if self.hashes > 1 else ())
+        shape = (size,) + ((self.hashes,) if self.hashes > 1 else ())
         self.register_buffer("table_V", torch.zeros(shape, dtype=torch.long))
 
     @torch.no_grad()
@@ -99,6 +99,7 @@ class HashRouter(Router):
             if self.hashes > 1:
                 table_V += part * torch.arange(self.hashes)
         else:
+            assert self.vocabulary is not None
             table_V = balanced_table(self.vocabulary.count_V, self.experts)
         self.table_V.copy_(table_V)
 
@@ -110,30 +111,3 @@ class HashRouter(Router):
         """
         expert_TK = self.table_V[need_tokens(context, "hash")].view(-1, self.hashes)
         return topk_routing(expert_TK, float32(x_TD).new_ones(expert_TK.shape), self.experts)
-
-
-def balanced_table(count_V: Tensor, experts: int) -> Tensor:
-    """An expert for each entry of the vocabulary: the most frequent entry to the least loaded expert.
-
-    Args:
-        count_V: how often each entry occurs, at least 0.
-        experts: E.
-
-    Returns:
-        int64, shape (V,).  Entries of the same frequency are in the order of the vocabulary, experts of the
-        same load in that of their number of entries; entries that do not occur are dealt out in turn.
-    """
-    counts = count_V.tolist()
-    table = [0] * len(counts)
-    # the load, the number of entries and the number of each expert
-    heap = [(0.0, 0, expert) for expert in range(experts)]
-    turn = 0
-    for index in sorted(range(len(counts)), key=lambda i: -counts[i]):
-        if counts[index] > 0:
-            load, entries, expert = heap[0]
-            heapq.heapreplace(heap, (load + counts[index], entries + 1, expert))
-        else:
-            expert = turn % experts
-            turn += 1
-        table[index] = expert
-    return torch.tensor(table, dtype=torch.long)

@@ -2,16 +2,18 @@
 
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, ClassVar, Dict, Iterator, List, Optional
+from typing import Any, ClassVar, Dict, Iterator, List, Optional, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..default_outputs import DefaultOutputs
+from ..experts import take_settings
 from ..gate_activation import GateActivation, activate
 from ..losses import mean_entropy, mutual_information_loss, z_loss
-from ..merge_rule import MergeRule
+from ..merge_rule import MergeRule, rule_of
+from ..offspring import Offspring
 from ..options import OptionError, loss_weight, option
 from ..options import Options as BaseOptions
 from ..routing import Routing, RoutingContext, Vocabulary
@@ -36,7 +38,8 @@ class Router(nn.Module):
         experts_per_token: the option that says how many experts a token has, if there is one.
         unit_weight: whether the weight of a single expert is 1, so that a layer with one needs no router.
         merge_rules: what becomes of each tensor when experts are merged, by its name or that of the module
-            that it is in; ``None``: they cannot be.
+            that it is in; ``None``: they cannot be.  Where experts multiply it is the other way round, see
+            ``child_tensor``.
 
     Attributes:
         dim: D, width of a token.
@@ -86,6 +89,7 @@ class Router(nn.Module):
         super().__init__()
         self.dim = dim
         self.experts = experts
+        self.vocabulary = vocabulary
         self.options = self.Options.given(options)
         self.register_module("defaults", None)
         for error in self.options.contradictions(experts):
@@ -116,6 +120,56 @@ class Router(nn.Module):
     def initialize(self, generator: torch.Generator) -> None:
         """Fill the parameters and buffers from ``generator``."""
         raise NotImplementedError
+
+    @classmethod
+    def parents(cls, children_E: Sequence[int]) -> List[int]:
+        """The parent of each new expert where each old one has so many children: they are neighbours."""
+        return [parent for parent, children in enumerate(children_E) for _ in range(children)]
+
+    def child_tensor(
+        self, name: str, old: Tensor, shape: Sequence[int], offspring: Offspring, gate: bool = False
+    ) -> Tensor:
+        """A tensor of this router, whose experts are the children of those of the one before.
+
+        By the tensor's merge rule, the other way round: what was added up is divided, entries of a table are
+        divided among the children, numbers are given anew, and of anything else each child has what its
+        parent had.  Without rules the dimension that has changed is that of the experts, and a table of
+        whole numbers that has not is one of experts.
+
+        Args:
+            name: of the tensor in ``state_dict()``.
+            old: that of the router before, or an optimizer's statistics of it.
+            shape: of the tensor here.
+            offspring: who is whose child.
+            gate: whether it is weights, and not statistics: children of one parent get rows that differ.
+        """
+        rule = rule_of(self.merge_rules or {}, name)
+        if rule == MergeRule.numbers:
+            return torch.arange(shape[0]).to(old)
+        if rule == MergeRule.sum:
+            return offspring.divided(old, shape)
+        unruled = self.merge_rules is None and not old.is_floating_point() and old.dim() > 0
+        if rule == MergeRule.table or (unruled and old.shape == torch.Size(shape)):
+            return offspring.table(old, None if self.vocabulary is None else self.vocabulary.count_V)
+        return offspring.differing(name, old, shape) if gate else offspring.rows(old, shape)
+
+    @torch.no_grad()
+    def inherit(self, old: "Router", offspring: Offspring) -> None:
+        """Take over what the router before has learned; the parameters are initial ones so far.
+
+        Args:
+            old: with the parents of this router's experts.
+            offspring: who is whose child.
+        """
+        parameters, before = dict(self.named_parameters()), dict(old.named_parameters())
+        for name, parameter in parameters.items():
+            if name in before and parameter is not before[name]:
+                take_settings(parameter, before[name])
+        found = old.state_dict()
+        for name, tensor in self.state_dict().items():
+            if name in found and found[name].data_ptr() != tensor.data_ptr():  # not what a stack shares
+                gate = name in parameters
+                tensor.copy_(self.child_tensor(name, found[name], tensor.shape, offspring, gate))
 
     @torch.no_grad()
     def set_gate(self, weight_ED: Tensor) -> None:
@@ -329,6 +383,19 @@ class LinearRouter(Router):
         super().set_gate(weight_ED / self.options.gate_lr_scale)
         if self.token_weight is not None:
             self.token_weight.zero_()
+
+    def child_tensor(
+        self, name: str, old: Tensor, shape: Sequence[int], offspring: Offspring, gate: bool = False
+    ) -> Tensor:
+        """See the parent; the entries of a table's best expert are divided among its children, by load."""
+        if not (gate and name == "token_weight" and self.options.gate_input == GateInput.table):
+            return super().child_tensor(name, old, shape, offspring, gate)
+        new, expert_V = offspring.rows(old, shape).clone(), old.argmax(0)
+        child_V = offspring.table(expert_V, None if self.vocabulary is None else self.vocabulary.count_V)
+        several_V = offspring.siblings_E.to(child_V.device)[child_V] > 1
+        margin = offspring.noise * old.float().std(unbiased=False)
+        new[child_V, torch.arange(len(child_V), device=child_V.device)] += (margin * several_V).to(new)
+        return new
 
     def logits(self, x_TD: Tensor, context: RoutingContext) -> Tensor:
         """The gate's logits, float32, shape (T, E), whatever the precision of the model is.

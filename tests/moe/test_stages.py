@@ -1,0 +1,258 @@
+"""Layers whose experts spawn several times, with every router that there is."""
+
+import copy
+
+import pytest
+import torch
+
+from fairseq_evomoe.moe import ROUTERS, MoELayer, RoutingContext, Vocabulary, record
+from fairseq_evomoe.moe.offspring import Offspring
+from fairseq_evomoe.moe.options import OptionError
+from fairseq_evomoe.moe.plan import make_spawner
+from fairseq_evomoe.moe.routers.dynmoe import Resize
+from fairseq_evomoe.moe.routers.router import Router, fill_uniform, linear32, top1_routing
+from support.router_checks import end_update
+
+DIM, VOCABULARY, STAGES = 6, 12, (2, 4, 8)
+COUNTS = torch.arange(VOCABULARY, 0, -1).float()
+OTHERS = {
+    "dts, table": {"router": "dts", "gate_input": "table"},
+    "dts, both, bias": {"router": "dts", "gate_input": "both", "balance": "bias", "balance_weight": 0.0},
+    "switch, free experts": {
+        "router": "switch",
+        "zero_experts": 1,
+        "constant_experts": 1,
+        "balance": "quantile",
+        "balance_weight": 0.0,
+    },
+    "hash, two": {"router": "hash", "hashes": 2},
+    "adapter": {"router": "topk", "hyper_adapter": True, "shared_expert": True},
+}
+SYSTEMS = {**{name: {"router": name} for name in sorted(ROUTERS)}, **OTHERS}
+
+
+def make(router, experts=STAGES, method="copy", noise=0.0, **options):
+    torch.manual_seed(0)
+    numbers = [experts] if isinstance(experts, int) else experts
+    spawner = make_spawner(experts=numbers[0], method=method, gate_noise=noise)
+    vocabulary = Vocabulary(VOCABULARY, COUNTS, dim=5)
+    return MoELayer(DIM, 10, experts, router, spawner=spawner, vocabulary=vocabulary, **options).double()
+
+
+def run(layer, seed=1, hard=False):
+    """A pass of training, with its gradients; and what was routed where."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(3, 7, DIM, dtype=torch.float64, generator=generator)
+    tokens = torch.randint(VOCABULARY, (3, 7), generator=generator)
+    embeddings = torch.randn(VOCABULARY, 5, dtype=torch.float64, generator=generator)[tokens]
+    sequences = torch.arange(3).unsqueeze(1).expand(3, 7)
+    context = RoutingContext(noise_key=("test", seed), hard=hard)
+    with record() as routings:
+        y = layer(x, context, tokens=tokens, sequences=sequences, embeddings=embeddings)
+    (y.square().mean() + routings.auxiliary_loss()).backward()
+    end_update(layer)
+    return y, routings[layer]
+
+
+def tensors(module):
+    return {} if module is None else {name: x.clone() for name, x in module.state_dict().items()}
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_each_stage_has_what_the_one_before_has_learned(system):
+    layer = make(**SYSTEMS[system])
+    run(layer)
+    layer.spawn()
+    for before, after in zip(STAGES, STAGES[1:]):
+        run(layer, hard=True)  # so that there are counts and tables
+        torch.nn.init.normal_(layer.experts.w1)
+        old, experts = tensors(layer.router), layer.experts.tensors()
+        plan = layer.plan_spawn()
+        parents = list(plan.offspring.parent_E)
+        assert sorted(parents) == [e for e in range(before) for _ in range(after // before)]
+        layer.spawn(plan=plan)
+        assert layer.num_experts == len(layer.experts.widths) == after
+        for name, tensor in layer.experts.tensors().items():
+            rows = experts[name].split(1 if name == "b2" else 10)
+            assert torch.equal(tensor, torch.cat([rows[parent] for parent in parents])), name
+        for name, tensor in tensors(layer.router).items():
+            check_router_tensor(layer.router, name, old[name], tensor, parents)
+        y, routing = run(layer, 2)
+        assert y.isfinite().all() and routing.experts == after
+        assert all(p.grad is not None for p in layer.parameters())
+    assert layer.stage == 3
+    with pytest.raises(OptionError, match="has spawned all its 8 experts"):
+        layer.spawn()
+
+
+def check_router_tensor(router, name, old, new, parents):
+    """Every number that a child has is its parent's, but for what has a meaning of its own."""
+    before, after = max(parents) + 1, len(parents)
+    if name.endswith("table_V"):
+        known = old >= 0
+        assert torch.equal(torch.tensor(parents)[new[known]], old[known]) and (new[~known] == -1).all()
+        for parent in range(before):  # the most frequent entries go to different children
+            entries = (old.reshape(-1) == parent).nonzero().squeeze(1)[:2]
+            assert len(new.reshape(-1)[entries].unique()) == len(entries)
+    elif name == "origin_E":
+        assert new.tolist() == list(range(after))
+    elif name == "used_E":
+        assert torch.allclose(new, old[parents] * before / after)
+    elif name == "balancing.bias_E":
+        expected = torch.cat([old[parents], old[before:]]) * before / after
+        assert torch.allclose(new, expected - expected.mean())
+    elif name == "cutoffs.updates":
+        assert old > 0 and new == 0
+    elif name == "node":
+        assert torch.equal(new[:, : before - 1], old) and (new[:, before - 1 :].abs() <= 0.01).all()
+    elif old.shape == new.shape:
+        assert torch.equal(old, new)
+    else:
+        dim = next(d for d in range(old.dim()) if old.shape[d] != new.shape[d])
+        width = new.shape[dim] // after
+        place = [parent * width + i for parent in parents for i in range(width)]
+        assert torch.equal(new, old.index_select(dim, torch.tensor(place)))
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_children_differ_by_the_noise_of_the_gate(system):
+    layers = [make(noise=noise, **SYSTEMS[system]) for noise in (0.0, 0.1, 0.1)]
+    for layer in layers:
+        layer.spawn(), layer.spawn()
+    plain, one, same = (tensors(layer.router) for layer in layers)
+    grown = [
+        name for name, p in layers[0].router.named_parameters() if p.shape[:1] != (1,) and name != "node"
+    ]
+    changed = {name for name, x in plain.items() if not torch.equal(one[name], x)}
+    assert changed <= set(grown) and all(torch.equal(one[name], same[name]) for name in one)
+    for name in changed - {"threshold_E"}:
+        spread = (one[name] - plain[name]).std() / plain[name].std()
+        assert 0.03 < spread < 0.2, name
+    gates = {"weight", "centroid_ED", "leaf", "token_weight"} & set(plain)
+    assert gates <= changed
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_a_state_of_any_stage_can_be_loaded(system):
+    layer = make(**SYSTEMS[system])
+    states = [layer.state_dict()]
+    for _ in STAGES:
+        layer.spawn()
+        run(layer)
+        states.append(copy.deepcopy(layer.state_dict()))
+    for stage, state in enumerate(states):
+        other = make(**SYSTEMS[system])
+        other.load_state_dict(copy.deepcopy(state))
+        assert other.stage == stage and other.state_dict().keys() == state.keys()
+        assert all(torch.equal(x, state[name]) for name, x in other.state_dict().items())
+        for _ in STAGES[stage:]:
+            other.spawn()
+        assert len(other.experts.widths) == 8
+    # one that does not grow any more, and does not care how the other has grown
+    last = make(**{**SYSTEMS[system], "experts": 8})
+    last.load_state_dict(states[-1])
+    assert "stage" not in last.state_dict() and len(last.experts.widths) == 8
+
+
+def test_a_number_of_experts_that_no_stage_has_is_refused():
+    layer = make("switch", (2, 6))
+    layer.spawn(), layer.spawn()
+    with pytest.raises(OptionError, match="6 experts .* `experts` is 2"):
+        make("switch", (2, 4)).load_state_dict(layer.state_dict())
+
+
+def test_experts_that_come_and_go_multiply_from_what_there_are():
+    layer = make("dynmoe", (3, 6), max_experts=8)
+    layer.spawn()
+    layer.apply_plan(plan_without(layer, 1))
+    layer.router.resize(Resize([0, 2]))
+    state = copy.deepcopy(layer.state_dict())
+    other = make("dynmoe", (3, 6), max_experts=8)
+    other.load_state_dict(state)
+    assert other.stage == 1 and other.num_experts == 2
+    for each in (layer, other):
+        each.spawn()
+        assert each.num_experts == 6 and each.router.origin_E.tolist() == list(range(6))
+        assert len(run(each)[1].load_E()) == 6
+    assert layer.router.max_experts == 8
+
+
+def plan_without(layer, expert):
+    from fairseq_evomoe.moe.plan import resize_plan
+
+    return resize_plan(layer.experts.widths, [e for e in range(layer.num_experts) if e != expert])
+
+
+METHODS = ("mask", "noise", "reinit", "copy", "slice")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_children_are_changed_by_the_method(method):
+    layers = [make("switch", (2, 6), method) for _ in range(2)]
+    for layer in layers:
+        layer.spawn()
+        parents = layer.experts.tensors()["w1"].split(10)
+        layer.spawn()
+    one, same = (layer.experts.tensors() for layer in layers)
+    assert all(torch.equal(one[name], same[name]) for name in one)
+    children = one["w1"].split(10)
+    distinct = {tuple(child.flatten().tolist()) for child in children}
+    assert len(distinct) == (1 if method == "copy" else 6)
+    for e, child in enumerate(children):
+        equal = (child == parents[e // 3]).double().mean()
+        if method == "slice":  # but for one of ten units, which is the last and does nothing yet
+            assert not one["w2"].split(10)[e][-1].any()
+            assert all(any(torch.equal(row, old) for old in parents[e // 3]) for row in child[:-1])
+            continue
+        low, high = {"mask": (0.7, 1), "noise": (0, 0), "reinit": (0.5, 0.5), "copy": (1, 1)}[method]
+        assert low <= equal <= high
+
+
+def test_a_table_is_divided_by_load():
+    offspring = Offspring([0, 0, 1, 1, 1], 0.0, lambda *key: torch.Generator())
+    table = torch.tensor([0, 0, 0, 1, 1, 1, -1])
+    counts = torch.tensor([5.0, 3, 2, 1, 9, 1, 7])
+    assert offspring.table(table, counts).tolist() == [0, 1, 1, 3, 2, 4, -1]
+    assert offspring.table(table).tolist() == [0, 1, 0, 2, 3, 4, -1]
+
+
+class SilentRouter(Router):
+    """Somebody else's, which says nothing of its tensors."""
+
+    def __init__(self, dim, experts, **options):
+        super().__init__(dim, experts, **options)
+        self.key = torch.nn.Parameter(torch.empty(dim, 2 * experts))
+        self.factor = torch.nn.Parameter(torch.empty(dim))
+        self.register_buffer("table", torch.arange(6) % experts)
+
+    @torch.no_grad()
+    def initialize(self, generator):
+        fill_uniform(self.key, 1.0, generator), fill_uniform(self.factor, 1.0, generator)
+
+    def forward(self, x_TD, context):
+        weight_T, expert_T = linear32(x_TD * self.factor, self.key.t()).max(-1)
+        return top1_routing(expert_T // 2, weight_T, self.experts)
+
+
+def test_a_router_that_says_nothing_gets_a_default():
+    layer = make(SilentRouter, (2, 4))
+    layer.spawn()
+    old = tensors(layer.router)
+    layer.spawn()
+    new = tensors(layer.router)
+    assert torch.equal(new["key"], old["key"][:, [0, 1, 0, 1, 2, 3, 2, 3]])
+    assert torch.equal(new["factor"], old["factor"])
+    assert (new["table"] // 2).tolist() == old["table"].tolist()
+    run(layer)
+
+
+class OddRouter(SilentRouter):
+    def __init__(self, dim, experts, **options):
+        super().__init__(dim, experts, **options)
+        self.factor = torch.nn.Parameter(torch.empty(experts**2))
+
+
+def test_a_router_whose_tensors_cannot_grow_is_refused_before_it_is_trained():
+    with pytest.raises(OptionError, match=r"router .* 4 rows for 2 experts and 16 for 4 .* one stage\.$"):
+        make(OddRouter, (2, 4)).try_stages()
+    make(SilentRouter, (2, 4)).try_stages()
