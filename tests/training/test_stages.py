@@ -91,8 +91,8 @@ def test_what_the_optimizer_knows_follows(precision, lm_data, flat_fp16_on_cpu):
     options.update(moe_anneal_updates=None, moe_hard_update=None)
     trainer = build(lm_data, **options).train(updates=5)
     moe = trainer.get_model().decoder.layers[1].moe
-    old = {name: p for name, p in moe.named_parameters()}
-    before = {name: copy_state(vars(optimizer_state.read(trainer.optimizer)[p])) for name, p in old.items()}
+    states = optimizer_state.read(trainer.optimizer)
+    before = {name: copy_state(vars(states[p])) for name, p in moe.named_parameters()}
     averages = {k: x.clone() for k, x in trainer.ema.fp32_params.items()}
     assert moe.num_experts == 2
     plan = moe.plan_spawn()
@@ -158,10 +158,10 @@ def test_plateaus_decide_on_each_stage(lm_data, tmp_path):
 
 def test_fine_tuning_goes_on_from_any_stage(lm_data, tmp_path, trained):
     run = trained({**SETTINGS, "max_update": 12})
-    for update, experts, options, spawns in (
-        (9, 4, {"moe_spawn_update": "1:2,2:4,4:8"}, ["before update 4: 4 -> 8"]),
-        (12, 8, {"moe_spawn_update": "1:2,2:4,4:8"}, []),
-        (9, 4, {"moe_spawn_update": None, "moe_experts": 4}, []),
+    for update, options, spawns in (
+        (9, {"moe_spawn_update": "1:2,2:4,4:8"}, ["before update 4: 4 -> 8"]),
+        (12, {"moe_spawn_update": "1:2,2:4,4:8"}, []),
+        (9, {"moe_spawn_update": None, "moe_experts": 4}, []),
     ):
         settings = {**SETTINGS, **options, "max_update": 6, "finetune_from_model": run.at(update)}
         result = call("fairseq-train", lm_data, save_dir=tmp_path / "tuned", no_save=True, **settings)
