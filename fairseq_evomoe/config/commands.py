@@ -165,6 +165,11 @@ def _spawn(config: "MoEConfig") -> str:
     method = getattr(config.spawning.spawn_method, "value", "")
     if config.experts == 1:
         return "never"
+    if len(config.stages) > 1:
+        when = [str(update) for update in config.latest_spawns]
+        when = [f"a plateau, or else {update}" if config.spawns_by_itself else update for update in when]
+        numbers = [f"{stage.experts} before update {update}" for stage, update in zip(config.stages, when)]
+        return f"{', '.join(numbers)}, by {method}"
     if config.spawns_by_itself:
         latest = f", or else before update {config.latest_spawn}" if config.max_update else ""
         return f"at a plateau of the training loss{latest}, by {method}"
@@ -175,10 +180,11 @@ def _spawn(config: "MoEConfig") -> str:
 
 def _stages(config: "MoEConfig") -> Iterator[Row]:
     schedule, router = config.make_schedule(), config.router_class
+    restarts = schedule.restarts and len(config.stages) > 1
 
     def when(update: float) -> str:
-        if config.spawns_by_itself:
-            return f"{update:g} updates after the spawn"
+        if config.spawns_by_itself or restarts:
+            return f"{update:g} updates after {'each' if restarts else 'the'} spawn"
         update += config.latest_spawn
         late = 0 < config.max_update < update
         return f"update {update:.0f}{' (after the end of the run)' if late else ''}"

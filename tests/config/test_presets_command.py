@@ -65,7 +65,7 @@ def test_what_is_printed_is_what_it_resolves_to(name, printed):
         assert words in text
 
 
-def test_stages_are_those_of_the_schedule(printed):
+def test_stages_are_those_of_the_schedule(printed, tmp_path):
     text = printed("evomoe", "--max-update", 40000, "--experts", 8, "--ffn-dim", 512)
     assert "experts    8, each of 512 hidden units" in text
     assert "before update 4000, by mask" in text
@@ -76,6 +76,11 @@ def test_stages_are_those_of_the_schedule(printed):
     assert "at a plateau of the training loss, by mask" in printed("evomoe", "--max-update", 0)
     assert "frozen   from update 400\n" in printed("stable", "--max-update", 4000)
     assert "top-2      in evaluation only\n" in printed("ds_moe", "--max-update", 4000)
+    config = tmp_path / "stages.yaml"
+    config.write_text("name: stages\noptions: {spawn_update: '5%:4,20%:16'}\n")
+    staged = printed(config, "--max-update", 40000, "--experts", 16)
+    assert "4 before update 2000, 16 before update 8000, by mask" in staged
+    assert "from 0 updates after each spawn; temperature 2 to 0.5" in staged
     assert "9 hidden" not in text and "1152, 1272" in printed("hmoe_topk")
 
 

@@ -70,7 +70,11 @@ def test_stages_that_contradict_themselves_are_refused_in_a_sentence(value):
         ({"spawn_method": "split"}, "spawn_method", "divides the base's hidden units once"),
         ({"expert_sizes": "hybrid"}, "expert_sizes", "Children are as wide as their parents"),
         ({"router": "topk", "top_k": 4}, "top_k", "must be from 1 to the 2 experts, but is 4"),
-        ({"router": "stable", "stable_update": 20}, "stable_update", "before --moe-spawn-update 50:2,100:8"),
+        (
+            {"router": "stable", "stable_update": 20},
+            "stable_update",
+            "is before --moe-spawn-update (50:2,100:8)",
+        ),
     ],
 )
 def test_what_stages_do_not_go_with(options, option, text):
