@@ -73,7 +73,7 @@ def test_stages_that_contradict_themselves_are_refused_in_a_sentence(value):
         (
             {"router": "stable", "stable_update": 20},
             "stable_update",
-            "is before --moe-spawn-update (50:2,100:8)",
+            "before --moe-spawn-update (50:2,100:8)",
         ),
     ],
 )
