@@ -356,6 +356,7 @@ class MoEConfig:
             widths=widths,
             inherit=self.spawning.spawn_statistics,
             gate_noise=self.spawning.spawn_gate_noise,
+            select=self.spawning.spawn_select,
         )
 
     def make_transport(self, layer: int) -> Transport:

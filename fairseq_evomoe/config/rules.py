@@ -3,6 +3,7 @@
 from typing import Any, Iterator, List, Tuple
 
 from ..evolution import stages
+from ..evolution.selection import Select
 from ..evolution.spawn import SpawnMethod
 from ..moe.options import OptionError
 from .config import Compression, MoEConfig, TransportType
@@ -25,7 +26,7 @@ SCHEDULE = (
 )
 PLATEAU = ("spawn_window", "spawn_plateau")
 SPAWNING = ("spawn_statistics",)
-STAGES = ("spawn_gate_noise", "stage_temperature")
+STAGES = ("spawn_select", "spawn_gate_noise", "stage_temperature")
 
 
 def unsupported(model: Any) -> Iterator[OptionError]:
@@ -60,7 +61,9 @@ def contradictions(config: MoEConfig) -> Iterator[OptionError]:
 def _stages(config: MoEConfig) -> Iterator[OptionError]:
     """What several spawns, one after another, do not go with."""
     found = config.stages
-    yield from stages.contradictions(found, config.experts, even=True)
+    select = config.spawning.spawn_select
+    even = select == Select.even and not config.router_class.resizes
+    yield from stages.contradictions(found, config.experts, even)
     last = {error.args for error in config.router_options.contradictions(config.experts)}
     for stage in found[:-1]:
         for error in config.router_options.contradictions(stage.experts):
@@ -74,6 +77,12 @@ def _stages(config: MoEConfig) -> Iterator[OptionError]:
             "spawn_method",
             f"`spawn_method` split divides the base's hidden units once, and {text} has {len(found)} stages: "
             "give one stage, or another method.",
+        )
+    if select != Select.even and config.router_class.divides_itself:
+        yield OptionError(
+            "spawn_select",
+            f"`router` {config.router} decides by itself which expert has how many children: leave "
+            f"`spawn_select` {select.value} out.",
         )
     if config.sizes.expert_sizes != "uniform":
         yield OptionError(

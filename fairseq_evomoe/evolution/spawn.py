@@ -18,7 +18,7 @@ from ..moe.offspring import Offspring
 from ..moe.options import OptionError, Options, option
 from ..moe.plan import Inherit, Origin, Plan
 from .clustering import balanced_kmeans
-from .selection import allot
+from .selection import Select, allot
 
 
 class SpawnMethod(str, Enum):
@@ -67,6 +67,12 @@ class SpawnOptions(Options):
         "all",
         "Weights for which the optimizer's statistics of the base expert carry over to each of its copies: "
         "all, those that the spawn leaves unchanged (not a masked one, say), or none.",
+    )
+    spawn_select: Select = option(
+        "even",
+        "With several stages in moe-spawn-update, how many children an expert has: as many as any other "
+        "(even), or more of those that have more tokens (load) or whose weights have a greater gradient "
+        "(gradient, after Expert Upcycling); at least one each.",
     )
     spawn_gate_noise: float = option(
         GATE_NOISE,
@@ -133,6 +139,7 @@ class Spawn:
         widths: hidden units of each expert; ``None``: those of the base, or their share with ``split``.
         inherit: see ``Plan``.
         gate_noise: see ``Offspring``.
+        select: which expert has how many children.
         generation: how many experts become more now, on which random numbers depend; 1: the base expert.
 
     Raises:
@@ -147,6 +154,7 @@ class Spawn:
     widths: Optional[Sequence[int]] = None
     inherit: Inherit = Inherit.all
     gate_noise: float = GATE_NOISE
+    select: Select = Select.even
     generation: int = 1
 
     def __post_init__(self) -> None:
@@ -222,9 +230,14 @@ class Spawn:
         origins = [Origin(0, self._units(e, units, width)) for e, width in enumerate(widths)]
         return Plan(origins, self._diversify)
 
-    def children(self, experts: int, wanted: int) -> List[int]:
-        """How many children each of many experts has, of so many in all."""
-        return allot(experts, wanted)
+    @property
+    def measure(self) -> str:
+        """What is to be measured before experts multiply: ``load``, ``gradient``, or nothing."""
+        return "" if self.select == Select.even else Select(self.select).value
+
+    def children(self, experts: int, wanted: int, demand_E: Optional[Tensor] = None) -> List[int]:
+        """How many children each of many experts has, of so many in all, given how they are in demand."""
+        return allot(experts, wanted, demand_E)
 
     def multiply(self, experts: Dict[str, Tensor], widths: Sequence[int], parent_E: Sequence[int]) -> Plan:
         """What to do to many experts so that each becomes several.

@@ -115,7 +115,7 @@ def contradictions(stages: Tuple[Stage, ...], experts: int, even: bool) -> Itera
                 yield OptionError(
                     "spawn_update",
                     f"`spawn_update` {text} makes {after} experts of {before}, which cannot all have as many "
-                    "children: give a multiple.",
+                    "children: give a multiple, or `spawn_select` load or gradient.",
                 )
 
 

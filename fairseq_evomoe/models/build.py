@@ -23,6 +23,7 @@ from .. import compat
 from ..config.config import MoEConfig
 from ..config.errors import ConfigError
 from ..moe import Experts, Hidden, MoELayer, RoutingContext, Vocabulary
+from ..moe.multiplying import try_routers
 from ..moe.options import OptionError
 from ..moe.plan import check_linear_gate
 from .feed_forward import MoEDecoderLayer, MoEEncoderLayer, StackInput, identity
@@ -190,7 +191,7 @@ class _StackBuilder:
             return
         if layer.schedule.spawn_update > 0:
             moe.spawner.widths_from(layer.ffn_dim)
-        moe.try_stages()
+        try_routers(moe)
         if moe.spawner.makes_gate:
             check_linear_gate(router)
         if config.layer.penalty_weight > 0:

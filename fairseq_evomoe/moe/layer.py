@@ -145,6 +145,8 @@ class MoELayer(SpawningLayer):
             else:
                 y_TD = dispatch(x_TD, routing, self.experts)
             beside_TD = self._beside(x_TD, routing, context)
+        if self.demand is not None and self.training and self.spawner.measure == "load":
+            self.demand.add(routing.load_E())
         y_TD = y_TD if free_TD is None else y_TD + free_TD
         if self.router.defaults is not None:
             y_TD = y_TD + self.router.defaults(routing).to(y_TD.dtype)

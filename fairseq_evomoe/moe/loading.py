@@ -52,7 +52,10 @@ def fit(moe: "SpawningLayer", state_dict: Dict[str, Any], prefix: str) -> None:
         _check_units(moe.base_width, w1.shape[0], prefix)
         if moe.spawned and moe.num_experts > 1:
             _spawn(moe, state_dict, prefix)
-    _fit_activity(moe, state_dict, prefix)
+    activity_H = None if moe.activity is None else moe.activity.magnitude_H
+    demand_E = None if moe.demand is None else moe.demand.share_E
+    _fit_measured(state_dict, prefix + "activity.magnitude_H", activity_H)
+    _fit_measured(state_dict, prefix + "demand.share_E", demand_E)
 
 
 def is_shard(moe: "SpawningLayer", state_dict: Dict[str, Any], prefix: str) -> bool:
@@ -127,9 +130,8 @@ def _begin_stage(moe: "SpawningLayer", found: int, stage: Optional[int]) -> None
     stage = min(max(stage, 1), len(moe.stages))
     if stage != moe.stage:
         width = moe.widths_when_spawned()[0]  # the same in all stages
-        moe.num_experts = moe.stages[stage - 1]
+        moe.num_experts, moe.stage = moe.stages[stage - 1], stage
         moe.allocate_spawned([width] * moe.num_experts)
-        moe.stage = stage
 
 
 def _resize(moe: "SpawningLayer", widths: List[int]) -> None:
@@ -139,6 +141,7 @@ def _resize(moe: "SpawningLayer", widths: List[int]) -> None:
         moe.allocate(widths)
         moe.router.allocate(len(widths))
         moe.num_experts = len(widths)
+        moe.begin_demand()
 
 
 def _refuse_number(moe: "SpawningLayer", found: int, prefix: str) -> None:
@@ -229,10 +232,9 @@ def _spawn(moe: "SpawningLayer", state_dict: Dict[str, Any], prefix: str) -> Non
             state_dict[prefix + key] = tensor
 
 
-def _fit_activity(moe: "SpawningLayer", state_dict: Dict[str, Any], prefix: str) -> None:
-    """Let a state lack what is measured for the spawn, or have it in vain."""
-    key = prefix + "activity.magnitude_H"
-    if moe.activity is None:
+def _fit_measured(state_dict: Dict[str, Any], key: str, own: Optional[Tensor]) -> None:
+    """Let a state lack what is measured for a spawn, or have it in vain."""
+    if own is None:
         state_dict.pop(key, None)
     else:
-        state_dict.setdefault(key, moe.activity.magnitude_H)
+        state_dict.setdefault(key, own)

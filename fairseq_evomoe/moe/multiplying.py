@@ -18,7 +18,8 @@ def plan(moe: "SpawningLayer") -> Plan:
     """What would become of the experts if they spawned now; the ranks that share them must all call this."""
     assert moe.router is not None
     wanted = max(moe.stages[moe.stage], moe.num_experts)  # experts that come and go may be more
-    children_E = moe.spawner.children(moe.num_experts, wanted)
+    demand_E = None if moe.demand is None else moe.demand.share_E
+    children_E = moe.spawner.children(moe.num_experts, wanted, demand_E)
     parent_E = moe.router.parents(children_E)
     return moe.spawner.multiply(moe.gather_experts(), moe.experts.widths, parent_E)
 

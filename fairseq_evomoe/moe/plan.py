@@ -198,6 +198,7 @@ class Spawner(Protocol):
         used_strength: how much.
         needs_activity: whether the base's activations should be measured before the spawn.
         makes_gate: whether the router must have a linear gate; see ``check_linear_gate``.
+        measure: what tells how many children an expert deserves: ``load``, ``gradient``, or nothing if empty.
     """
 
     @property
@@ -230,8 +231,11 @@ class Spawner(Protocol):
     def plan(self, base: Dict[str, Tensor], activity_H: Optional[Tensor] = None) -> Plan:
         """What to do to the base expert, given its tensors by name and the activity of its units."""
 
-    def children(self, experts: int, wanted: int) -> List[int]:
-        """How many children each of many experts has, of so many in all."""
+    @property
+    def measure(self) -> str: ...  # noqa: D102
+
+    def children(self, experts: int, wanted: int, demand_E: Optional[Tensor] = None) -> List[int]:
+        """How many children each of many experts has, of so many in all, given how they are in demand."""
 
     def multiply(self, experts: Dict[str, Tensor], widths: Sequence[int], parent_E: Sequence[int]) -> Plan:
         """What to do to many experts, given their tensors and widths, and the parent of each new one."""

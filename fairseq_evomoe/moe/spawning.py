@@ -15,7 +15,7 @@ from .plan import Plan, Spawner, make_spawner
 from .ranks import ALONE, Ranks
 from .routers import ROUTERS, Router
 from .routing import Vocabulary
-from .statistics import Activity
+from .statistics import Activity, Demand
 
 
 class SpawningLayer(nn.Module):
@@ -32,6 +32,8 @@ class SpawningLayer(nn.Module):
             ``shared_expert`` and before the spawn.
         activity: measures the base expert's hidden units for the spawn, if that asks for it; ``None``
             once the experts have spawned.
+        demand: measures how many children experts deserve, if the spawner asks for it and they have yet to
+            multiply.
         heads: splits tokens into sub-tokens around the experts; ``None`` with one head.
         hyper_adapter: HyperMoE's adapter; ``None`` without ``hyper_adapter`` and before the spawn.
         num_experts: E, the number of experts that there are; with one, of those that it spawns.
@@ -80,6 +82,7 @@ class SpawningLayer(nn.Module):
     shared: Optional[Experts]
     hyper_adapter: Optional[HyperAdapter]
     activity: Optional[Activity]
+    demand: Optional[Demand]
 
     def __init__(
         self,
@@ -126,6 +129,7 @@ class SpawningLayer(nn.Module):
         self.register_module("router", None)
         self.register_module("shared", None)
         self.register_module("hyper_adapter", None)
+        self.register_module("demand", None)
         measure = spawner.needs_activity and experts > 1 and not spawned
         self.activity = Activity(hidden) if measure else None
         self.heads = MultiHead(dim, heads) if heads > 1 else None
@@ -185,14 +189,6 @@ class SpawningLayer(nn.Module):
         router = self.build_router(of_stack)
         router.initialize(self.spawner.generator("router"))
         return router
-
-    def try_stages(self) -> None:
-        """Find out now whether the router of each stage can become that of the next one.
-
-        Raises:
-            OptionError: it cannot.
-        """
-        multiplying.try_routers(self)
 
     def freeze(self, *modules: str) -> None:
         """Let modules such as ``router`` be as they are, those too that a spawn has yet to make."""
@@ -321,6 +317,12 @@ class SpawningLayer(nn.Module):
         plan = plan.only(self.experts.local)
         self.experts.fill({name: plan.weights(name, tensor) for name, tensor in old.items()})
         self.num_experts = len(self.experts.widths)
+        self.begin_demand()
+
+    def begin_demand(self) -> None:
+        """Measure from now on how many children each expert deserves, if they are to have any."""
+        wanted = self.router is not None and self.stage < len(self.stages) and self.spawner.measure
+        self.demand = Demand(self.num_experts).to(self.experts.w1.device) if wanted else None
 
     def _begin_spawned(self, initialize: Callable[[Experts, int], None]) -> None:
         """Have all experts from the start, with initial weights of their own."""
@@ -349,6 +351,7 @@ class SpawningLayer(nn.Module):
         self.loss_weights = {**router.loss_weights, **self.given_loss_weights}
         self.activity = None
         self.first_widths = list(experts.widths)
+        self.begin_demand()
 
     def _fill_companions(self, base: Dict[str, Tensor]) -> None:
         """Give the modules beside the experts their initial weights, the base expert's to the shared one."""

@@ -76,6 +76,38 @@ class MeanExperts(Collector):
         raise NotImplementedError
 
 
+class Demand(Collector):
+    """How much experts are in demand, by which they multiply: a running mean of their shares in a measure.
+
+    The measure is counted in each update: the tokens of each expert, say.  The mean starts at 0 and is not
+    corrected for it: only comparisons between experts make sense.
+
+    Attributes:
+        share_E: float32, the running mean.
+
+    Args:
+        experts: E.
+    """
+
+    DECAY = 0.99
+
+    share_E: Tensor
+
+    def __init__(self, experts: int) -> None:
+        super().__init__()
+        self.register_buffer("share_E", torch.zeros(experts))
+
+    def no_sums(self) -> Tensor:
+        """See ``Collector``: the sums of the measure."""
+        return torch.zeros_like(self.share_E)
+
+    def commit(self, sums_K: Tensor) -> None:
+        """See ``Collector``; an update without anything measured changes nothing."""
+        total = sums_K.sum()
+        if total > 0 and torch.isfinite(total):
+            self.share_E.lerp_(sums_K / total, 1 - self.DECAY)
+
+
 class Activity(Collector):
     """How active each hidden unit of a layer's single expert is: a running mean of ``|f(W1 x + b1)|``.
 

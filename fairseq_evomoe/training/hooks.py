@@ -28,7 +28,7 @@ from ..patching import Patches, wrap
 from . import checkpoint_hooks, ema, freezing, growth, preemption, ranks, waiting
 from .checks import check_before_trainer, check_length, check_optimizer, check_run, settle_options
 from .state import RunState
-from .statistics import commit_statistics
+from .statistics import commit_statistics, watch_gradients
 
 Original = Callable[..., Any]
 """What a hook stands in for, of which it is given the arguments too."""
@@ -189,6 +189,8 @@ def clip_all_experts(original: Original, trainer: Trainer, clip_norm: float) -> 
     if torch.is_tensor(norm) and not torch.isfinite(norm).all():
         # now, since fairseq clears the gradients before it raises its error
         RunState.of(trainer).broken = ranks.broken_parts(trainer)
+    else:
+        watch_gradients(trainer)
     return norm
 
 

@@ -49,7 +49,7 @@ REFUSED = {
     "50:1,100:4": "must have more experts in each stage",
     "100:2,100:4": "must have a later update in each stage: raise them",
     "auto:2,100:4": "counts updates in some stages and waits for a plateau in others: give auto for all",
-    "50:4,100:6": "makes 6 experts of 4, which cannot all have as many children: give a multiple",
+    "50:4,100:6": "makes 6 experts of 4, which cannot all have as many children: give a multiple, or --moe-spawn-select load",
     "120%:2,130%:4": "more than the whole run",
 }
 
@@ -81,6 +81,11 @@ def test_what_stages_do_not_go_with(options, option, text):
     with pytest.raises(ConfigError) as error:
         config("50:2,100:8", **options)
     assert error.value.option == option and text in str(error.value)
+
+
+def test_a_number_that_is_no_multiple_needs_a_selection():
+    assert config("50:4,100:6", spawn_select="load").stages[-1].experts == 6
+    assert config("50:4,100:6", router="dynmoe").stages[-1].experts == 6  # whose experts come and go
 
 
 def test_stable_freezes_after_the_last_stage():

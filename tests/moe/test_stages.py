@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fairseq_evomoe.moe import ROUTERS, MoELayer, RoutingContext, Vocabulary, record
+from fairseq_evomoe.moe.multiplying import try_routers
 from fairseq_evomoe.moe.offspring import Offspring
 from fairseq_evomoe.moe.options import OptionError
 from fairseq_evomoe.moe.plan import make_spawner
@@ -254,5 +255,36 @@ class OddRouter(SilentRouter):
 
 def test_a_router_whose_tensors_cannot_grow_is_refused_before_it_is_trained():
     with pytest.raises(OptionError, match=r"router .* 4 rows for 2 experts and 16 for 4 .* one stage\.$"):
-        make(OddRouter, (2, 4)).try_stages()
-    make(SilentRouter, (2, 4)).try_stages()
+        try_routers(make(OddRouter, (2, 4)))
+    try_routers(make(SilentRouter, (2, 4)))
+
+
+@pytest.mark.parametrize("counts", [[4, 1, 1], [2, 3, 1]])
+def test_more_children_for_more_demand(counts):
+    layer = make("switch", (3, 6))
+    layer.spawner = make_spawner(experts=3, select="load", method="noise", gate_noise=0.1)
+    layer.spawn()
+    assert layer.demand.share_E.tolist() == [0] * 3
+    layer.demand.share_E.copy_(torch.tensor(counts).float())
+    parents = list(layer.plan_spawn().offspring.parent_E)
+    assert parents == [e for e in range(3) for _ in range(counts[e])]
+    old = layer.experts.tensors()["w1"].split(10)
+    gate = layer.router.weight.clone()
+    layer.spawn()
+    assert layer.demand is None and layer.num_experts == 6
+    for parent, child, row in zip(parents, layer.experts.tensors()["w1"].split(10), layer.router.weight):
+        only = counts[parent] == 1  # an only child is its parent
+        assert torch.equal(child, old[parent]) == torch.equal(row, gate[parent]) == only
+
+
+def test_demand_is_a_running_mean_of_shares():
+    layer = make("switch", (2, 4))
+    layer.spawner = make_spawner(experts=2, select="load")
+    layer.spawn()
+    share = torch.zeros(2)
+    for seed in range(3):
+        _, routing = run(layer, seed)
+        share += 0.01 * (routing.load_E() / routing.load_E().sum() - share)
+        assert torch.allclose(layer.demand.share_E, share)
+    layer.demand.commit(torch.zeros(2)), layer.demand.commit(torch.tensor([1.0, torch.inf]))
+    assert torch.allclose(layer.demand.share_E, share)

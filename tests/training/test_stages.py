@@ -5,15 +5,16 @@ import math
 import pytest
 import torch
 from fairseq import checkpoint_utils
+from fairseq.trainer import Trainer
 
 from fairseq_evomoe.checkpoints import optimizer_state
 from fairseq_evomoe.config.errors import ConfigError
-from fairseq_evomoe.moe import ROUTERS
+from fairseq_evomoe.moe import ROUTERS, MoELayer, record
 from fairseq_evomoe.training import growth
 from support.cli import LM, MASKED_LM, assert_equal, build, call, evomoe
 from support.optimizers import MIXED, copy_state
 from support.parallel import SENTENCES, SHARED
-from support.rank_jobs import largest_difference, state_of, train_on_all_batches, train_on_ranks
+from support.rank_jobs import largest_difference, train_on_all_batches, train_on_ranks
 from support.refusals import refused
 from support.resume import check_resume
 
@@ -59,24 +60,61 @@ def of_router(router):
     return settings
 
 
-@pytest.mark.parametrize("router", sorted(ROUTERS))
-def test_every_router_grows_and_resumes(router, lm_data, tmp_path):
-    settings = of_router(router)
-    setup = build(lm_data, **settings)
-    trainer = setup.train(updates=2)
-    path = str(tmp_path / "checkpoint.pt")
+def layer_of(trainer):
+    """The only MoE layer of a trainer's model."""
+    (moe,) = (module for module in trainer.get_model().modules() if isinstance(module, MoELayer))
+    return moe
+
+
+def check_that_it_goes_on(setup, trainer, folder, batches):
+    """A trainer that goes on, and one that goes on from its checkpoint, make the same of some batches."""
+    path = str(folder / "checkpoint.pt")
     trainer.consolidate_optimizer()
     trainer.save_checkpoint(path, {"train_iterator": {"epoch": 1}})
-    other = build(lm_data, **settings).trainer()
+    other = Trainer(setup.cfg, setup.task, setup.task.build_model(setup.cfg.model), setup.criterion)
     other.load_checkpoint(path)
     for each in (trainer, other):
-        for batch in setup.batches()[2:6]:
+        for batch in batches:
             assert each.train_step([batch]) is not None
-        (moe,) = (m for m in each.get_model().modules() if getattr(m, "stage", None) is not None)
-        assert moe.stage == 2 and (moe.resizes or moe.num_experts == 4)
     assert_equal(trainer.get_model().state_dict(), other.get_model().state_dict())
-    states = [each.optimizer.optimizer.state_dict() for each in (trainer, other)]
-    assert_equal(*states)
+    assert_equal(*(each.optimizer.optimizer.state_dict() for each in (trainer, other)))
+
+
+@pytest.mark.parametrize("router", sorted(ROUTERS))
+def test_every_router_grows_and_resumes(router, lm_data, tmp_path):
+    setup = build(lm_data, **of_router(router))
+    trainer = setup.train(updates=2)
+    check_that_it_goes_on(setup, trainer, tmp_path, setup.batches()[2:6])
+    moe = layer_of(trainer)
+    assert moe.stage == 2 and (moe.resizes or moe.num_experts == 4)
+
+
+@pytest.mark.parametrize("select", ["load", "gradient"])
+def test_which_expert_becomes_how_many(select, lm_data, tmp_path):
+    settings = {**of_router("switch"), "moe_spawn_update": "1:2,5:5", "moe_spawn_select": select}
+    setup = build(lm_data, **settings)
+    trainer, batches = setup.train(updates=1), setup.batches()
+    share, moe = torch.zeros(2), layer_of(trainer)
+    for batch in batches[1:3]:
+        with record() as routings:
+            trainer.train_step([batch])
+        measure = routings[moe].load_E()
+        if select == "gradient":
+            rows = [
+                [p.grad.split(1 if name == "b2" else 48)[e] for name, p in parameters_of(moe)] for e in (0, 1)
+            ]
+            measure = torch.tensor([sum(x.square().sum() for x in each).sqrt() for each in rows])
+        share += 0.01 * (measure / measure.sum() - share)
+        assert torch.allclose(moe.demand.share_E, share)
+    check_that_it_goes_on(setup, trainer, tmp_path, batches[3:5])
+    expected = moe.spawner.children(2, 5, moe.demand.share_E)
+    assert list(moe.plan_spawn().offspring.parent_E) == [0] * expected[0] + [1] * expected[1]
+    trainer.train_step([batches[5]])
+    assert moe.num_experts == 5 and moe.demand is None
+
+
+def parameters_of(moe):
+    return list(moe.experts.named_parameters(recurse=False))
 
 
 @pytest.mark.parametrize("precision", [None, *MIXED])
@@ -119,9 +157,22 @@ def test_what_the_optimizer_knows_follows(precision, lm_data, flat_fp16_on_cpu):
 
 RANKS = {
     "dts": {**SHARED, "moe_balance_weight": 0.1},
-    "stable, P=1": {"moe_router": "stable", "moe_stable_update": 12},
-    "topk, sharded": {**SHARED, "moe_router": "topk", "moe_hyper_adapter": True, "moe_shared_expert": True},
+    "stable, P=1": {"moe_router": "stable", "moe_stable_update": 12, "moe_spawn_select": "load"},
+    "topk": {
+        **SHARED,
+        "moe_router": "topk",
+        "moe_spawn_update": "3:2,8:5",
+        "moe_spawn_select": "gradient",
+        "moe_hyper_adapter": True,
+        "moe_shared_expert": True,
+        "moe_sharded_checkpoint": True,
+    },
 }
+
+
+def state_of_all_files(folder):
+    state = checkpoint_utils.load_checkpoint_to_cpu(str(folder / "checkpoint_last.pt"))["model"]
+    return {name: value for name, value in state.items() if not name.endswith("_float_tensor")}
 
 
 @pytest.mark.ranks
@@ -133,10 +184,8 @@ def test_two_ranks_are_one_process(lm_data, tmp_path):
     for name, options in RANKS.items():
         alone = {**common, **options, "moe_expert_parallel": None}
         train_on_all_batches(2, lm_data, **alone, save_dir=tmp_path / "one" / name)
-        found, expected = (
-            state_of(folder / "checkpoint_last.pt") for folder in (tmp_path / name, tmp_path / "one" / name)
-        )
-        assert largest_difference(found, expected) < 1e-5, name
+        folders = tmp_path / name, tmp_path / "one" / name
+        assert largest_difference(*map(state_of_all_files, folders)) < 1e-5, name
 
 
 AUTO = {"moe_spawn_update": "auto:2,auto:4", "moe_spawn_window": 3, "moe_spawn_plateau": 0.9, "lr": 0.02}

@@ -64,6 +64,7 @@ class CometRouter(Router):
             yield from at_most_all(self, "top_k", experts)
 
     options: "CometRouter.Options"
+    divides_itself = True
     merge_rules = None  # its experts are the leaves of a tree, each in its place
 
     def __init__(self, dim: int, experts: int, **options: Any) -> None:

@@ -36,6 +36,7 @@ class Router(nn.Module):
         anneals: whether ``RoutingContext.temperature`` does.
         linear_gate: whether the logits are products (or cosines) of a token and the rows of ``weight``.
         experts_per_token: the option that says how many experts a token has, if there is one.
+        divides_itself: whether the router decides how many children an expert has; see ``parents``.
         unit_weight: whether the weight of a single expert is 1, so that a layer with one needs no router.
         merge_rules: what becomes of each tensor when experts are merged, by its name or that of the module
             that it is in; ``None``: they cannot be.  Where experts multiply it is the other way round, see
@@ -71,6 +72,7 @@ class Router(nn.Module):
     anneals: ClassVar[bool] = False
     linear_gate: bool = False
     experts_per_token: ClassVar[Optional[str]] = None
+    divides_itself: ClassVar[bool] = False
     unit_weight: ClassVar[bool] = False
     merge_rules: ClassVar[Optional[Dict[str, MergeRule]]] = None
 
