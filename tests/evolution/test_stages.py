@@ -49,7 +49,7 @@ REFUSED = {
     "50:1,100:4": "must have more experts in each stage",
     "100:2,100:4": "must have a later update in each stage: raise them",
     "auto:2,100:4": "counts updates in some stages and waits for a plateau in others: give auto for all",
-    "50:4,100:6": "makes 6 experts of 4, which cannot all have as many children: give a multiple, or --moe-spawn-select load",
+    "50:4,100:6": "makes 6 experts of 4, which cannot all have as many children: give a multiple, or",
     "120%:2,130%:4": "more than the whole run",
 }
 
@@ -69,6 +69,7 @@ def test_stages_that_contradict_themselves_are_refused_in_a_sentence(value):
         ({"experts": 16}, "spawn_update", "ends with 8 experts, but --moe-experts is 16: leave that out"),
         ({"spawn_method": "split"}, "spawn_method", "divides the base's hidden units once"),
         ({"expert_sizes": "hybrid"}, "expert_sizes", "Children are as wide as their parents"),
+        ({"router": "comet", "spawn_select": "load"}, "spawn_select", "decides by itself which expert"),
         ({"router": "topk", "top_k": 4}, "top_k", "must be from 1 to the 2 experts, but is 4"),
         (
             {"router": "stable", "stable_update": 20},
