@@ -13,7 +13,7 @@ from fairseq.utils import import_user_module
 from ..config.errors import as_flags, flag
 from ..evolution.merge import MergeError
 from ..moe.options import OptionError
-from . import recovery, shards
+from . import info, recovery, shards
 from .densify import densify_checkpoint
 from .files import CommandError, check_outputs, is_in_several_files, load, save
 from .index import path_of
@@ -181,12 +181,19 @@ def check(args: argparse.Namespace) -> None:
         raise CommandError(f"{faults} of {len(args.checkpoints)} checkpoints are not whole.")
 
 
+def info_of_one(args: argparse.Namespace) -> None:
+    """``evomoe info``."""
+    _import_plugin(args)
+    info.run(args)
+
+
 COMMANDS: Dict[str, Callable[[argparse.Namespace], None]] = {
     "merge": merge,
     "densify": densify,
     "consolidate": consolidate,
     "reshard": reshard,
     "check": check,
+    "info": info_of_one,
 }
 """What carries each command out."""
 

@@ -4,7 +4,7 @@ Today's checkpoints say it; see ``saved_optimizer.Layout``.  The list below is o
 hold, so that it never grows.
 """
 
-from typing import Dict, List
+from typing import Dict, List, Sequence
 
 import torch
 from torch import Tensor
@@ -16,16 +16,20 @@ _BUFFERS = (
 )
 
 
-def guessed_keys(model: Dict[str, Tensor]) -> List[str]:
+def guessed_keys(model: Dict[str, Tensor], known: Sequence[str] = ()) -> List[str]:
     """Names of a model's parameters in the order in which an optimizer numbers them, shared ones once.
 
     Shared parameters are told by their values, since a checkpoint from a GPU has a copy for each name, so
     that of two parameters which happen to be equal one is missing here.
+
+    Args:
+        model: its tensors.
+        known: names of those that are known to be parameters, which come first.
     """
-    keys: List[str] = []
+    keys: List[str] = list(known)
     for key, tensor in model.items():
         is_buffer = key.rsplit(".", 1)[-1] in _BUFFERS
-        if not is_buffer and not any(_same(tensor, model[other]) for other in keys):
+        if key not in keys and not is_buffer and not any(_same(tensor, model[other]) for other in keys):
             keys.append(key)
     return keys
 

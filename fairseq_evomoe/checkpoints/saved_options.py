@@ -9,6 +9,9 @@ from ..config.config import declarations
 from ..config.errors import PREFIX
 from ..moe.routers import ROUTERS, Router
 
+SPAWNED_BEFORE = "moe_spawned_before"
+"""Key of whether the experts spawned in another run, in what a checkpoint has beside model and optimizer."""
+
 
 class SavedOptions:
     """What a checkpoint says of the model that it is of.
@@ -38,6 +41,11 @@ class SavedOptions:
     @property
     def _first(self) -> Mapping[str, Any]:
         return self._places[0] if self.found else {}
+
+    @property
+    def given(self) -> Dict[str, Any]:
+        """Our options that the checkpoint has, in the terms of this version."""
+        return dict(self._values)
 
     @property
     def router(self) -> str:

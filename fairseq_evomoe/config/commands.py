@@ -98,7 +98,7 @@ def listing() -> str:
     rows: List[Row] = [("preset", "system", "paper")]
     rows += [(preset.id, preset.name, preset.paper) for preset in found]
     text = "--moe-preset NAME gives a model the options of a system; flags override them."
-    return f"{text}\n\n{_table(rows)}\n\nevomoe presets NAME prints what one means."
+    return f"{text}\n\n{table(rows)}\n\nevomoe presets NAME prints what one means."
 
 
 def described(name: str, sizes: Sizes) -> str:
@@ -128,10 +128,10 @@ def described(name: str, sizes: Sizes) -> str:
     everything: List[Row] = [(flag(PREFIX + option), _word(value)) for option, value in values.items()]
     length = f"{sizes.max_update} updates" if sizes.max_update else "no limit of updates"
     parts = [
-        _table([("preset", preset.id), *_about(preset)]),
-        f"With ffn-embed-dim {sizes.ffn_dim} and {length}:\n{_table(list(_meaning(preset, config, sizes)))}",
-        f"Options that are not defaults of the router:\n{_table(differing) or '(none)'}",
-        f"All options, but for those that have no effect:\n{_table(everything)}",
+        table([("preset", preset.id), *_about(preset)]),
+        f"With ffn-embed-dim {sizes.ffn_dim} and {length}:\n{table(list(_meaning(preset, config, sizes)))}",
+        f"Options that are not defaults of the router:\n{table(differing) or '(none)'}",
+        f"All options, but for those that have no effect:\n{table(everything)}",
     ]
     return "\n\n".join(parts)
 
@@ -208,8 +208,10 @@ def _word(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _table(rows: Sequence[Row]) -> str:
-    """Rows in columns; the last one is wrapped to a line of 100 characters."""
+def table(rows: Sequence[Row]) -> str:
+    """Rows in columns; the last one is wrapped to a line of 100 characters.  Nothing, of no rows."""
+    if not rows:
+        return ""
     lengths = [max(map(len, column)) for column in zip(*(row[:-1] for row in rows))]
     indent = sum(length + 2 for length in lengths)
     lines = []

@@ -16,8 +16,9 @@ from fairseq.dataclass.configs import CheckpointConfig, FairseqConfig
 from fairseq.file_io import PathManager
 from fairseq.trainer import Trainer
 
-from ..checkpoints import index, saving, shards
+from ..checkpoints import index, saving, shards, versions
 from ..checkpoints import whole as checkpoints
+from ..checkpoints.saved_options import SPAWNED_BEFORE
 from ..config.errors import ConfigError, flag
 from ..criterions.distillation import Distillation
 from ..models.feed_forward import CheckpointMismatch, MoEFeedForward, MoEModel, moe_layers
@@ -124,7 +125,9 @@ def save_whole_checkpoint(
         return None
     checkpoints.note_ranks(trainer, extra_state)
     if RunState.of(trainer).spawned_before:
-        extra_state[growth.SPAWNED_BEFORE] = True
+        extra_state[SPAWNED_BEFORE] = True
+    if any(True for _ in moe_layers(trainer.get_model())):
+        extra_state[versions.KEY] = versions.here()
     drift = RunState.of(trainer).drift.state()
     if drift:
         extra_state[Drift.KEY] = drift

@@ -10,6 +10,7 @@ from fairseq import metrics
 from fairseq.trainer import Trainer
 from torch import nn
 
+from ..checkpoints.saved_options import SPAWNED_BEFORE
 from ..config.config import MoEConfig
 from ..evolution.plateau import Plateau
 from ..models.feed_forward import MoEFeedForward, moe_layers
@@ -22,9 +23,6 @@ from .rebuild import change_experts
 from .state import RunState
 
 logger = logging.getLogger(__name__)
-
-SPAWNED_BEFORE = "moe_spawned_before"
-"""Key of ``RunState.spawned_before`` in what a checkpoint has beside model and optimizer."""
 
 STAGES = ("anneal_updates", "hard_update", "stable_update")
 """Options that say when the stages after the spawn begin."""
