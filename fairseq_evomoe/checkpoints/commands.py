@@ -183,7 +183,7 @@ def check(args: argparse.Namespace) -> None:
 
 def info_of_one(args: argparse.Namespace) -> None:
     """``evomoe info``."""
-    _import_plugin(args)
+    import_plugin(args)
     info.run(args)
 
 
