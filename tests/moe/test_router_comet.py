@@ -8,13 +8,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fairseq_evomoe.moe import RoutingContext
+from fairseq_evomoe.moe import RoutingContext, noise
 from fairseq_evomoe.moe.routers.comet import leaf_shares
 from support.router_checks import (
     check_precision,
     close,
     dense,
     dot,
+    end_update,
     entropy,
     gradients_are_right,
     is_deterministic,
@@ -219,3 +220,79 @@ def test_weights_are_a_distribution(tokens, experts, scale, gamma, same, data):
     (routing.weight_N.square().sum() + sum(routing.losses.values())).backward()
     assert torch.isfinite(x.grad).all() and torch.isfinite(router.leaf.grad).all()
     assert experts == 1 or torch.isfinite(router.node.grad).all()
+
+
+SEARCH = {"leaf_search": 8, "top_k": 2}
+
+
+def searched(**options):
+    """Plain gate and one that has learned an order, with the same trees."""
+    plain, router = make("comet", 6, 5, top_k=2), make("comet", 6, 5, **{**SEARCH, **options})
+    router.node, router.leaf = plain.node, plain.leaf
+    return plain.eval(), router
+
+
+def test_after_the_search_experts_are_leaves_in_the_order_of_the_scores():
+    torch.manual_seed(1)
+    plain, router = searched()
+    order = [2, 0, 1, 4, 3]  # of all permutations that with the greatest sum of scores
+    router.order.score_LE.data = torch.randn(5, 5).double() * 0.1
+    router.order.score_LE.data[range(5), order] += 1.0
+    router.order.settle()
+    best = max(itertools.permutations(range(5)), key=lambda p: router.order.score_LE[range(5), p].sum())
+    assert router.order.expert_L.tolist() == list(best) == order
+    x = torch.randn(20, 6, dtype=torch.float64)
+    leaves, _ = dense(plain(x, RoutingContext()))
+    experts, _ = dense(router.eval()(x, RoutingContext()))
+    assert close(experts[:, order], leaves)
+    router.order.made.fill_(8)
+    experts, _ = dense(router.train()(x, RoutingContext()))
+    assert close(experts[:, order], leaves)
+
+
+@pytest.mark.parametrize("made", [0, 5])
+def test_while_searching_it_is_the_matrix_of_the_formula(made):
+    torch.manual_seed(2)
+    plain, router = searched()
+    router.train().order.made.fill_(made)
+    context = RoutingContext(noise_key=("gate", 3))
+    x = torch.randn(20, 6, dtype=torch.float64)
+    uniform = noise.uniform(("gate", 3, "leaves"), 0, 5, 5, torch.device("cpu")).double()
+    score = router.order.score_LE.detach() - 0.01 * (-uniform.log()).log()
+    matrix = ((score - score.max()) / 10 ** (-3 - 4 * made / 8)).exp() if made == 0 else None
+    if matrix is not None:
+        for _ in range(20):
+            matrix = matrix / matrix.sum(1, keepdim=True)
+            matrix = matrix / matrix.sum(0, keepdim=True)
+        expected = matrix.masked_fill(matrix < 1e-5, 0)
+        assert torch.allclose(router.order.matrix(context.noise_key), expected, atol=1e-6)
+    found = router.order.matrix(context.noise_key)
+    assert torch.allclose(found.sum(0), torch.ones(5).double(), atol=1e-3)
+    weight, _ = dense(router(x, context))
+    mixed = dense(plain(x, RoutingContext()))[0] @ found
+    assert close(weight, mixed / mixed.sum(1, keepdim=True))
+
+
+def test_the_search_has_a_gradient_and_ends():
+    """At a high temperature, where it is smooth; and by the updates that have tokens."""
+    torch.manual_seed(3)
+    _, router = searched()
+    x = torch.randn(6, 6, dtype=torch.float64)
+    assert gradients_are_right(router.train(), x, RoutingContext(noise_key=("gate", 1)))
+    for update in range(10):
+        before = router.order.score_LE.grad = None
+        routing = router(x, RoutingContext(noise_key=("gate", update)))
+        (routing.weight_N * routing.expert_N.double()).sum().backward()
+        assert before is None and router.order.score_LE.grad is not None
+        assert (router.order.score_LE.grad.abs().max() > 0) <= (update < 8)
+        router.order.score_LE.data += 0.02 * torch.randn(5, 5).double()
+        end_update(router)
+        assert router.order.made == min(update + 1, 8)
+    assert sorted(router.order.expert_L.tolist()) == list(range(5))
+
+
+def test_an_order_comes_from_the_generator_and_a_gate_without_one_is_as_it_was():
+    assert is_deterministic("comet", 4, 3, **SEARCH)
+    assert list(make("comet", 4, 3).state_dict()) == ["node", "leaf"]
+    names = ["order.score_LE", "order.expert_L", "order.made"]
+    assert sorted(make("comet", 4, 3, **SEARCH).state_dict()) == sorted(["node", "leaf", *names])

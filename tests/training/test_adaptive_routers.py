@@ -18,6 +18,7 @@ ROUTERS = {
     "dtop-p": ({"moe_router": "dtop-p", "moe_mean_experts": 3.0}, "controller.p"),
     "expert-threshold": ({"moe_router": "expert-threshold"}, "cutoffs.cutoff_E"),
     "default-moe": ({"moe_router": "default-moe"}, "defaults.output_ED"),
+    "comet": ({"moe_router": "comet", "moe_leaf_search": 4}, "order.made"),
     "moe++": ({"moe_preset": "moe_plus_plus"}, "free.constant_CD"),
     "moe++ bias": ({"moe_preset": "moe_plus_plus", "moe_balance": "bias"}, "balancing.bias_E"),
 }

@@ -1,11 +1,12 @@
 """The tree gate of COMET (arXiv 2306.02824)."""
 
 from dataclasses import dataclass
-from typing import Any, Iterator, List, Sequence
+from typing import Any, Iterator, List, Optional, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from ..leaf_order import LeafOrder
 from ..losses import active_balance_loss, entropy, mean
 from ..offspring import Offspring
 from ..options import OptionError, loss_weight, option
@@ -32,8 +33,8 @@ class CometRouter(Router):
     with f the share of the active pairs.
 
     The published weight of ``entropy`` was tuned for each task, from 0.05 to 10 (and gamma from 0.01 to
-    10); ours is the least of them.  There are no biases, as the authors' codes differ on them, and no
-    permutation of the leaves (their local search).
+    10); ours is the least of them.  There are no biases, as the authors' codes differ on them.  Which leaf is
+    which expert is learned in the first ``leaf_search`` updates, if there are any; see ``LeafOrder``.
 
     Any number of experts makes a tree: with nodes numbered by level, those of node i are 2i + 1 and
     2i + 2, the first E - 1 are inner nodes and the E others are leaves.
@@ -54,6 +55,13 @@ class CometRouter(Router):
             "Width of the interval in which the smooth steps of COMET's trees are between 0 and 1.",
             above=0,
         )
+        leaf_search: int = option(
+            0,
+            "Updates from the start of COMET's gate in which it learns which leaf of a tree is which expert "
+            "(local search); 0: they are in the order of the experts.",
+            at_least=0,
+            duration=True,
+        )
         entropy_weight: float = loss_weight(
             0.05, "Weight of the entropy of the leaves' shares, which makes the trees decide."
         )
@@ -64,6 +72,7 @@ class CometRouter(Router):
             yield from at_most_all(self, "top_k", experts)
 
     options: "CometRouter.Options"
+    order: Optional[LeafOrder]
     divides_itself = True
     merge_rules = None  # its experts are the leaves of a tree, each in its place
 
@@ -72,12 +81,18 @@ class CometRouter(Router):
         self.top_k = self.options.top_k
         self.node = nn.Parameter(torch.empty(self.top_k, experts - 1, dim))
         self.leaf = nn.Parameter(torch.empty(self.top_k, experts, dim))
+        self.register_module("order", None)
+        if self.options.leaf_search > 0:
+            self.order = LeafOrder(experts, self.options.leaf_search)
 
     @torch.no_grad()
     def initialize(self, generator: torch.Generator) -> None:
-        """As published: nodes from U(-gamma/100, gamma/100), leaves from U(-0.05, 0.05)."""
+        """As published: nodes from U(-gamma/100, gamma/100), leaves and their order from U(-0.05, 0.05)."""
         fill_uniform(self.node, self.options.gamma / 100, generator)
         fill_uniform(self.leaf, 0.05, generator)
+        if self.order is not None:
+            fill_uniform(self.order.score_LE, 0.05, generator)
+            self.order.settle()
 
     @classmethod
     def parents(cls, children_E: Sequence[int]) -> List[int]:
@@ -107,6 +122,8 @@ class CometRouter(Router):
         share_TKE = leaf_shares(node_TKN, self.options.gamma)
         logits_TKE = linear32(x_TD, self.leaf.flatten(0, 1)).view_as(share_TKE)
         weight_TE = _softmax(logits_TKE, share_TKE).sum(1)
+        if self.order is not None:
+            weight_TE = self.order(weight_TE, context.noise_key)
 
         token_N, expert_N = weight_TE.nonzero(as_tuple=True)
         routing = Routing(
