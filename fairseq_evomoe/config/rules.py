@@ -78,6 +78,12 @@ def _stages(config: MoEConfig) -> Iterator[OptionError]:
             f"`spawn_method` split divides the base's hidden units once, and {text} has {len(found)} stages: "
             "give one stage, or another method.",
         )
+    if getattr(config.router_options, "leaf_search", 0) > 0:
+        yield OptionError(
+            "leaf_search",
+            f"`leaf_search` gives each leaf of a tree an expert, and with {text} leaves become nodes: leave "
+            "it out, or give one stage.",
+        )
     if select != Select.even and config.router_class.divides_itself:
         yield OptionError(
             "spawn_select",

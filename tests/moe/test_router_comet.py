@@ -8,6 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fairseq_evomoe.config.errors import ConfigError
+from fairseq_evomoe.config.resolve import resolve
 from fairseq_evomoe.moe import RoutingContext, noise
 from fairseq_evomoe.moe.routers.comet import leaf_shares
 from support.router_checks import (
@@ -296,3 +298,11 @@ def test_an_order_comes_from_the_generator_and_a_gate_without_one_is_as_it_was()
     assert list(make("comet", 4, 3).state_dict()) == ["node", "leaf"]
     names = ["order.score_LE", "order.expert_L", "order.made"]
     assert sorted(make("comet", 4, 3, **SEARCH).state_dict()) == sorted(["node", "leaf", *names])
+
+
+def test_an_order_is_not_learned_of_leaves_that_become_nodes():
+    given = {"router": "comet", "experts": 8, "leaf_search": 10}
+    with pytest.raises(ConfigError) as raised:
+        resolve({**given, "spawn_update": "0:4,20:8"}, max_update=100)
+    assert raised.value.option == "leaf_search" and "give one stage" in str(raised.value)
+    assert resolve({**given, "leaf_search": "10%"}, max_update=100).flat()["leaf_search"] == 10
