@@ -79,8 +79,14 @@ class Job:
         code = self.process.returncode = os.waitstatus_to_exitcode(status)
         peak = usage.ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
         peak = max(round(peak), self.state.get("peak_mib", 0))
-        self.write(done=code == 0, peak_mib=peak, error="" if code == 0 else self._last_line(code))
+        error = self._last_line(code) if code else self._too_short()
+        self.write(done=not error, peak_mib=peak, error=error)
         return True
+
+    def _too_short(self) -> str:
+        """A training that somebody else asks to end does so without an error, after a checkpoint."""
+        made = self.updates_made() if self.updates else 0
+        return f"ended after {made} of {self.updates} updates" if made < self.updates else ""
 
     def _last_line(self, code: int) -> str:
         if code < 0:

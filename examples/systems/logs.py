@@ -105,6 +105,11 @@ def read(path: Path, validation: str, looked_up: int = 0) -> Run:
     )
 
 
+def validated(path: Path) -> dict[str, Any]:
+    """The last validation that a log tells of."""
+    return [r for r in _records(path.read_text(errors="replace")) if r["tag"] == "valid"][-1]
+
+
 def _records(text: str) -> list[dict[str, Any]]:
     """The JSON lines, each with its tag (`train_inner`, `valid`, ...), numbers as numbers."""
     found = []

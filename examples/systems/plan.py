@@ -47,6 +47,11 @@ class Plan:
         """Whether it has come to its end."""
         return self.jobs[-1].done
 
+    @property
+    def checkpoint(self) -> Path:
+        """Its last checkpoint."""
+        return self.train.log.parent / "checkpoint_last.pt"
+
     def record(self) -> dict[str, Any]:
         """What came out of it."""
         validation = TASKS[self.task].validation

@@ -218,8 +218,9 @@ def provenance(records: list[Record]) -> str:
     with_ = "; ".join(", ".join(f"{name} {version}" for name, version in each) for each in versions)
     commits, processors = (sorted({record[key] for record in records}) for key in ("commit", "processor"))
     seeds = sorted({record["seed"] for record in records})
+    number = "1 run" if len(records) == 1 else f"{len(records)} runs"
     return (
-        f"{len(records)} runs, {_seeds(seeds)}. Made with {with_}; commits {', '.join(commits)}; "
+        f"{number}, {_seeds(seeds)}. Made with {with_}; commits {', '.join(commits)}; "
         f"processor {', '.join(processors)}."
     )
 

@@ -12,6 +12,7 @@ again.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib.util
 import json
 import logging
@@ -19,14 +20,16 @@ import signal
 import sys
 from pathlib import Path
 
+import densified
 import finished
+import inference
 import jobs
 import report
 import timing
 from jobs import Job
 from plan import plan
 from report import Row
-from systems import TASKS, Settings, System, UnknownSystem, read_all
+from systems import DENSE, TASKS, Settings, System, UnknownSystem, read_all
 
 from fairseq_evomoe.config.errors import ConfigError, as_flags
 
@@ -35,7 +38,8 @@ examples:
   run.py data/shakespeare/bin --systems all --updates 1000 --jobs 2 --out results
   run.py data/bible/bin --task translation --systems dense evomoe my.yaml --seeds 1 2 3 --out translation
   run.py data/shakespeare/bin --systems evomoe base --out wide -- --decoder-ffn-embed-dim 512
-  run.py --report --out results           the table anew, without training
+  run.py --report --systems all --out results                        the table anew, without training
+  run.py data/shakespeare/bin --systems all --times --out results    seconds an update
 """
 
 
@@ -64,8 +68,7 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--updates",
         type=int,
-        default=1000,
-        help="length of each run, with which all phases scale (1000)",
+        help="length of each run, with which all phases scale (1000; with --times 40)",
     )
     add("--seeds", type=int, nargs="+", default=[1], help="seeds to train each system with (1)")
     add("--jobs", type=int, default=1, help="how many to train at a time (1)")
@@ -74,6 +77,23 @@ def parser() -> argparse.ArgumentParser:
     add("--runs", type=Path, help="folder of logs and checkpoints (runs, in OUT)")
     add("--reference", default="switch", metavar="NAME", help="what the others are compared with (switch)")
     add("--report", action="store_true", help="make the table of OUT's records, and train nothing")
+    add(
+        "--times",
+        action="store_true",
+        help="instead, time the systems side by side (times.json), for which the machine must be quiet",
+    )
+    add(
+        "--densified",
+        action="store_true",
+        help="instead, the share of the gain that is kept when checkpoints become dense (densified.md)",
+    )
+    add("--refine", type=int, default=500, help="with --densified, updates of a densified model (500)")
+    add(
+        "--inference",
+        action="store_true",
+        help="instead, how good ds_moe and evomoe are with other experts at inference (inference.md)",
+    )
+    add("--rounds", type=int, default=3, help="with --times, how often each is trained (3)")
     return result
 
 
@@ -169,10 +189,50 @@ def main() -> int:
     else:
         if args.data is None or not args.systems:
             parse.error("DATA and --systems are needed")
-        if args.updates < 4 or args.jobs < 1:
-            parse.error("--updates must be at least 4 and --jobs at least 1")
-        settings = Settings(args.data.resolve(), args.task, args.updates, tuple(arguments[end + 1 :]))
-    return make(systems, settings, args)
+        updates = args.updates or (40 if args.times else 1000)
+        if updates < 4 or args.jobs < 1 or args.rounds < 1:
+            parse.error("--updates must be at least 4, --jobs and --rounds at least 1")
+        settings = Settings(args.data.resolve(), args.task, updates, tuple(arguments[end + 1 :]))
+    if args.densified or args.inference:
+        return make_further(systems, settings, args)
+    return time_all(systems, settings, args) if args.times else make(systems, settings, args)
+
+
+def make_further(systems: list[System], settings: Settings, args: argparse.Namespace) -> int:
+    """Make the table of what becomes of finished runs; those that are not there are trained."""
+    out, known = args.out.resolve(), {}
+    runs = (args.runs or out / "runs").resolve()
+    module, length = (densified, max(args.refine, 4)) if args.densified else (inference, settings.updates)
+    if module is densified and DENSE not in systems:
+        systems = [DENSE, *systems]
+    plans = {system.id: plan(system, args.seeds[0], settings, runs, known) for system in systems}
+    short = dataclasses.replace(settings, updates=length)
+    more, rows = module.make(plans, short)
+    jobs.run([*(job for each in plans.values() for job in each.jobs), *more], args.jobs, args.threads)
+    failed = {job.title: job.failure() for job in more if not job.done}
+    if failed:
+        sys.exit("run.py: " + "; ".join(f"{title}: {why}" for title, why in failed.items()))
+    out.mkdir(parents=True, exist_ok=True)
+    found = rows()
+    (out / f"{module.__name__}.json").write_text(
+        json.dumps({"rows": found, **finished.made_with()}, indent=1) + "\n"
+    )
+    table = module.markdown(found)
+    (out / f"{module.__name__}.md").write_text(table, encoding="utf-8")
+    print("\n" + table)
+    return 0
+
+
+def time_all(systems: list[System], settings: Settings, args: argparse.Namespace) -> int:
+    """Time the systems; `--report` then makes the table with their times."""
+    found = timing.measure(systems, settings, args.rounds)
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / timing.TIMES
+    path.write_text(json.dumps(found, indent=1) + "\n")
+    for name, seconds in sorted(found["seconds"].items(), key=lambda pair: pair[1]):
+        print(f"{name:24} {seconds:.4f} s an update")
+    print(path)
+    return 0
 
 
 def kept_settings(args: argparse.Namespace, parse: argparse.ArgumentParser) -> Settings:

@@ -266,6 +266,14 @@ class Settings:
         flags += ["--save-interval", NEVER, "--validate-interval", NEVER]
         return flags + ["--log-interval", str(max(self.updates // 40, 1))]
 
+    def validate(self, checkpoint: Path, overrides: dict[str, Any] | None = None) -> list[str]:
+        """The command that validates a checkpoint, with some options of its model replaced."""
+        task = TASKS[self.task].flags.split()[:2]
+        command = [str(SCRIPTS / "fairseq-validate"), str(self.data), "--user-dir", str(PLUGIN), *task]
+        command += ["--path", str(checkpoint), "--valid-subset", "valid", "--batch-size", "64"]
+        command += ["--num-workers", "0", "--data-buffer-size", "0", "--log-format", "json"]
+        return command + ["--no-progress-bar", "--model-overrides", repr(overrides or {})]
+
     def generate(self, checkpoint: Path) -> list[str]:
         """The command that translates the test set and scores it."""
         command = [str(SCRIPTS / "fairseq-generate"), str(self.data), "--user-dir", str(PLUGIN)]

@@ -2,6 +2,8 @@
 
 import copy
 import csv
+import dataclasses
+import json
 import math
 import re
 import shutil
@@ -23,9 +25,14 @@ from support.models import with_router
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "systems"
 sys.path.insert(0, str(EXAMPLES))
 
+import densified  # noqa: E402
 import finished  # noqa: E402
+import inference  # noqa: E402
 import logs  # noqa: E402
+import page  # noqa: E402
+import run  # noqa: E402
 import systems  # noqa: E402
+import timing  # noqa: E402
 
 UPDATES, MIDDLE, BEFORE = 100, 81, 9  # an epoch has seven or eight, at the end of which nothing is saved
 SYSTEMS = {system.id: system for system in systems.read_all(["all"])}
@@ -241,10 +248,74 @@ def test_the_runner(lm_data, tmp_path):
     assert "seed 1, 2: `hash`" in again.replace("seeds", "seed") and "seed 2: `switch`, `dense_2x`" in again
 
 
-def test_the_readme_lists_the_systems():
+def test_the_readme_has_the_generated_tables():
     text = (EXAMPLES / "README.md").read_text(encoding="utf-8")
-    command = [sys.executable, str(EXAMPLES / "run.py"), "--list"]
-    listed = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
-    found = re.search(r"<!-- systems: .*-->\n(.*?)<!-- /systems -->", text, flags=re.DOTALL)
-    assert all(f"| `{name}` |" in listed for name in SYSTEMS)
-    assert found.group(1) == listed, "README.md: put in what `run.py --list` prints"
+    assert all(f"| `{name}` |" in text for name in SYSTEMS)
+    assert page.filled(text) == text, "run python examples/systems/page.py"
+    for path in EXAMPLES.glob("results/*/*.md"):
+        assert path.read_text(encoding="utf-8") in text
+
+
+def test_the_records_are_of_one_kind_and_name_no_path():
+    for folder in (EXAMPLES / "results").iterdir():
+        records = finished.read(folder)
+        assert records and "/" not in "".join(word for r in records for word in r["arguments"])
+        assert len({(r["system"], r["seed"], r["commit"]) for r in records}) == len(records)
+        assert not any(r["commit"].endswith("+") for r in records), "made with code that is in no commit"
+
+
+SMALL_LM = systems.Settings(Path("data"), "lm", 12, tuple(SIZES.split()))
+
+
+def test_times_are_taken_side_by_side(lm_data):
+    settings = dataclasses.replace(SMALL_LM, data=lm_data)
+    names = ["switch", "upcycling", "soft"]
+    found = timing.measure([SYSTEMS[name] for name in names], settings, rounds=1)
+    seconds = found["seconds"]
+    assert seconds.keys() == {"dense", "switch", "upcycling"} == found["rounds"][0].keys()
+    assert all(0 < value < 10 for value in seconds.values()) and found["processor"]
+
+
+def test_the_median_is_of_the_same_updates():
+    assert timing._medians([[(5, 1.0), (4, 9.0)], [(5, 2.0), (4, 1.0)], [(5, 9.0), (4, 2.0)]]) == [
+        (5, 2),
+        (4, 2),
+    ]
+    assert timing._per_update([(5, 2.0), (3, 2.0)]) == 0.5
+    seconds = {"dense": 1.0, "upcycling": 3.0}
+    timing._add_dense_part(seconds, SYSTEMS["upcycling"], 40)
+    assert seconds == {"dense": 1.0, "upcycling": 2.0}
+
+
+@pytest.mark.slow
+def test_what_becomes_of_checkpoints(lm_data, tmp_path, monkeypatch):
+    """The share of the gain that is kept when they become dense, and other experts at inference."""
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(densified, "METHODS", ("average",))
+    ways = {"k = 2": {"moe_hard_experts": 2}, "k = 1": {"moe_hard_experts": 1}}
+    monkeypatch.setattr(inference, "WAYS", {"ds_moe": ways})
+    common = [str(lm_data), "--updates", "40", "--out", str(tmp_path), "--jobs", "2"]
+
+    def main(*arguments):
+        monkeypatch.setattr(sys, "argv", ["run.py", *common, *arguments, "--", *SIZES.split()])
+        assert run.main() == 0
+
+    main("--densified", "--refine", "10", "--systems", "ds_moe")
+    main("--inference", "--systems", "ds_moe")
+    main("--systems", "ds_moe", "dense")  # which are trained by now
+    whole = {name: finished.newest(finished.read(tmp_path), name, 1) for name in ("ds_moe", "dense")}
+
+    (row,) = json.loads((tmp_path / "densified.json").read_text())["rows"]
+    losses = {name: record["curve"][-1][2] for name, record in whole.items()}
+    assert row["gain"] == losses["dense"] - losses["ds_moe"]
+    assert row["kept"]["at_once"] == pytest.approx((losses["dense"] - row["losses"]["at_once"]) / row["gain"])
+    assert row["kept"]["refined"] == pytest.approx(
+        (row["dense_refined"] - row["losses"]["refined"]) / row["gain"]
+    )
+    assert row["losses"]["refined"] < row["losses"]["at_once"]
+    assert "| `ds_moe` | average |" in (tmp_path / "densified.md").read_text()
+
+    as_trained, one = json.loads((tmp_path / "inference.json").read_text())["rows"]
+    assert as_trained["perplexity"] == pytest.approx(whole["ds_moe"]["perplexity"], abs=0.011)
+    assert (as_trained["experts"], one["experts"]) == (2, 1) and one["perplexity"] != as_trained["perplexity"]
+    assert "| `ds_moe` | k = 1 | 1.00 |" in (tmp_path / "inference.md").read_text()
