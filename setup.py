@@ -34,10 +34,11 @@ setup(
     extras_require={
         "benchmark": ["fairscale", "matplotlib", "mixture-of-experts", "st-moe-pytorch", "transformers"],
         "examples": ["matplotlib", "tqdm"],
+        "export": ["safetensors", "transformers"],
         "report": ["matplotlib", "tqdm"],
         "test": (
-            "coverage hypothesis ipykernel matplotlib mypy nbclient pytest pytest-xdist ruff tensorboardX "
-            "tqdm"
+            "coverage hypothesis ipykernel matplotlib mypy nbclient pytest pytest-xdist ruff safetensors "
+            "tensorboardX tqdm"
         ).split(),
     },
     classifiers=[

@@ -170,6 +170,38 @@ def reshard(args: argparse.Namespace) -> None:
     print("\n".join(save(files, args.out)))
 
 
+def export(args: argparse.Namespace) -> None:
+    """``evomoe export``: write what is used outside of fairseq."""
+    from .hf.export import export_model, export_tensors
+    from .hf.folder import check_folder
+
+    if args.to == "safetensors":
+        for name in ("data", "sentencepiece"):
+            if getattr(args, name) is not None:
+                raise CommandError(f"`{name}` has no effect with `to` safetensors: leave it out.")
+    check_folder(args.out, args.force)
+    state = load(args.checkpoint)
+    if args.to == "safetensors":
+        print(f"{export_tensors(state, args.out, args.force)} tensors: {args.out}")
+        return
+    lines = export_model(state, args.out, args.force, args.data, args.sentencepiece)
+    print(f"{_count_parameters(state):,} parameters: {args.out}")
+    print("\n".join(lines))
+
+
+def import_(args: argparse.Namespace) -> None:
+    """``evomoe import``: write a checkpoint of what is from elsewhere."""
+    from .hf.read import read_folder
+
+    if len(args.sources) > 1:
+        raise CommandError("Give one folder, which evomoe export --to hf has written.")
+    check_outputs([args.out], None, args.force)
+    state = read_folder(args.sources[0])
+    save([(args.out, state)], args.out)
+    print(f"{_count_parameters(state):,} parameters: {args.out}")
+    print("without an optimizer's state: train on with --finetune-from-model")
+
+
 def check(args: argparse.Namespace) -> None:
     """``evomoe check``: whether checkpoints are whole, to the last bit."""
     faults = 0
@@ -194,6 +226,8 @@ COMMANDS: Dict[str, Callable[[argparse.Namespace], None]] = {
     "reshard": reshard,
     "check": check,
     "info": info_of_one,
+    "export": export,
+    "import": import_,
 }
 """What carries each command out."""
 

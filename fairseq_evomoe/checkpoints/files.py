@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import Any, Dict, Iterable, List, Tuple
+from typing import Any, Dict, Iterable, List, Optional, Tuple
 
 from . import recovery, shards, storage
 from .index import INDEX
@@ -12,12 +12,12 @@ class CommandError(ValueError):
     """A command cannot be carried out; one sentence that tells why and what to do."""
 
 
-def check_outputs(outputs: List[str], checkpoint: str, force: bool) -> None:
+def check_outputs(outputs: List[str], checkpoint: Optional[str], force: bool) -> None:
     """Refuse files to write that cannot be written, or that are there already.
 
     Args:
         outputs: the files, the first of a set first.
-        checkpoint: what is read to make them, of which no file is ever replaced.
+        checkpoint: what is read to make them, of which no file is ever replaced; ``None``: no checkpoint.
         force: whether other files may be.
 
     Raises:
@@ -29,9 +29,9 @@ def check_outputs(outputs: List[str], checkpoint: str, force: bool) -> None:
         raise CommandError(f"The folder of `out` {out} does not exist: create it.")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise CommandError(f"The folder of `out` {out} cannot be written to: give another.")
-    if not Path(checkpoint).is_file():
+    if checkpoint is not None and not Path(checkpoint).is_file():
         raise CommandError(f"There is no checkpoint {checkpoint}.")
-    inputs = [checkpoint, *recovery.files_of_checkpoint(checkpoint)]
+    inputs = [] if checkpoint is None else [checkpoint, *recovery.files_of_checkpoint(checkpoint)]
     there = [path for path in [*outputs, *recovery.parts_of(out)] if os.path.lexists(path)]
     for path in there:
         if any(os.path.exists(path) and os.path.samefile(path, file) for file in inputs):

@@ -6,8 +6,6 @@ Suffixes: see ``routing.py``.
 import torch
 from torch import Tensor
 
-from .dispatch.local import outputs
-from .experts import Experts
 from .routing import Routing
 from .statistics import Collector
 
@@ -82,16 +80,3 @@ class DefaultOutputs(Collector):
         step_E = torch.clamp(1 / self.updates_E.clamp(min=1), min=1 - self.decay) * active_E
         mean_ED = sum_ED.view_as(self.output_ED) / count_E.clamp(min=1).unsqueeze(1)
         self.output_ED += step_E.unsqueeze(1) * (mean_ED - self.output_ED)
-
-
-def dispatch_and_watch(x_TD: Tensor, routing: Routing, experts: Experts, defaults: DefaultOutputs) -> Tensor:
-    """What ``dispatch`` returns, while ``defaults`` sees each expert's outputs, before they are summed.
-
-    Each rank must have all experts.
-    """
-    expert_N, order_N = torch.sort(routing.expert_N, stable=True)
-    token_N, weight_N = routing.token_N[order_N], routing.weight_N[order_N]
-    output_ND = outputs(x_TD.index_select(0, token_N), expert_N, experts)
-    defaults.watch(output_ND.detach(), expert_N)
-    weighted_ND = output_ND * weight_N.unsqueeze(1)
-    return weighted_ND.new_zeros(x_TD.shape).index_add(0, token_N, weighted_ND).to(x_TD.dtype)

@@ -6,7 +6,7 @@ from typing import Any, Dict, List, Optional
 import torch
 from torch import Tensor
 
-from .default_outputs import dispatch_and_watch
+from .default_dispatch import dispatch_and_watch
 from .dispatch import dispatch
 from .dispatch.exchange import send
 from .losses import penalty_loss

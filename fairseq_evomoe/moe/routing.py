@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Collection, Dict, Optional, Tuple, Union,
 import torch
 from torch import Tensor
 
-from . import noise
+from .noise import uniform
 from .ranks import ALONE, Ranks
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ class RoutingContext:
             return torch.rand_like(like)
         rows, columns = like.shape
         first = self.first_row + self.rows_of_ranks(rows, like.device)[0]
-        return noise.uniform(self.noise_key, first, rows, columns, like.device).to(like.dtype)
+        return uniform(self.noise_key, first, rows, columns, like.device).to(like.dtype)
 
 
 def count_experts(expert_N: Tensor, experts: int) -> Tensor:
