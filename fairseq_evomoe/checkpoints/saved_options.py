@@ -52,11 +52,6 @@ class SavedOptions:
         """The router's name."""
         return str(self["router"])
 
-    @property
-    def given(self) -> Dict[str, Any]:
-        """Our options that the checkpoint has a value for, by their names without ``moe_``."""
-        return dict(self._values)
-
     def __getitem__(self, name: str) -> Any:
         """The value of one of our options, by its name without ``moe_``; its default if it is not there.
 

@@ -7,7 +7,7 @@ import math
 from argparse import Namespace
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, Dict, List, Mapping, Optional, Tuple
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
 import torch
 from fairseq.models import ARCH_MODEL_NAME_REGISTRY
@@ -17,6 +17,8 @@ from ...config.config import MoEConfig, declarations
 from ...config.errors import ConfigError
 from ...config.resolve import resolve
 from ...evolution.plateau import Plateau
+from ...evolution.schedule import Phase
+from ...moe.loading import STAGE
 from ...moe.routers import ROUTERS, Router
 from ..files import CommandError
 from ..saved_options import SavedOptions
@@ -254,14 +256,17 @@ class Architecture:
             "shared_width": 0 if shared is None else shared.shape[0],
             "hyper_adapter": any(key.startswith("hyper_adapter.") for key in tensors),
             "scaling_factor": layer.scaling_factor,
-            "router": self._router(side) if routed else None,
+            "router": self._router(side, tensors) if routed else None,
         }
 
     def _widths(self, side: Side, name: str, tensors: Dict[str, Tensor]) -> List[int]:
         experts, units = tensors["experts.b2"].shape[0], tensors["experts.w1"].shape[0]
         if experts == 1:
             return [units]
-        widths = self.config.widths(int(self.options.of_model(side.name + "_ffn_embed_dim", 2048)))
+        ffn_dim = int(self.options.of_model(side.name + "_ffn_embed_dim", 2048))
+        widths = self.config.widths(ffn_dim)
+        if len(self.config.stages) > 1:  # all experts have the same in all stages
+            widths = self.config.first_widths(ffn_dim)[:1] * experts
         origin = tensors.get("router.origin_E")
         if origin is not None:
             widths = [widths[number] for number in origin.round().long().tolist()]
@@ -272,11 +277,11 @@ class Architecture:
             )
         return widths
 
-    def _router(self, side: Side) -> Dict[str, Any]:
+    def _router(self, side: Side, tensors: Dict[str, Tensor]) -> Dict[str, Any]:
         embedding = self.tensors.get(side.prefix + "embed_tokens.weight")
         if embedding is None:
             embedding = self.tensors[self.tied[side.prefix + "embed_tokens.weight"]]
-        temperature, hard = self._stage()
+        temperature, hard = self._stage(tensors)
         arguments = self.config.router_arguments()
         return {
             "name": self.config.router,
@@ -287,16 +292,19 @@ class Architecture:
             "hard": hard,
         }
 
-    def _stage(self) -> Tuple[float, bool]:
+    def _stage(self, tensors: Dict[str, Tensor]) -> Tuple[float, bool]:
         """What the router of a loaded model is told: temperature, and whether it is in the last stage."""
-        spawn_update: Optional[int] = None
+        spawned: Sequence[float] = ()
         plateau = self.config.make_plateau()
         if plateau is not None and all(key in self.tensors for key in Plateau.KEYS):
             plateau.load({key: self.tensors[key] for key in Plateau.KEYS})
-            spawn_update = plateau.spawn_update
-        schedule = self.config.make_schedule(spawn_update)
-        phase = schedule.phase(self.update, True)
-        return schedule.temperature(self.update), phase == phase.HARD
+            spawned = plateau.spawned
+        schedule, stages = self.config.make_schedule(spawned), [x.experts for x in self.config.stages]
+        stage = sum(experts <= len(tensors["experts.b2"]) for experts in stages)
+        if STAGE in tensors:
+            stage = round(tensors[STAGE].item())
+        stage = min(max(stage, 1), len(stages))
+        return schedule.temperature(self.update, stage), schedule.phase(self.update, stage) == Phase.HARD
 
 
 def _task_of(state: Mapping[str, Any]) -> Dict[str, Any]:

@@ -31,6 +31,7 @@ class EvoMoEModel(PreTrainedModel, GenerationMixin):
         r"classification_heads\.",
         r"plateau\.",
         r"moe\.activity\.",
+        r"moe\.stage$",
     ]
 
     def _init_weights(self, module: nn.Module) -> None:
