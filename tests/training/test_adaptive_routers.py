@@ -5,8 +5,6 @@ import torch
 
 from support.cli import LM, MASKED_LM, parameters
 from support.evaluation import perplexity
-from support.parallel import RANKS, SENTENCES, SHARED, TOLERANCE
-from support.rank_jobs import largest_difference, state_of, train_on_all_batches, train_on_ranks
 from support.resume import check_resume
 from support.tasks import PLAIN
 
@@ -54,20 +52,3 @@ def test_expert_choice_resumes_bit_equal(lm_data, tmp_path):
     """It learns nothing of an update, but is no router of a decoder."""
     options = {"moe_router": "expert-choice", "moe_freq": 1, "max_update": 6, "disable_validation": True}
     check_resume(lm_data, tmp_path, {**MASKED_LM, **PLAIN, **options, "moe_spawn_update": 1}, (3,))
-
-
-@pytest.mark.ranks
-def test_two_processes_learn_what_one_does(lm_data, tmp_path):
-    """Of the batches of both; with the experts on each and shared out."""
-    names = {"bias": SHARED, "expert-threshold": {}}
-    jobs = {name: {**SENTENCES, **ROUTERS[name][0], **more} for name, more in names.items()}
-    listed = [[[lm_data], {**job, "save_dir": tmp_path / name}] for name, job in jobs.items()]
-    train_on_ranks(RANKS, listed, tmp_path)
-    for name, job in jobs.items():
-        train_on_all_batches(RANKS, lm_data, **{**job, "save_dir": tmp_path / "one" / name})
-        both, one = (
-            state_of(folder / name / "checkpoint_last.pt") for folder in (tmp_path, tmp_path / "one")
-        )
-        assert largest_difference(both, one) < TOLERANCE
-        key = f"decoder.layers.1.moe.router.{ROUTERS[name][1]}"
-        assert one[key].std() > 0 and torch.equal(both[key], one[key])
