@@ -1,7 +1,7 @@
 """What a model with MoE layers is made of: one typed, frozen object out of many flat options."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any, Callable, Dict, FrozenSet, Iterator, List, Optional, Sequence, Tuple, Type
 
@@ -272,12 +272,7 @@ class MoEConfig:
     @property
     def latest_spawns(self) -> Tuple[float, ...]:
         """The update before which each stage spawns, or does so at the latest, by half of the run."""
-        found, half = self.stages, self.max_update // 2
-        latest = [
-            max(half * (i + 1) // len(found), i + 1) if self.max_update > 0 else math.inf
-            for i in range(len(found))
-        ]
-        return tuple(last if stage.update is None else stage.update for stage, last in zip(found, latest))
+        return stages.latest(self.stages, self.max_update)
 
     @property
     def latest_spawn(self) -> float:
@@ -306,7 +301,8 @@ class MoEConfig:
             # an infinite one, of a spawn that may never come, is not asked for before the spawn
             after = int(last_stage) if math.isfinite(last_stage) else -1
             constant = TemperatureSchedule.constant
-            return Schedule(spawns[0], 1.0, 1.0, constant, 0, after, spawns[1:], restarts=False)
+            made = Schedule(spawns[0], 1.0, 1.0, constant, 0, after, spawns[1:], restarts=False)
+            return replace(made, gate_warmup=options.gate_warmup)
         return Schedule(
             spawn_update=spawns[0],
             temperature_start=options.temperature_start,
@@ -316,6 +312,7 @@ class MoEConfig:
             hard_update=options.hard_update,
             later_spawns=spawns[1:],
             restarts=options.stage_temperature == StageTemperature.restart,
+            gate_warmup=options.gate_warmup,
         )
 
     def stable_update(self, spawn_update: float) -> float:

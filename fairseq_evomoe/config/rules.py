@@ -5,6 +5,7 @@ from typing import Any, Iterator, List, Tuple
 from ..evolution import stages
 from ..evolution.selection import Select
 from ..evolution.spawn import SpawnMethod
+from ..moe.gate_warmup import check_gate
 from ..moe.options import OptionError
 from .config import Compression, MoEConfig, TransportType
 
@@ -25,7 +26,7 @@ SCHEDULE = (
     "stage_temperature",
 )
 PLATEAU = ("spawn_window", "spawn_plateau")
-SPAWNING = ("spawn_statistics",)
+SPAWNING = ("spawn_statistics", "gate_warmup")
 STAGES = ("spawn_select", "spawn_gate_noise", "stage_temperature")
 
 
@@ -48,6 +49,7 @@ def contradictions(config: MoEConfig) -> Iterator[OptionError]:
     for options in config.groups:
         yield from options.contradictions(config.experts)
     yield from _stages(config)
+    yield from _gate_warmup(config)
     yield from _stable(config)
     yield from _layer(config)
     if config.latest_spawn != 0 and set(config.frozen_parts) == {"experts", "backbone"}:
@@ -95,6 +97,27 @@ def _stages(config: MoEConfig) -> Iterator[OptionError]:
             "expert_sizes",
             f"Children are as wide as their parents, so that with {text} all experts have one width, and "
             f"`expert_sizes` is {config.sizes.expert_sizes}: leave it out, or give one stage.",
+        )
+
+
+def _gate_warmup(config: MoEConfig) -> Iterator[OptionError]:
+    if config.schedule.gate_warmup == 0 or config.latest_spawn == 0:
+        return
+    try:
+        check_gate(config.router_class)
+    except OptionError as error:
+        yield error
+    text, method = f"`gate_warmup` {config.schedule.gate_warmup}", _method(config)
+    if config.spawns_by_itself:
+        yield OptionError(
+            "gate_warmup",
+            f"{text} counts back from the spawn, which nobody knows before with `spawn_update` auto: give "
+            "`spawn_update` in updates, or leave `gate_warmup` out.",
+        )
+    if needs_linear_gate(config):
+        yield OptionError(
+            "gate_warmup",
+            f"{text} trains a gate that `spawn_method` {method} would make anew: leave one of them out.",
         )
 
 
@@ -235,6 +258,10 @@ def idle(config: MoEConfig) -> Iterator[Tuple[str, List[str]]]:
         found = [name for name in names if name in config.given]
         if found and not applies:
             yield where, found
+
+
+def _method(config: MoEConfig) -> str:
+    return getattr(config.spawning.spawn_method, "value", "")
 
 
 def needs_linear_gate(config: MoEConfig) -> bool:

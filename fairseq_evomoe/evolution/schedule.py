@@ -52,6 +52,14 @@ class ScheduleOptions(Options):
         "With several stages in moe-spawn-update, whether the Gumbel-softmax gate is dense again in each of "
         "them, and anneals from its spawn (restart), or anneals once, from the first spawn (continue).",
     )
+    gate_warmup: int = option(
+        0,
+        "Updates before the first spawn, at most all of them, in which a linear gate learns already, from "
+        "the single expert's input, to tell tokens apart and to be even over them. Nothing else changes "
+        "until the spawn.",
+        at_least=0,
+        duration=True,
+    )
     temperature_start: float = option(
         2.0, "Temperature of the Gumbel-softmax gate when the experts have spawned.", above=0
     )
@@ -98,6 +106,7 @@ class Schedule:
         anneal_updates: D, length of the anneal in updates, counted from the spawn.
         hard_update: updates after the spawn from which routing is top-1; ``None``: 1.2 D; -1: never.
         later_spawns: the same as ``spawn_update`` of each further stage.
+        gate_warmup: updates before the first spawn in which the gate learns already.
         restarts: whether anneal and top-1 count from the last spawn that there was, instead of the first.
     """
 
@@ -109,6 +118,11 @@ class Schedule:
     hard_update: Optional[int] = None
     later_spawns: Tuple[float, ...] = ()
     restarts: bool = True
+    gate_warmup: int = 0
+
+    def warms_up(self, update: Optional[int]) -> bool:
+        """Whether a gate learns at an update that has no experts yet."""
+        return update is not None and 0 <= self.spawn_update - update <= self.gate_warmup
 
     @property
     def spawn_updates(self) -> Tuple[float, ...]:

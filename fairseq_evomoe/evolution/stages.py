@@ -4,8 +4,9 @@
 from 40% on sixty-four.  A single update is one stage, to all experts at once.
 """
 
+import math
 import re
-from typing import Callable, Iterator, List, NamedTuple, Optional, Tuple, Union
+from typing import Callable, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 from ..moe.options import OptionError
 
@@ -25,6 +26,14 @@ class Stage(NamedTuple):
 
     update: Optional[int]
     experts: int
+
+
+def latest(stages: Sequence[Stage], max_update: int) -> Tuple[float, ...]:
+    """The update before which each stage spawns, at the latest: if the loss decides, by half of the run."""
+    last = [math.inf] * len(stages)
+    if max_update > 0:
+        last = [max(max_update // 2 * (i + 1) // len(stages), i + 1) for i in range(len(stages))]
+    return tuple(limit if stage.update is None else stage.update for stage, limit in zip(stages, last))
 
 
 def is_list(value: object) -> bool:

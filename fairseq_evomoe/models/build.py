@@ -23,6 +23,7 @@ from .. import compat
 from ..config.config import MoEConfig
 from ..config.errors import ConfigError
 from ..moe import Experts, Hidden, MoELayer, RoutingContext, Vocabulary
+from ..moe.gate_warmup import GateWarmup
 from ..moe.multiplying import try_routers
 from ..moe.options import OptionError
 from ..moe.plan import check_linear_gate
@@ -180,6 +181,8 @@ class _StackBuilder:
             shared=self.shared,
             **config.router_arguments(),
         )
+        if config.schedule.gate_warmup and config.experts > 1 and not layer.moe.spawned:
+            layer.moe.warmup = GateWarmup(layer.moe)
         layer.moe.transport = config.make_transport(number)
         self._try_out(layer)
 

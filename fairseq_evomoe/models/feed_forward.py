@@ -151,6 +151,7 @@ class MoEFeedForward:
             losses=moe.wanted_losses,
             causal=self.causal,
             noise_key=("gate", moe.spawner.seed, update, moe.spawner.layer) if self.training else None,
+            warm_up=self.schedule.warms_up(update),
             first_row=batch.first_row,
         )
 

@@ -69,6 +69,8 @@ class MoELayer(SpawningLayer):
         if self.router is None:
             if self.activity is not None and self.training:
                 self._watch(x.reshape(-1, x.shape[-1]), keep_T, self._complete(context))
+            if self.warmup is not None and self.training and context.warm_up:
+                self._warm_up(x.reshape(-1, x.shape[-1]), keep_T, context, tokens, embeddings)
             count = x.numel() // x.shape[-1] if keep_T is None else keep_T.shape[0]
             return self._single_expert(x, count, context)
 
@@ -111,13 +113,27 @@ class MoELayer(SpawningLayer):
     def _watch(self, x_TD: Tensor, keep_T: Optional[Tensor], context: RoutingContext) -> None:
         """Measure how active the base expert's hidden units are, on some of the tokens of all ranks."""
         assert self.activity is not None
-        rows = x_TD.shape[0] if keep_T is None else keep_T.shape[0]
-        before = context.first_row + context.rows_of_ranks(rows, x_TD.device)[0]
-        sample = slice(-before % self.activity.STRIDE, None, self.activity.STRIDE)
-        sample_TD = x_TD[sample] if keep_T is None else x_TD[keep_T[sample]]
+        sample_TD = x_TD[_sample(x_TD, keep_T, context, self.activity.STRIDE)]
         self.activity.watch(
             self.experts, sample_TD if self.heads is None else self.heads.split_heads(sample_TD)
         )
+
+    def _warm_up(
+        self,
+        x_TD: Tensor,
+        keep_T: Optional[Tensor],
+        context: RoutingContext,
+        tokens: Optional[Tensor],
+        embeddings: Optional[Tensor],
+    ) -> None:
+        """Let the gate to come see some of the tokens of all ranks."""
+        assert self.warmup is not None
+        sample = _sample(x_TD, keep_T, self._complete(context), self.warmup.STRIDE)
+        token_T = None if tokens is None else tokens.reshape(-1)[sample]
+        embedding_TC = None if embeddings is None else embeddings.reshape(-1, embeddings.shape[-1])[sample]
+        given = self._complete(context, token_T=token_T, embedding_TC=embedding_TC)
+        sample_TD = x_TD[sample]
+        self.warmup.watch(sample_TD if self.heads is None else self.heads.split_heads(sample_TD), given)
 
     def _all_experts(self, x_TD: Tensor, context: RoutingContext) -> Tensor:
         """What the layer with many experts makes of tokens without padding."""
@@ -173,6 +189,13 @@ class MoELayer(SpawningLayer):
             routing.phase = 0 if not self.spawned else 2 if context.hard else 1
             routing.temperature = context.temperature
             record[self] = routing
+
+
+def _sample(x_TD: Tensor, keep_T: Optional[Tensor], context: RoutingContext, stride: int) -> Tensor:
+    """Places of every so many-th token without padding, of all ranks' tokens as one batch: int64."""
+    place_T = torch.arange(x_TD.shape[0], device=x_TD.device) if keep_T is None else keep_T
+    before = context.first_row + context.rows_of_ranks(place_T.shape[0], x_TD.device)[0]
+    return place_T[-before % stride :: stride]
 
 
 def _select(x_T: Optional[Tensor], keep_T: Optional[Tensor]) -> Optional[Tensor]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Dict, List, Optional
 import torch
 from torch import Tensor
 
+from .gate_warmup import GateWarmup, fill_gate
 from .options import OptionError
 from .routers import Router
 from .routers.dynmoe import DynMoERouter
@@ -56,6 +57,9 @@ def fit(moe: "SpawningLayer", state_dict: Dict[str, Any], prefix: str) -> None:
     demand_E = None if moe.demand is None else moe.demand.share_E
     _fit_measured(state_dict, prefix + "activity.magnitude_H", activity_H)
     _fit_measured(state_dict, prefix + "demand.share_E", demand_E)
+    for name in GateWarmup.BUFFERS:
+        own = None if moe.warmup is None else getattr(moe.warmup, name)
+        _fit_measured(state_dict, f"{prefix}warmup.{name}", own)
 
 
 def is_shard(moe: "SpawningLayer", state_dict: Dict[str, Any], prefix: str) -> bool:
@@ -223,6 +227,9 @@ def _spawn(moe: "SpawningLayer", state_dict: Dict[str, Any], prefix: str) -> Non
     for name, tensor in base.items():
         state_dict[f"{prefix}experts.{name}"] = local.weights(name, tensor)
     assert moe.router is not None
+    gate_K = state_dict.get(prefix + "warmup.gate_K")
+    if gate_K is not None and len(gate_K) == sum(p.numel() for p in moe.router.parameters()):
+        fill_gate(moe.router, gate_K)
     plan.fill_gate(moe.router)
     for key, tensor in moe.state_dict().items():
         module, _, name = key.partition(".")

@@ -46,6 +46,7 @@ class RoutingContext:
         ranks: those whose batches count as one batch, in losses, balanced assignments and capacities.
         noise_key: what random numbers depend on beside the place of a token in the batch of all ranks, so
             that they are the same on any number of ranks; ``None``: they come from the default generator.
+        warm_up: whether gates that have no experts yet are to learn; see ``gate_warmup.py``.
         first_row: how many rows all ranks have routed before, in earlier batches of the same update.
     """
 
@@ -60,6 +61,7 @@ class RoutingContext:
     causal: bool = False
     ranks: Ranks = ALONE
     noise_key: Optional[Tuple[object, ...]] = None
+    warm_up: bool = False
     first_row: int = 0
 
     def wants(self, loss: str) -> bool:

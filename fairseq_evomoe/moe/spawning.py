@@ -8,12 +8,14 @@ from torch import Tensor, nn
 from . import loading, multiplying, sharding
 from .dispatch.exchange import Transport
 from .experts import Experts, Hidden, take_settings
+from .gate_warmup import GateWarmup
 from .hyper_adapter import HyperAdapter
 from .multi_head import MultiHead
 from .options import OptionError
 from .plan import Plan, Spawner, make_spawner
 from .ranks import ALONE, Ranks
-from .routers import ROUTERS, Router
+from .routers import Router
+from .routers.registry import find_router
 from .routing import Vocabulary
 from .statistics import Activity, Demand
 
@@ -32,6 +34,7 @@ class SpawningLayer(nn.Module):
             ``shared_expert`` and before the spawn.
         activity: measures the base expert's hidden units for the spawn, if that asks for it; ``None``
             once the experts have spawned.
+        warmup: trains the gate before the spawn, if somebody has put one there; ``None`` once they have.
         demand: measures how many children experts deserve, if the spawner asks for it and they have yet to
             multiply.
         heads: splits tokens into sub-tokens around the experts; ``None`` with one head.
@@ -83,6 +86,7 @@ class SpawningLayer(nn.Module):
     hyper_adapter: Optional[HyperAdapter]
     activity: Optional[Activity]
     demand: Optional[Demand]
+    warmup: Optional[GateWarmup]
 
     def __init__(
         self,
@@ -109,7 +113,7 @@ class SpawningLayer(nn.Module):
         **router_options: Any,
     ) -> None:
         super().__init__()
-        self.router_class = _router_class(router)
+        self.router_class = find_router(router)
         self.router_options = router_options
         self.stages = [experts] if isinstance(experts, int) else list(experts)
         for each in self.stages:
@@ -130,6 +134,7 @@ class SpawningLayer(nn.Module):
         self.register_module("shared", None)
         self.register_module("hyper_adapter", None)
         self.register_module("demand", None)
+        self.register_module("warmup", None)
         measure = spawner.needs_activity and experts > 1 and not spawned
         self.activity = Activity(hidden) if measure else None
         self.heads = MultiHead(dim, heads) if heads > 1 else None
@@ -276,11 +281,13 @@ class SpawningLayer(nn.Module):
         self.stage += 1
         if self.router is not None:
             return multiplying.apply(self, plan)
-        base = self.expert_tensors()
+        base, warmup = self.expert_tensors(), self.warmup
         self.apply_plan(plan)
         self._add_companions(self.build_router())
         self._fill_companions(base)
         assert self.router is not None
+        if warmup is not None:
+            warmup.fill(self.router)
         plan.fill_gate(self.router)
 
     @torch.no_grad()
@@ -349,7 +356,7 @@ class SpawningLayer(nn.Module):
                 parameter.__dict__.pop("expert", None)  # it is on every rank
         self.freeze(*self.frozen)
         self.loss_weights = {**router.loss_weights, **self.given_loss_weights}
-        self.activity = None
+        self.activity = self.warmup = None
         self.first_widths = list(experts.widths)
         self.begin_demand()
 
@@ -380,16 +387,6 @@ class SpawningLayer(nn.Module):
         """State of the spawn, for ``print(model)``."""
         stages = f", stage={self.stage} of {self.stages}" if self.grows_in_stages else ""
         return f"num_experts={self.num_experts}, spawned={self.spawned}{stages}"
-
-
-def _router_class(router: Union[str, Type[Router]]) -> Type[Router]:
-    if not isinstance(router, str):
-        return router
-    if router not in ROUTERS:
-        raise OptionError(
-            "router", f"There is no `router` {router}: choose one of {', '.join(sorted(ROUTERS))}."
-        )
-    return ROUTERS[router]
 
 
 def _check_options(router: Type[Router], options: Dict[str, Any], experts: int) -> None:

@@ -15,7 +15,8 @@ NAMES = (
     "evomoe switch gshard mixtral base hash hash_balanced stable top_p hmoe_topk hmoe_topp dynmoe fusemoe "
     "comet rmoe soft mh_moe mode hypermoe deepseek upcycling drop_upcycling emoe evomoe_hmoe evomoe_context "
     "evomoe_table narrow_hash remoe loss_free quantile_balancing xmoe dtop_p "
-    "expert_choice expert_threshold moe_plus_plus evomoe_activation modified_softmax ds_moe default_moe"
+    "expert_choice expert_threshold moe_plus_plus evomoe_activation modified_softmax ds_moe default_moe "
+    "evomoe_stages"
 ).split()
 RUN = {"max_update": 1000, "ffn_dims": [64]}
 
@@ -80,6 +81,13 @@ WHAT_IS_PUBLISHED = {
         "balance_weight": 0.1,
         "balance_form": "normalized",
         "spawn_update": 100,
+    },
+    "evomoe_stages": {
+        "spawn_update": "100:4,250:16",
+        "gate_warmup": 50,
+        "hard_update": 0,
+        "gate_input": "both",
+        "entropy_weight": 0.03,
     },
     "remoe": {"mean_experts": 1.0, "l1_start": 1e-8, "l1_factor": 1.2, "l1_form": "balanced"},
     "loss_free": {"balance": "bias", "balance_rate": 0.001, "balance_weight": 0.0, "top_k": 4, "experts": 32},

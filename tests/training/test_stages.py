@@ -5,18 +5,18 @@ import math
 import pytest
 import torch
 from fairseq import checkpoint_utils
-from fairseq.trainer import Trainer
 
 from fairseq_evomoe.checkpoints import optimizer_state
 from fairseq_evomoe.config.errors import ConfigError
-from fairseq_evomoe.moe import ROUTERS, MoELayer, record
+from fairseq_evomoe.moe import ROUTERS, record
 from fairseq_evomoe.training import growth
-from support.cli import LM, MASKED_LM, assert_equal, build, call, evomoe
+from support.cli import LM, MASKED_LM, build, call, evomoe
 from support.optimizers import MIXED, copy_state
 from support.parallel import SENTENCES, SHARED
 from support.rank_jobs import largest_difference, train_on_all_batches, train_on_ranks
 from support.refusals import refused
 from support.resume import check_resume
+from support.stages import check_that_it_goes_on, layer_of
 
 STAGES = {"moe_spawn_update": "3:2,6:4,9:8", "moe_experts": None}
 SETTINGS = {**LM, **STAGES, "disable_validation": True}
@@ -58,26 +58,6 @@ def of_router(router):
     if router == "stable":
         settings["moe_stable_update"] = 4
     return settings
-
-
-def layer_of(trainer):
-    """The only MoE layer of a trainer's model."""
-    (moe,) = (module for module in trainer.get_model().modules() if isinstance(module, MoELayer))
-    return moe
-
-
-def check_that_it_goes_on(setup, trainer, folder, batches):
-    """A trainer that goes on, and one that goes on from its checkpoint, make the same of some batches."""
-    path = str(folder / "checkpoint.pt")
-    trainer.consolidate_optimizer()
-    trainer.save_checkpoint(path, {"train_iterator": {"epoch": 1}})
-    other = Trainer(setup.cfg, setup.task, setup.task.build_model(setup.cfg.model), setup.criterion)
-    other.load_checkpoint(path)
-    for each in (trainer, other):
-        for batch in batches:
-            assert each.train_step([batch]) is not None
-    assert_equal(trainer.get_model().state_dict(), other.get_model().state_dict())
-    assert_equal(*(each.optimizer.optimizer.state_dict() for each in (trainer, other)))
 
 
 @pytest.mark.parametrize("router", sorted(ROUTERS))

@@ -1,6 +1,8 @@
 """Routers by name, in this package and in anybody else's."""
 
-from typing import TYPE_CHECKING, Callable, Dict, List, Type, TypeVar
+from typing import TYPE_CHECKING, Callable, Dict, List, Type, TypeVar, Union
+
+from ..options import OptionError
 
 if TYPE_CHECKING:
     from .router import Router
@@ -28,6 +30,21 @@ def register_router(name: str) -> Callable[[_R], _R]:
         return cls
 
     return register
+
+
+def find_router(router: Union[str, Type["Router"]]) -> Type["Router"]:
+    """A class of routers by its name, or itself.
+
+    Raises:
+        OptionError: there is none of that name.
+    """
+    if not isinstance(router, str):
+        return router
+    if router not in ROUTERS:
+        raise OptionError(
+            "router", f"There is no `router` {router}: choose one of {', '.join(sorted(ROUTERS))}."
+        )
+    return ROUTERS[router]
 
 
 def on_register(listener: Callable[[], None]) -> None:
