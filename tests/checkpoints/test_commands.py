@@ -51,6 +51,7 @@ def test_the_version_is_told(tmp_path):
         (["merge", "x.pt", "--experts", "many"], "invalid int value: 'many'"),
         (["presets", "--help"], "--ffn-dim D"),
         (["info", "--help"], "--json"),
+        (["doctor", "--nothing"], "unrecognized arguments: --nothing"),
         (["info", "none.pt"], "evomoe info: There is no checkpoint none.pt."),
         (["--version"], "evomoe "),
         (["user-dir", "too", "much"], "unrecognized arguments: too much"),

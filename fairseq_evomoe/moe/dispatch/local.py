@@ -125,6 +125,17 @@ def _one_token(x_TD: Tensor, expert_N: Tensor, weight_N: Tensor, experts: Expert
     return torch.zeros_like(x_TD) if y_TD is None else y_TD
 
 
+def way(device: torch.device) -> str:
+    """How a layer of experts of one width, with a common activation, computes on a device, in words."""
+    experts = Experts(64, [64, 64]).to(device)
+    x_TD, token_N = torch.zeros(2, 64, device=device), torch.arange(2, device=device)
+    if _can_use_kernels(x_TD, token_N, experts):
+        return "grouped products with Triton's kernels around them"
+    if _can_fuse(x_TD, experts):
+        return "one function for gather, products and sum on CPUs"
+    return "grouped products" if _can_group(x_TD, experts) else "a product for each expert"
+
+
 def _can_fuse(x_TD: Tensor, experts: Experts) -> bool:
     """Whether ``fused.fused_experts`` computes these experts."""
     hidden = experts.hidden
