@@ -147,7 +147,8 @@ def info_of(path: str) -> Info:
     config, unresolved = _resolved(options) if layers else (None, None)
     update = _update(state)
     spawned = any(not layer.alone for layer in layers)
-    stage, temperature = _stage(config, state, update, spawned) if layers else ("dense model", None)
+    most = max((len(layer.widths) for layer in layers), default=0)
+    stage, temperature = _stage(config, state, update, most * spawned) if layers else ("dense model", None)
     parameters, tables = opened.parameters(), _tables(layers, options)
     total, in_tables = _count(parameters), sum(opened.model[key].numel() for key in tables)
     active = _active(options, layers, spawned)
@@ -214,31 +215,38 @@ def _not_defaults(config: MoEConfig, options: SavedOptions) -> List[str]:
 
 
 def _stage(
-    config: Optional[MoEConfig], state: Mapping[str, Any], update: int, spawned: bool
+    config: Optional[MoEConfig], state: Mapping[str, Any], update: int, experts: int
 ) -> Tuple[str, Optional[float]]:
-    """The stage in words, and the gate's temperature in training."""
-    if not spawned:
+    """The stage in words, and the gate's temperature in training; of a layer with so many experts, 0: one."""
+    if experts == 0:
         return "one expert", None
     if config is None:
         return "experts have spawned", None
-    spawn_update = _spawned_by_itself(state)
-    schedule, router = config.make_schedule(spawn_update), config.router_class
-    before = bool((state.get("extra_state") or {}).get(SPAWNED_BEFORE))
-    last = schedule.phase(None if before else update, True) == Phase.HARD
-    temperature = schedule.temperature(None if before else update) if router.anneals else None
-    since = "" if spawn_update is None else f", spawned at a plateau before update {spawn_update}"
+    spawned = _spawned_by_itself(config, state["model"])
+    schedule, router = config.make_schedule(spawned), config.router_class
+    stage = max(sum(each.experts <= experts for each in config.stages), 1)
+    if (state.get("extra_state") or {}).get(SPAWNED_BEFORE):
+        schedule = schedule.long_after(stage)
+    since = f", spawned at a plateau before update {', '.join(map(str, spawned))}" if spawned else ""
+    if len(config.stages) > 1:
+        since += f", stage {stage} of {len(config.stages)}"
     if not router.stages:
         return f"experts{since}", None
+    last = schedule.phase(update, stage) == Phase.HARD
     if not router.anneals:
         return f"{'last' if last else 'first'} stage of {config.router}{since}", None
     hard = getattr(config.router_options, "hard_experts", 1)
-    return f"top-{hard} routing{since}" if last else f"dense gate{since}", temperature
+    return f"top-{hard} routing{since}" if last else f"dense gate{since}", schedule.temperature(update, stage)
 
 
-def _spawned_by_itself(state: Mapping[str, Any]) -> Optional[int]:
-    """The update before which the experts spawned at a plateau; ``None``: they did not."""
-    counts = next((x for key, x in state["model"].items() if key.endswith(Plateau.KEYS[0])), None)
-    return None if counts is None or int(counts[0]) < 0 else int(counts[0])
+def _spawned_by_itself(config: MoEConfig, model: Mapping[str, Tensor]) -> List[int]:
+    """The updates before which experts have spawned at a plateau."""
+    plateau = config.make_plateau()
+    saved = {name: x for name in Plateau.KEYS for key, x in model.items() if key.endswith(name)}
+    if plateau is None or len(saved) < len(Plateau.KEYS):
+        return []
+    plateau.load(saved)
+    return plateau.spawned
 
 
 def _active(options: SavedOptions, layers: List[Layer], spawned: bool) -> Active:

@@ -77,7 +77,7 @@ def try_ranks() -> Dict[str, Any]:
 def try_fairseq() -> Dict[str, Any]:
     """It is imported, with its command line."""
     import fairseq
-    import fairseq_cli.train  # noqa: F401
+    import fairseq_cli.train  # type: ignore[import-untyped]  # noqa: F401
 
     return {"version": str(fairseq.__version__), "folder": os.path.dirname(fairseq.__file__)}
 

@@ -95,6 +95,24 @@ def test_stages(update, stage, temperature, trained):
         assert info.parameters == info.active_parameters.expected
 
 
+def test_experts_that_have_spawned_twice(lm_data, tmp_path):
+    settings = {**LM, "moe_spawn_update": "2:2,6:4", "max_update": 8, "disable_validation": True}
+    settings.update(save_interval_updates=3, moe_hard_update=9)
+    call("fairseq-train", lm_data, save_dir=tmp_path, **settings)
+    (early,) = tmp_path.glob("checkpoint_*_3.pt")
+    assert info_of(str(early)).stage == "dense gate, stage 1 of 2"
+    info = info_of(str(tmp_path / "checkpoint_last.pt"))
+    assert info.stage == "dense gate, stage 2 of 2" and info.layers[0].experts == 4
+
+
+@pytest.mark.parametrize("auto", [True, False], ids=["auto", "given"])
+def test_experts_that_have_spawned_at_a_plateau(auto, lm_data, tmp_path):
+    settings = {**LM, "moe_spawn_update": "auto" if auto else 3, "max_update": 8, "disable_validation": True}
+    call("fairseq-train", lm_data, save_dir=tmp_path, **settings)  # half of 8, at the latest
+    told = ", spawned at a plateau before update 4" if auto else ""
+    assert info_of(str(tmp_path / "checkpoint_last.pt")).stage == "top-1 routing" + told
+
+
 @pytest.mark.parametrize("settings", [LM, TRANSLATION], ids=lambda settings: settings["task"])
 def test_a_dense_model_has_no_experts(settings, trained):
     run = trained(dense(settings), max_update=2)
