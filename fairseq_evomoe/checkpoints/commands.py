@@ -191,12 +191,21 @@ def export(args: argparse.Namespace) -> None:
 
 def import_(args: argparse.Namespace) -> None:
     """``evomoe import``: write a checkpoint of what is from elsewhere."""
+    from .foreign import read_fairseq_moe
     from .hf.read import read_folder
 
-    if len(args.sources) > 1:
+    if args.origin == "hf" and len(args.sources) > 1:
         raise CommandError("Give one folder, which evomoe export --to hf has written.")
     check_outputs([args.out], None, args.force)
-    state = read_folder(args.sources[0])
+    for path in args.sources:
+        if not Path(path).exists():
+            raise CommandError(f"There is no {path}.")
+        if Path(path).resolve() == Path(args.out).resolve():
+            raise CommandError(f"`out` {path} is what is to be read: give another name.")
+    if args.origin == "hf":
+        state = read_folder(args.sources[0])
+    else:
+        state = read_fairseq_moe(args.sources)
     save([(args.out, state)], args.out)
     print(f"{_count_parameters(state):,} parameters: {args.out}")
     print("without an optimizer's state: train on with --finetune-from-model")
