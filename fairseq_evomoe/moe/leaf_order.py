@@ -8,8 +8,8 @@ from typing import Optional, Tuple
 import torch
 from torch import Tensor, nn
 
-from . import noise
 from .assignment import balanced_assignment
+from .noise import uniform
 from .statistics import Collector
 
 
@@ -75,7 +75,7 @@ class LeafOrder(Collector):
             uniform_LE = torch.rand_like(score_LE)
         else:
             rows, columns = score_LE.shape
-            uniform_LE = noise.uniform((*noise_key, "leaves"), 0, rows, columns, score_LE.device).double()
+            uniform_LE = uniform((*noise_key, "leaves"), 0, rows, columns, score_LE.device).double()
         gumbel_LE = -(-uniform_LE.clamp(min=1e-20).log()).clamp(min=1e-20).log()
         log_LE = (score_LE + self.NOISE * gumbel_LE) / 10 ** (-3 - 4 * share)
         for _ in range(int(20 + 130 * share)):

@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 
 from fairseq_evomoe.checkpoints.hf import folder as folders
 from fairseq_evomoe.checkpoints.hf.architecture import Architecture
+from fairseq_evomoe.checkpoints.hf.code import files_of_model
 from fairseq_evomoe.models.layers import moe_layers
 from fairseq_evomoe.moe import ROUTERS
 from support import elsewhere
@@ -213,6 +214,17 @@ def test_what_is_in_a_folder(trained, lm_data, tmp_path, capsys):
     vocabulary = json.loads((folder / "vocabulary.json").read_text())
     assert vocabulary[:4] == ["<s>", "<pad>", "</s>", "<unk>"] and len(vocabulary) == config["vocab_size"]
     assert config["bos_token_id"] == 2  # what fairseq's language models see first
+
+
+@pytest.mark.parametrize("router", [name for name, _ in cases() if name in ROUTERS])
+def test_every_router_can_be_taken_along(router):
+    """transformers finds files of one folder, by `from .x import y` alone; see `hf/code.py`."""
+    texts = files_of_model(router)
+    for text in texts.values():
+        found = re.findall(r"^\s*from \.(\S+) import", text, re.MULTILINE)
+        assert {f"{module}.py" for module in found} <= texts.keys()
+        assert not re.search(r"^\s*(from|import) (\.\.|\. |fairseq)", text, re.MULTILINE)
+    assert not {"moe_layer.py", "moe_spawning.py", "moe_dispatch_local.py"} & texts.keys()
 
 
 def test_temperature_and_stage_come_along(trained, tmp_path):
