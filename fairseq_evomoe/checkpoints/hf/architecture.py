@@ -173,6 +173,7 @@ class Architecture:
             "hidden_size": stack["dim"],
             "num_hidden_layers": len(stack["layers"]),
             "num_attention_heads": stack["heads"],
+            "max_position_embeddings": self._longest(last, stack),
             "is_encoder_decoder": self.kind == "seq2seq",
             "pad_token_id": PAD,
             "eos_token_id": EOS,
@@ -180,6 +181,13 @@ class Architecture:
             "decoder_start_token_id": EOS if self.kind == "seq2seq" else None,
             "tie_word_embeddings": False,  # the modeling file looks after that
         }
+
+    def _longest(self, side: Side, stack: Dict[str, Any]) -> int:
+        """Tokens of the longest sequence."""
+        if stack["positions"]:
+            return int(stack["positions"]) - PAD - 1
+        name = "max_target_positions" if side.name == "decoder" else "max_source_positions"
+        return int(self.options.of_model(name, 1024))
 
     @property
     def first_token(self) -> int:
