@@ -35,7 +35,7 @@ setup(
         "benchmark": ["fairscale", "matplotlib", "mixture-of-experts", "st-moe-pytorch", "transformers"],
         "examples": ["matplotlib", "tqdm"],
         "export": ["safetensors", "transformers"],
-        "report": ["matplotlib", "tqdm"],
+        "report": ["matplotlib>=3.7", "tqdm"],
         "test": (
             "coverage hypothesis ipykernel matplotlib mypy nbclient pytest pytest-xdist ruff safetensors "
             "tensorboardX tqdm"

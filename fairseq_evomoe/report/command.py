@@ -66,7 +66,7 @@ def report(args: argparse.Namespace) -> None:
     with _quiet():
         page = render(found, pictures)
     _write(
-        Path(args.out), {"report.html": page, "report.json": json.dumps(found, ensure_ascii=False, indent=1)}
+        Path(args.out), {"report.html": page, "report.json": json.dumps(_rounded(found), ensure_ascii=False, indent=1)}
     )
     print(Path(args.out) / "report.html")
 
@@ -170,8 +170,7 @@ def _samples(run: Run, args: argparse.Namespace, known: Dict[str, str]) -> Itera
             if all(layer.choices is None for layer in sample.layers):
                 raise CommandError(
                     f"{path} has one expert in each layer, as before the spawn: there is nothing to report "
-                    "on "
-                    "until after --moe-spawn-update."
+                    "on until after --moe-spawn-update."
                 )
             for name, what in known.items():
                 tokens = max(args.tokens // len(known), 1)
@@ -191,9 +190,17 @@ def _check_logs(runs: List[Run], logs: List[str]) -> None:
     if logs and len(logs) != len(runs):
         raise CommandError(
             f"There are {len(runs)} runs and {len(logs)} `log`: give one for each run, in the order of the "
-            "runs, and "
-            "several files of a run with commas between them."
+            "runs, and several files of a run with commas between them."
         )
+
+
+def _rounded(value: Any) -> Any:
+    """Numbers with six digits, which are more than a sample can tell."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, dict):
+        return {key: _rounded(one) for key, one in value.items()}
+    return [_rounded(one) for one in value] if isinstance(value, list) else value
 
 
 def _write(out: Path, texts: Dict[str, str]) -> None:

@@ -49,6 +49,11 @@ class Pictures:
             raise CommandError(
                 "The report is drawn with matplotlib, which is not installed: pip install matplotlib."
             ) from error
+        if matplotlib.__version_info__ < (3, 7):
+            raise CommandError(
+                f"The report is drawn with matplotlib 3.7 or later, but {matplotlib.__version__} is "
+                "installed: pip install -U matplotlib."
+            )
         self._matplotlib, self._figure = matplotlib, Figure
         self._number = 0
 
@@ -324,6 +329,9 @@ def _inline(svg: str, prefix: str, alt: str) -> str:
     text = re.sub(r"<(g|text) id=\"[^\"]*\"", r"<\1", text)  # nobody refers to these
     text = re.sub(r"(\sid=\"|url\(#|href=\"#)", rf"\g<1>{prefix}-", text)
     text = re.sub(r"(\d+\.\d)\d+(?=[ \"\n,)])", r"\1", text)  # a tenth of a point
+    text = re.sub(
+        r" clip-path=\"[^\"]*\"|<defs>\s*<clipPath.*?</defs>", "", text, flags=re.S
+    )  # all is inside
     text = re.sub(r">\s+<", "><", re.sub(r"\s+", " ", text))
     width = float(re.search(r"viewBox=\"0 0 ([\d.]+) ", text)[1]) * 4 / 3  # type: ignore[index]
     head, rest = text.split(">", 1)
@@ -342,5 +350,6 @@ def _opaque(matrix: Array, top: Optional[float], lift: bool) -> Array:
     strength = np.nan_to_num(strength)  # what is not there is clear
     result = np.empty((*matrix.shape, 4), dtype=np.uint8)
     result[..., :3] = np.where(strength[..., None] < 0, ORANGE, BLUE)
-    result[..., 3] = np.abs(strength) * 190  # never fully, so that numbers can be read on it
+    # never fully, so that numbers can be read on it; in steps, which makes large pictures small
+    result[..., 3] = np.round(np.abs(strength) * 38) * 5
     return result

@@ -82,8 +82,7 @@ def _domains(layers: List[Dict[str, Any]]) -> Iterator[str]:
     most = max(known, key=lambda layer: layer["domains"]["information"])
     yield (
         f"The domain tells {percent(most['domains']['information'])} of the choice of an expert in "
-        f"{most['name']}, "
-        "where it tells most."
+        f"{most['name']}, where it tells most."
     )
 
 

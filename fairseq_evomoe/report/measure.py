@@ -58,15 +58,13 @@ def notes(sample: LayerSample) -> List[str]:
     if sample.soft:
         return [
             "Its experts work on mixtures of all tokens of a sequence, so that no token has an expert of its "
-            "own: "
-            "shown are the experts' shares in the tokens' outputs; there are no pairs, and its cost depends "
-            "on slots."
+            "own: shown are the experts' shares in the tokens' outputs; there are no pairs, and its cost "
+            "depends on slots."
         ]
     if sample.choices.dense:
         return [
             "Each token gets all experts, so that there is no choice to count: what counts here is an "
-            "expert's "
-            "weight, and there are no pairs."
+            "expert's weight, and there are no pairs."
         ]
     found = []
     if sample.confidence_T is None:

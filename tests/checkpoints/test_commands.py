@@ -48,6 +48,7 @@ def test_the_version_is_told(tmp_path):
         (["densify", "--help"], "{sum,average,topk,svd}"),
         (["reshard", "--help"], "--parts N"),
         (["consolidate", "--help"], "--out FILE"),
+        (["report", "--help"], "--domain NAME=FILE"),
         (["merge", "x.pt", "--experts", "many"], "invalid int value: 'many'"),
         (["presets", "--help"], "--ffn-dim D"),
         (["info", "--help"], "--json"),

@@ -15,7 +15,7 @@ from fairseq_evomoe.report.command import runs_of
 from fairseq_evomoe.report.figures import Pictures
 from fairseq_evomoe.report.page import render
 from fairseq_evomoe.report.reading import Reader
-from support.cli import LM, MASKED_LM, TRANSLATION, USER_DIR, build, call, evomoe
+from support.cli import CLASSIFICATION, LM, MASKED_LM, TRANSLATION, USER_DIR, build, call, evomoe
 from support.tasks import DATA, PLAIN, TASKS, dense
 
 
@@ -160,7 +160,10 @@ def test_checkpoints_of_other_models_in_one_folder_are_runs_of_their_own(lm_run,
     )
 
 
-@pytest.mark.parametrize("settings", TASKS)
+CLASSES = pytest.param(CLASSIFICATION, id=CLASSIFICATION["task"])
+
+
+@pytest.mark.parametrize("settings", [*TASKS, CLASSES])
 def test_tasks(settings, request, trained, tmp_path):
     data = request.getfixturevalue(DATA[settings["task"]])
     found, page = report(trained(settings).last, data=data, out=tmp_path / "out")
@@ -170,7 +173,7 @@ def test_tasks(settings, request, trained, tmp_path):
         "masked_lm": ["encoder"],
         "language_modeling": ["decoder"],
     }
-    assert list(run["texts"]) == sides[settings["task"]]
+    assert list(run["texts"]) == sides.get(settings["task"], ["encoder"])
     if settings["task"] == "translation":
         assert "Source and target side" in page
         words = {one["text"] for layer in run["layers"] for seen in layer["seen"] for one in seen["words"]}
@@ -185,17 +188,21 @@ def test_a_sharded_set(lm_run, lm_data, tmp_path):
     assert found["runs"][0]["layers"] == whole["runs"][0]["layers"]
 
 
-def test_domains(lm_run, lm_data, tmp_path):
+@pytest.mark.parametrize("settings", TASKS[:2])
+def test_domains(settings, trained, lm_data, tmp_path):
     (tmp_path / "kings.txt").write_text("the king loves the crown\n" * 30)
     (tmp_path / "fools.txt").write_text("a servant forgets an old song at dawn\n" * 30)
     kings, fools = (f"{name}={tmp_path / name}.txt" for name in ("kings", "fools"))
-    found, page = report(lm_run.last, "--domain", kings, data=lm_data, out=tmp_path / "out", domain=fools)
-    domains = found["runs"][0]["layers"][0]["domains"]
+    last = trained(settings).last
+    found, page = report(last, "--domain", kings, data=lm_data, out=tmp_path / "out", domain=fools)
+    layer = found["runs"][0]["layers"][0]
+    domains = layer["domains"]
+    assert domains["counts"] == [30 * 6, 30 * 9] or settings["task"] != "language_modeling"
     assert domains["names"] == ["kings", "fools"] and len(domains["share"]) == 2
     assert [sum(row) for row in domains["share"]] == pytest.approx([1, 1]) and 0 <= domains[
         "information"
     ] <= 1
-    assert "Domain, decoder.layers.1" in page
+    assert f"Domain, {layer['name']}" in page
 
 
 def test_sets_of_one_domain_each_are_found(lm_run, lm_data, tmp_path):

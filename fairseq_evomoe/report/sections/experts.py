@@ -10,26 +10,25 @@ from .common import routed
 
 WHY = (
     "Of each expert the tokens, and words, that it gets more often than others do. The number is the lift: "
-    "how much "
-    "larger its share of their occurrences is than its share of all tokens. Below, some of them where they "
-    "stand, with "
-    "the token marked that went to the expert."
+    "how much larger its share of their occurrences is than its share of all tokens. Below, some of them "
+    "where they stand, with the token marked that went to the expert."
 )
-MOST = 64
-"""Cards of a layer, those of the busiest experts; the rest is in the table."""
+CARDS, ROWS = 128, 1500
+"""How many of a run, shared out among its layers, are shown of the busiest experts; all is in report.json."""
 
 
 def make(run: Dict[str, Any], anchor: str, pictures: Pictures, of: str) -> str:
     """A card for each expert, and all tokens in a table, layer by layer."""
     layers = routed(run)
-    folds = [_layer(layer, is_open=number == 0) for number, layer in enumerate(layers)]
+    most = max(CARDS // max(len(layers), 1), 8)
+    folds = [_layer(layer, most, ROWS // len(layers), number == 0) for number, layer in enumerate(layers)]
     return html.section(anchor, "What experts see", WHY, folds, of) if folds else ""
 
 
-def _layer(layer: Dict[str, Any], is_open: bool) -> str:
+def _layer(layer: Dict[str, Any], most: int, rows: int, is_open: bool) -> str:
     number = {name: e for e, name in enumerate(layer["experts"])}
     busiest = sorted(layer["seen"], key=lambda seen: -layer["load"][number[seen["expert"]]])
-    shown = {seen["expert"] for seen in busiest[:MOST]}
+    shown = {seen["expert"] for seen in busiest[:most]}
     cards = [
         _card(seen, layer["load"][number[seen["expert"]]], max(layer["load"]))
         for seen in layer["seen"]
@@ -37,7 +36,9 @@ def _layer(layer: Dict[str, Any], is_open: bool) -> str:
     ]
     left = len(layer["seen"]) - len(cards)
     words = f"{len(layer['experts'])} experts" + (f", the busiest {len(cards)} of them shown" if left else "")
-    inside = f'<div class="experts">{"".join(cards)}</div>' + _table(layer)
+    inside = f'<div class="experts">{"".join(cards)}</div>' + _table(
+        layer, max(rows // len(layer["seen"]), 2)
+    )
     return html.fold(layer["name"], words, inside, is_open)
 
 
@@ -80,20 +81,24 @@ def _example(one: Dict[str, Any]) -> str:
     )
 
 
-def _table(layer: Dict[str, Any]) -> str:
-    rows: List[List[html.Cell]] = [
-        [
-            html.text(one["text"]),
-            html.text(kind),
-            html.text(seen["expert"]),
-            html.number(one["count"]),
-            html.share(one["share"]),
-            html.number(one["lift"], "{:.2f}"),
-        ]
-        for seen in layer["seen"]
-        for kind, items in (("token", seen["tokens"]), ("word", seen["words"]))
-        for one in items
-    ]
+def _table(layer: Dict[str, Any], most: int) -> str:
+    """The most telling tokens and words of all experts, so many of each."""
+    rows: List[List[html.Cell]] = []
+    for seen in layer["seen"]:
+        half = -(-most // 2) if seen["words"] else most
+        shown = [("token", one) for one in seen["tokens"][:half]]
+        shown += [("word", one) for one in seen["words"][:half]]
+        for kind, one in shown:
+            rows.append(
+                [
+                    html.text(one["text"]),
+                    html.text(kind),
+                    html.text(seen["expert"]),
+                    html.number(one["count"]),
+                    html.share(one["share"]),
+                    html.number(one["lift"], "{:.2f}"),
+                ]
+            )
     heads = ["text", "kind", "expert", "times here", "of its occurrences", "lift"]
     made = html.table(f"Tokens and words of the experts of {layer['name']}", heads, rows)
     return html.fold("As a table", f"{len(rows)} rows", made, False)

@@ -9,11 +9,9 @@ from .common import drawn, left_out
 
 WHY = (
     "Drift: from one checkpoint to the next, how much of the routing of the same tokens became another. "
-    "Saturation: how "
-    "much of it is as in the last checkpoint. Family: each expert is joined to the one of the checkpoint "
-    "before whose hidden "
-    "units its own are most like, the more alike the darker; a circle is the larger the more tokens the "
-    "expert gets."
+    "Saturation: how much of it is as in the last checkpoint. Family: each expert is joined to the one of "
+    "the checkpoint before whose hidden units its own are most like, the more alike the darker; a circle is "
+    "the larger the more tokens the expert gets."
 )
 
 

@@ -9,9 +9,8 @@ from .common import drawn, left_out, routed
 
 WHY = (
     "Evenness is the entropy of the loads, 1 where all are equal. Busiest: the greatest load in units of an "
-    "even one. "
-    "Confidence: the gate's probability for its best expert. Cost is that of a token in this layer without "
-    "attention."
+    "even one. Confidence: the gate's probability for its best expert. Cost is that of a token in this layer "
+    "without attention."
 )
 
 

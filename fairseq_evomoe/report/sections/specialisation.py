@@ -9,10 +9,9 @@ from .common import drawn, left_out, lift_of, routed
 
 WHY = (
     "How much of the routing is explained by the token itself, by its place beyond that (0, 1, 2–3, 4–7, "
-    "...), and by "
-    "neither, which leaves its context. A layer that looks tokens up in a table has 100% token. The maps "
-    "below say what "
-    "each expert gets of a part of the text, in units of what it gets of all: 1 is usual."
+    "...), and by neither, which leaves its context. A layer that looks tokens up in a table has 100% token. "
+    "The maps below say what each expert gets of a part of the text, in units of what it gets of all: 1 is "
+    "usual."
 )
 MAPS = {
     "parts": ("Part of the sentence", "first and last token, and the thirds between"),
@@ -79,8 +78,7 @@ def _table(layers: List[Dict[str, Any]]) -> str:
         )
     return html.table(
         "Share of the routing that is explained, and share of the choice of an expert that is known by part "
-        "of the "
-        "sentence, frequency and domain",
+        "of the sentence, frequency and domain",
         heads,
         rows,
     )
@@ -96,8 +94,7 @@ def _maps(layer: Dict[str, Any], pictures: Pictures) -> List[str]:
         most = max((value, e, b) for e, row in enumerate(lift) for b, value in enumerate(row))
         alt = (
             f"What each expert of {layer['name']} gets by {title.lower()}; most above its usual share is "
-            "expert "
-            f"{layer['experts'][most[1]]} with {most[0]:.1f} times that in {bins['names'][most[2]]}."
+            f"expert {layer['experts'][most[1]]} with {most[0]:.1f} times that in {bins['names'][most[2]]}."
         )
         picture = pictures.heat(lift, layer["experts"], bins["names"], alt, ("expert", ""), lift=True)
         made.append(html.figure(picture, f"{title}, {layer['name']}", words))

@@ -9,10 +9,8 @@ from .common import drawn, left_out, routed
 
 WHY = (
     "Pairs: of the tokens of an expert (row), how many have another one, too. Paths: where they go in the "
-    "next MoE layer. "
-    "Similarity: the cosine of two experts' weights, and the mean cosine of what they make of the same "
-    "tokens; 1 is "
-    "the same, 0 is unrelated."
+    "next MoE layer. Similarity: the cosine of two experts' weights, and the mean cosine of what they make "
+    "of the same tokens; 1 is the same, 0 is unrelated."
 )
 
 

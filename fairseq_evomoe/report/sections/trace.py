@@ -10,10 +10,8 @@ from .common import drawn, left_out
 
 WHY = (
     "From moe_trace.jsonl beside the checkpoints. Loads are of a training batch every few updates. Drift: of "
-    "a fixed "
-    "batch, how many tokens have another first choice than at the record before. Family: which expert each "
-    "came from, as "
-    "the run itself wrote it down."
+    "a fixed batch, how many tokens have another first choice than at the record before. Family: which "
+    "expert each came from, as the run itself wrote it down."
 )
 
 
