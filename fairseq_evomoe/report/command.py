@@ -66,7 +66,8 @@ def report(args: argparse.Namespace) -> None:
     with _quiet():
         page = render(found, pictures)
     _write(
-        Path(args.out), {"report.html": page, "report.json": json.dumps(_rounded(found), ensure_ascii=False, indent=1)}
+        Path(args.out),
+        {"report.html": page, "report.json": json.dumps(_rounded(found), ensure_ascii=False, indent=1)},
     )
     print(Path(args.out) / "report.html")
 

@@ -133,7 +133,13 @@ class Pictures:
         for number, (part, values) in enumerate(parts.items()):
             width = np.asarray(values, dtype=float)
             axes.barh(
-                range(len(names)), width * 100, left=left * 100, height=0.66, color=SERIES[number], label=part
+                range(len(names)),
+                width * 100,
+                left=left * 100,
+                height=0.66,
+                color=SERIES[number],
+                alpha=0.8,
+                label=part,
             )
             for y, (start, size) in enumerate(zip(left, width)):
                 if size > 0.08:
