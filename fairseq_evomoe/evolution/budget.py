@@ -51,19 +51,23 @@ class Cost:
     sent: float
 
 
-def stages(spawns: Sequence[Tuple[int, int]], updates: int, soft_updates: int = 0) -> List[Stage]:
+def stages(
+    spawns: Sequence[Tuple[int, int]], updates: int, soft_updates: float = 0, restarts: bool = True
+) -> List[Stage]:
     """The stages of a run, in order; those without updates are left out.
 
     Args:
         spawns: update before which experts spawn, and their number from then on; the updates rise.
         updates: length of the run.
-        soft_updates: how long the gate is soft after each spawn, or until the next one.
+        soft_updates: how long the gate is soft after a spawn.
+        restarts: whether that counts from each spawn, instead of the first.
     """
     found = []
     starts = [(0, 1), *spawns, (updates, 0)]
     for (start, experts), (end, _) in zip(starts, starts[1:]):
-        length = min(end, updates) - start
-        soft = min(soft_updates, length) if experts > 1 else 0
+        length = max(min(end, updates) - start, 0)
+        origin = start if restarts or experts == 1 else spawns[0][0]
+        soft = int(min(max(origin + soft_updates - start, 0), length)) if experts > 1 else 0
         found += [Stage(soft, experts, soft=True), Stage(length - soft, experts)]
     return [stage for stage in found if stage.updates > 0]
 

@@ -6,7 +6,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Iterator, List, Sequence, Tuple
+from typing import Any, Iterator, List, Sequence
 
 import torch
 from fairseq import options, tasks
@@ -101,13 +101,11 @@ class Measured:
         return statistics.median(self.seconds)
 
 
-def configuration(flags: Sequence[str]) -> Tuple[Any, MoEConfig]:
-    """fairseq's configuration and ours for the flags of ``fairseq-train``."""
+def configuration(flags: Sequence[str]) -> MoEConfig:
+    """What the flags of ``fairseq-train`` mean for the MoE layers."""
     args = options.parse_args_and_arch(options.get_training_parser(), input_args=list(flags))
     cfg = convert_namespace_to_omegaconf(args)
-    task = tasks.setup_task(cfg.task)
-    model = task.build_model(cfg.model)
-    return cfg, model.moe_config
+    return tasks.setup_task(cfg.task).build_model(cfg.model).moe_config
 
 
 def measure(flags: Sequence[str], seconds: float, least: int = 3) -> Measured:

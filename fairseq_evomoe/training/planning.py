@@ -1,9 +1,11 @@
 """``evomoe plan``: what schedules of spawns cost beside a number of experts that is there from the start."""
 
 import argparse
+import contextlib
 import logging
 import platform
 import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Callable, Dict, Iterator, List, NamedTuple, Sequence, Tuple
@@ -12,6 +14,7 @@ import torch
 
 from ..checkpoints.files import CommandError
 from ..config.config import MoEConfig
+from ..config.errors import ConfigError
 from ..evolution import budget
 from ..evolution.budget import Stage, Step
 from ..evolution.cost import (
@@ -47,26 +50,77 @@ class Case(NamedTuple):
     """What is timed.
 
     Attributes:
-        experts: that a rank has.
+        experts: of a layer.
+        here: those of them that a rank has.
         soft: whether the gate is soft.
     """
 
     experts: int
-    soft: bool
+    here: int = 1
+    soft: bool = False
 
 
 def plan(args: argparse.Namespace) -> None:
     """Carry out the command: measure, and print two tables."""
-    logging.disable(logging.INFO)
+    _check(args)
     sizes = Sizes(args.layers, args.dim, args.ffn_dim, args.vocabulary, args.tokens, args.sequence)
     with temporary_data(sizes, updates=256) as folder:
         flags = _flags(args, sizes.flags(Path(folder)))
-        schedules = list(_schedules(args, flags))
-        measured = _measure(args, flags, schedules)
+        with _silent(logging.INFO):
+            schedules = list(_schedules(args, flags))
+        with _silent(logging.WARNING):  # each would come again with each number of experts
+            measured = _measure(args, flags, schedules)
     steps = {case: _step(args, case, found) for case, found in measured.items()}
     print(_heading(args))
     print(steps_table(measured, steps))
     print(schedules_table(schedules, lambda stage: steps[_case(args, stage)]))
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Refuse what cannot be, and fill in what follows from other arguments.
+
+    Raises:
+        CommandError: sizes that do not fit each other.
+    """
+    for name in (
+        "experts",
+        "max_update",
+        "layers",
+        "dim",
+        "ffn_dim",
+        "tokens",
+        "sequence",
+        "gpus",
+        "seconds",
+    ):
+        if getattr(args, name) <= 0:
+            raise CommandError(f"`{name}` must be greater than 0, but is {getattr(args, name)}.")
+    if args.experts < 2:
+        raise CommandError(f"`experts` must be at least 2, but is {args.experts}.")
+    if args.parallel is None:
+        args.parallel = args.gpus if args.experts % args.gpus == 0 else 1
+    if args.parallel < 1 or args.gpus % args.parallel or args.experts % args.parallel:
+        raise CommandError(
+            f"`parallel` {args.parallel} must divide `gpus` ({args.gpus}) and `experts` ({args.experts})."
+        )
+    if not args.spawn_update:
+        few, some = max(args.experts // 16, args.parallel, 2), args.experts // 4
+        args.spawn_update = ["10%"]
+        if few < some < args.experts and some % few == 0 == args.experts % some:
+            args.spawn_update.append(f"5%:{few},10%:{some},20%:{args.experts}")
+
+
+@contextlib.contextmanager
+def _silent(level: int) -> Iterator[None]:
+    """Nothing of this level or below is logged, and Hydra does not warn of itself."""
+    before = logging.root.manager.disable
+    logging.disable(level)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
 
 
 def _flags(args: argparse.Namespace, own: List[str]) -> List[str]:
@@ -86,10 +140,15 @@ def _flags(args: argparse.Namespace, own: List[str]) -> List[str]:
 def _schedules(args: argparse.Namespace, flags: Sequence[str]) -> Iterator[Schedule]:
     """All experts from the start, and each schedule of the arguments."""
     for text in ("0", *args.spawn_update):
-        _, config = configuration([*flags, "--moe-spawn-update", text])
+        try:
+            config = configuration([*flags, "--moe-spawn-update", text])
+        except ConfigError as error:
+            raise CommandError(str(error)) from error
         spawns = _spawns(config, text)
-        soft = config.schedule.hard_after if config.router_class.stages else 0
-        stages = budget.stages(spawns, args.max_update, int(min(soft, args.max_update)))
+        _check_ranks(args, spawns, text)
+        schedule = config.make_schedule()
+        soft = schedule.hard_after if config.router_class.anneals else 0
+        stages = budget.stages(spawns, args.max_update, soft, schedule.restarts)
         yield Schedule("from the start" if text == "0" else text, stages)
 
 
@@ -103,9 +162,19 @@ def _spawns(config: MoEConfig, text: str) -> List[Tuple[int, int]]:
     return [(update, experts) for update, experts in spawns if update is not None]
 
 
+def _check_ranks(args: argparse.Namespace, spawns: Sequence[Tuple[int, int]], text: str) -> None:
+    if spawns[0][1] < args.parallel:
+        raise CommandError(
+            f"`spawn_update` {text} has {spawns[0][1]} experts at first, fewer than the `parallel` "
+            f"{args.parallel} GPUs that share them: lower that."
+        )
+
+
 def _case(args: argparse.Namespace, stage: Stage) -> Case:
     """What is timed for a stage: the experts that one of P ranks has."""
-    return Case(-(-stage.experts // args.parallel), stage.soft) if stage.experts > 1 else Case(1, False)
+    if stage.experts == 1:
+        return Case(1)
+    return Case(stage.experts, -(-stage.experts // args.parallel), stage.soft)
 
 
 def _measure(
@@ -128,10 +197,10 @@ def _measure(
 
 def _case_flags(case: Case, max_update: int) -> List[str]:
     """Flags with which a run is in that stage from its first update on."""
-    if case.experts == 1 and not case.soft:
+    if case.experts == 1:
         return ["--moe-spawn-update", str(max_update - 1)]
     stage = ["--moe-hard-update", "-1"] if case.soft else ["--moe-hard-update", "0"]
-    return ["--moe-spawn-update", "0", "--moe-experts", str(case.experts), *stage]
+    return ["--moe-spawn-update", "0", "--moe-experts", str(case.here), *stage]
 
 
 def _step(args: argparse.Namespace, case: Case, found: Measured) -> Step:
@@ -149,9 +218,7 @@ def _step(args: argparse.Namespace, case: Case, found: Measured) -> Step:
     run = Run(args.gpus, args.parallel, round(found.tokens), args.bytes, args.bytes)
     spawned = case.experts > 1
     phase = Phase(_name(case), max(round(found.active), 1), spawned)
-    layers = [
-        replace(layer, experts=layer.experts * args.parallel if spawned else 1) for layer in found.layers
-    ]
+    layers = [replace(layer, experts=case.experts) for layer in found.layers]
     sent = sum(exchanged_bytes(layer, run, phase) for layer in layers)
     exchange = sum(
         all_to_all(exchanged_bytes(layer, run, phase), args.parallel, machine, 5) for layer in layers
@@ -163,9 +230,9 @@ def _step(args: argparse.Namespace, case: Case, found: Measured) -> Step:
 
 
 def _name(case: Case) -> str:
-    if case.experts == 1:
-        return "1 expert"
-    return f"{case.experts} experts" + (", soft gate" if case.soft else "")
+    here = f", {case.here} on a rank" if case.here < case.experts else ""
+    gate = ", soft gate" if case.soft else ""
+    return f"{case.experts} expert{'s' if case.experts > 1 else ''}{here}{gate}"
 
 
 def _heading(args: argparse.Namespace) -> str:
@@ -183,7 +250,7 @@ def _heading(args: argparse.Namespace) -> str:
 
 def steps_table(measured: Dict[Case, Measured], steps: Dict[Case, Step]) -> str:
     """What an update costs with each number of experts."""
-    rows = [["a rank has", "s an update", "updates timed", "parameters", "memory, GB", "MB sent"]]
+    rows = [["a layer has", "s an update", "updates timed", "parameters", "memory, GB", "MB sent"]]
     for case, found in measured.items():
         step = steps[case]
         rows.append(
@@ -192,8 +259,8 @@ def steps_table(measured: Dict[Case, Measured], steps: Dict[Case, Step]) -> str:
                 f"{step.seconds:.3f}",
                 str(len(found.seconds)),
                 f"{found.experts + found.others:,}",
-                f"{step.memory / 1e9:.2f}",
-                f"{step.sent / 1e6:.1f}",
+                f"{step.memory / 1e9:.3g}",
+                f"{step.sent / 1e6:.3g}",
             ]
         )
     return _table(rows)
@@ -218,11 +285,11 @@ def schedules_table(schedules: Sequence[Schedule], step: Callable[[Stage], Step]
         rows.append(
             [
                 schedule.name,
-                f"{cost.seconds / 3600:.2f}",
+                f"{cost.seconds / 3600:.3g}",
                 f"{cost.seconds / first.seconds:.2f}",
                 f"{cost.memory_seconds / first.memory_seconds:.2f}",
-                f"{cost.peak_memory / 1e9:.2f}",
-                f"{cost.sent / 1e9:.1f}",
+                f"{cost.peak_memory / 1e9:.3g}",
+                f"{cost.sent / 1e9:.3g}",
                 f"{cost.sent / first.sent:.2f}" if first.sent else "-",
             ]
         )

@@ -8,11 +8,12 @@ from fairseq_evomoe.evolution import budget
 from fairseq_evomoe.evolution.budget import Stage, Step
 
 
-def one_by_one(spawns, updates, soft_updates):
+def one_by_one(spawns, updates, soft_updates, restarts):
     """Experts, and whether the gate is soft, at each update."""
     for update in range(updates):
         start, experts = max([(0, 1), *[spawn for spawn in spawns if spawn[0] <= update]])
-        yield experts, experts > 1 and update - start < soft_updates
+        origin = start if restarts or experts == 1 else spawns[0][0]
+        yield experts, experts > 1 and update - origin < soft_updates
 
 
 def step_of(stage):
@@ -23,12 +24,13 @@ def step_of(stage):
 @given(
     spawns=st.lists(st.integers(0, 40), unique=True, max_size=4).map(sorted),
     updates=st.integers(1, 30),
-    soft=st.integers(0, 12),
+    soft=st.one_of(st.integers(0, 12), st.just(float("inf"))),
+    restarts=st.booleans(),
 )
-def test_stages_are_what_each_update_has(spawns, updates, soft):
+def test_stages_are_what_each_update_has(spawns, updates, soft, restarts):
     spawns = [(update, 4 ** (n + 1)) for n, update in enumerate(spawns)]
-    stages = budget.stages([spawn for spawn in spawns if spawn[0] < updates], updates, soft)
-    expected = list(one_by_one(spawns, updates, soft))
+    stages = budget.stages(spawns, updates, soft, restarts)
+    expected = list(one_by_one(spawns, updates, soft, restarts))
     assert [(s.experts, s.soft) for s in stages for _ in range(s.updates)] == expected
     assert all(stage.updates > 0 for stage in stages)
 

@@ -1,0 +1,84 @@
+"""``evomoe plan``: what schedules of spawns cost, with updates that are timed here."""
+
+import pytest
+
+from fairseq_evomoe.evolution.budget import Stage, Step, cost
+from fairseq_evomoe.training import planning
+from support.cli import LM, evomoe, flags
+
+TINY = "--layers 2 --dim 16 --ffn-dim 16 --vocabulary 50 --tokens 32 --sequence 8 --seconds 0.1".split()
+
+
+def tables(text):
+    """The rows of each Markdown table, each a list of cells, without headings."""
+    blocks = [block.splitlines() for block in text.split("\n\n") if block.startswith("|")]
+    return [[[cell.strip() for cell in row.strip("|").split("|")] for row in block[2:]] for block in blocks]
+
+
+def plan(capsys, *words):
+    """What is printed."""
+    capsys.readouterr()
+    evomoe("plan", *words)
+    return capsys.readouterr().out
+
+
+def test_a_model_of_these_sizes(capsys):
+    """Costs in the second table are those of the first, added up over each schedule."""
+    spawns = ["--spawn-update", "10%", "--spawn-update", "5%:4,10%:16"]
+    words = ["--experts", 16, "--max-update", 100, "--preset", "switch"]
+    steps, schedules = tables(plan(capsys, *words, *TINY, *spawns))
+    assert [row[0] for row in steps] == ["1 expert", "4 experts", "16 experts"]
+    seconds = {int(row[0].split()[0]): float(row[1]) for row in steps}
+    memory = {int(row[0].split()[0]): int(row[3].replace(",", "")) for row in steps}
+    assert memory[1] < memory[4] < memory[16]
+    assert [row[0] for row in schedules] == ["from the start", "10%", "5%:4,10%:16"]
+    stages = [{16: 100}, {1: 10, 16: 90}, {1: 5, 4: 5, 16: 90}]
+    times = [sum(n * seconds[e] for e, n in run.items()) for run in stages]
+    used = [sum(n * seconds[e] * memory[e] for e, n in run.items()) for run in stages]
+    for row, time, bytes_ in zip(schedules, times, used):
+        assert float(row[2]) == pytest.approx(time / times[0], abs=0.06)  # steps are printed in milliseconds
+        assert float(row[3]) == pytest.approx(bytes_ / used[0], abs=0.06)
+        assert float(row[5]) == 0
+
+
+def test_a_command_of_ones_own_on_several_gpus(lm_data, capsys):
+    """The gate is soft for a while after a spawn; ranks send tokens to each other from then on."""
+    own = {k: v for k, v in LM.items() if k not in ("max_update", "moe_experts", "moe_spawn_update")}
+    words = ["--experts", "4", "--max-update", "40", "--gpus", "4", "--parallel", "2", "--seconds", "0.1"]
+    command = ["fairseq-train", *flags(lm_data, **own, no_save=True)]
+    printed = plan(capsys, *words, "--spawn-update", "50%", "--", *command)
+    steps, (_, once) = tables(printed)
+    here = "4 experts, 2 on a rank"
+    assert [row[0] for row in steps] == ["1 expert", here, f"{here}, soft gate"]
+    one, hard, soft = (float(row[5]) for row in steps)
+    assert one == 0 and 0 < hard < soft
+    assert float(once[6]) == pytest.approx((4 * soft + 16 * hard) / (4 * soft + 36 * hard), abs=0.02)
+    assert "estimated" in printed
+
+
+@pytest.mark.parametrize(
+    "words, text",
+    [
+        (["--experts", "1"], "--experts must be at least 2, but is 1"),
+        (["--experts", "6", "--gpus", "8", "--parallel", "4"], "--parallel 4 must divide --gpus (8) and"),
+        (["--experts", "8", "--spawn-update", "auto"], "auto waits for a plateau, whose update nobody knows"),
+        (["--experts", "8", "--gpus", "8", "--spawn-update", "5%:4,10%:8"], "fewer than the --parallel 8"),
+        (["--experts", "8", "--spawn-update", "5%:3,10%:8"], "makes 8 experts of 3, which cannot all have"),
+        (["--experts", "8", "--layers", "0"], "--layers must be greater than 0"),
+    ],
+)
+def test_what_cannot_be_planned_is_one_sentence(words, text, capsys):
+    with pytest.raises(SystemExit) as end:
+        evomoe("plan", "--max-update", "100", *TINY, *words)
+    printed = capsys.readouterr()
+    assert end.value.code == 2 and text in printed.err
+    assert len(printed.err.strip().splitlines()) == 1 and printed.out == ""
+
+
+def test_shares_are_of_the_first_schedule():
+    runs = [[Stage(10, 4)], [Stage(5, 1), Stage(5, 4)]]
+    steps = {1: Step(1.0, 10.0), 4: Step(2.0, 40.0, 3.0)}
+    schedules = [planning.Schedule(name, run) for name, run in zip(("from the start", "50%"), runs)]
+    _, row = tables(planning.schedules_table(schedules, lambda stage: steps[stage.experts]))[0]
+    assert cost(runs[1], lambda stage: steps[stage.experts]).seconds == 15
+    assert row[2:4] == ["0.75", f"{(5 * 10 + 10 * 40) / (20 * 40):.2f}"] and row[6] == "0.50"
