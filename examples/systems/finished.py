@@ -1,7 +1,7 @@
 """The records of finished runs, one JSON line each, which are all that a table is made of.
 
-A record says what was run, with every option as it was resolved, and with what code, so that one of other
-options or of another version of a system is not taken for what is asked.
+A record says what was run, with every option as it was resolved, and with what code. One of other options is
+not taken for what is asked; one of other code of the router is, unless it shall not be, and is marked.
 """
 
 from __future__ import annotations
@@ -63,8 +63,6 @@ def differences(record: dict[str, Any], asked: dict[str, Any]) -> list[str]:
         before, after = then.get(name, _plain(default)), now.get(name, _plain(default))
         if before != after:
             found.append(f"{name} {before}, now {after}")
-    if record["code"] != asked["code"]:
-        found.append("the router's code has changed")
     return found
 
 
@@ -75,10 +73,9 @@ def read(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
 
 
-def newest(records: list[dict[str, Any]], system: str, seed: int) -> dict[str, Any] | None:
-    """The newest record of a system with a seed."""
-    found = [r for r in records if (r["system"], r["seed"]) == (system, seed)]
-    return found[-1] if found else None
+def of(records: list[dict[str, Any]], system: str, seed: int) -> list[dict[str, Any]]:
+    """The records of a system with a seed, the newest first."""
+    return [r for r in reversed(records) if (r["system"], r["seed"]) == (system, seed)]
 
 
 def append(folder: Path, record: dict[str, Any]) -> None:

@@ -24,12 +24,14 @@ class Row:
         records: what came out of it, one for each seed.
         error: why there is nothing, or not more.
         missing: seeds that are asked for and have no record.
+        older: whether a record was made with other code of the router.
     """
 
     system: System
     records: list[Record] = field(default_factory=list)
     error: str = ""
     missing: list[int] = field(default_factory=list)
+    older: bool = False
 
     @property
     def perplexities(self) -> dict[int, float]:
@@ -55,6 +57,8 @@ class Row:
         one = self.mean("experts") < 1.1
         return "One expert a token" if one else "Several experts a token"
 
+
+OLDER = " †"
 
 GROUPS = (
     "One expert a token",
@@ -176,6 +180,8 @@ def markdown(rows: list[Row], reference: str, times: dict[str, float]) -> str:
         parts.append("\n".join(others) + "\n")
     for seeds, names in sorted(missing.items()):
         parts.append(f"Not trained yet, {_seeds(seeds)}: {', '.join(names)}.\n")
+    if any(row.older for row in known):
+        parts.append(f"{OLDER.strip()} The code of its router has changed since.\n")
     if known:
         parts.append(provenance([record for row in known for record in row.records]) + "\n")
     return "\n".join(parts)
@@ -195,7 +201,7 @@ def _table(members: list[Row], dense: list[tuple[Row, str]], shown: list[Column]
         and d.verdict == "better"
     )
     for i, (row, why) in enumerate(beside):
-        label = _label(row.system) + why
+        label = _label(row.system) + OLDER * row.older + why
         cells = [column.text(row) for column in shown]
         lines.append(f"| {f'**{label}**' if wins and i == 0 else label} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"

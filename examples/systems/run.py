@@ -4,9 +4,9 @@
 Each is a run of `fairseq-train` with one thread. OUT receives a line for each finished run (records.jsonl),
 and out of these lines alone table.md, table.csv and curves.svg; RUNS receives logs and checkpoints.
 Interrupted, the same command goes on where it stopped. What has a record is not trained again, even if RUNS
-is gone, unless its options or its code have changed since, which is said; what has none goes on from its last
-checkpoint. A system that fails is listed with its error, the others go on, and the same command tries it
-again.
+is gone, unless its options have changed since, which is said; where the code of a router has, the row is
+marked. What has none goes on from its last checkpoint. A system that fails is listed with its error, the
+others go on, and the same command tries it again.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import logging
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import densified
 import finished
@@ -28,7 +29,7 @@ import report
 import timing
 from jobs import Job
 from plan import plan
-from report import Row
+from report import Record, Row
 from systems import DENSE, TASKS, Settings, System, UnknownSystem, read_all
 
 from fairseq_evomoe.config.errors import ConfigError, as_flags
@@ -76,6 +77,7 @@ def parser() -> argparse.ArgumentParser:
     add("--out", type=Path, default=Path("results"), help="folder of records and table (results)")
     add("--runs", type=Path, help="folder of logs and checkpoints (runs, in OUT)")
     add("--reference", default="switch", metavar="NAME", help="what the others are compared with (switch)")
+    add("--fresh", action="store_true", help="train again what was made with other code of the router")
     add("--report", action="store_true", help="make the table of OUT's records, and train nothing")
     add(
         "--times",
@@ -97,7 +99,30 @@ def parser() -> argparse.ArgumentParser:
     return result
 
 
-def rows_of(systems: list[System], seeds: list[int], settings: Settings, out: Path) -> list[Row]:
+def usable(records: list[Record], asked: dict[str, Any], fresh: bool) -> Record | None:
+    """The newest of some records that is of what is asked; why there is none although there are, is said.
+
+    Args:
+        records: of a system with a seed, the newest first.
+        asked: what is asked, see `finished.described`.
+        fresh: whether the code of its router must be that of today.
+    """
+    why = []
+    for record in records:
+        other = finished.differences(record, asked)
+        if fresh and record["code"] != asked["code"]:
+            other.append("the code of its router has changed")
+        if not other:
+            return record
+        why.append("; ".join(other))
+    if why:
+        print(f"{asked['system']}, seed {records[0]['seed']}: its record is not of what is asked ({why[0]})")
+    return None
+
+
+def rows_of(
+    systems: list[System], seeds: list[int], settings: Settings, out: Path, fresh: bool = False
+) -> list[Row]:
     """What is known of each system: its records, and the seeds that have none."""
     records, rows = finished.read(out), []
     for system in systems:
@@ -112,12 +137,10 @@ def rows_of(systems: list[System], seeds: list[int], settings: Settings, out: Pa
             row.error = "failed: " + as_flags(str(error))
             continue
         for seed in seeds:
-            record = finished.newest(records, system.id, seed)
-            other = finished.differences(record, asked) if record else []
-            if other:
-                print(f"{system.id}, seed {seed}: its record is not of what is asked ({'; '.join(other)})")
-            if record and not other:
+            record = usable(finished.of(records, system.id, seed), asked, fresh)
+            if record:
                 row.records.append(record)
+                row.older |= record["code"] != asked["code"]
             else:
                 row.missing.append(seed)
     return rows
@@ -251,11 +274,11 @@ def make(systems: list[System], settings: Settings, args: argparse.Namespace) ->
     try:
         if not args.report:
             finished.keep_settings(out, finished.settings_of(settings))
-        rows = rows_of(systems, args.seeds, settings, out)
+        rows = rows_of(systems, args.seeds, settings, out, args.fresh)
         if not args.report:
             train(rows, settings, args)
             failed = {row.system.id: row.error for row in rows if row.error}
-            rows = rows_of(systems, args.seeds, settings, out)
+            rows = rows_of(systems, args.seeds, settings, out, args.fresh)
             for row in rows:
                 row.error = failed.get(row.system.id, "")
     except finished.OtherSettings as error:

@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples" / "syste
 import equivalence
 import finished
 import report
+import run
 import systems
 
 
@@ -122,6 +123,17 @@ def test_rows_are_beside_those_of_their_kind_and_dense_models_of_their_sizes():
     assert "`upcycling`" in found["Experts made of a dense model"]
 
 
+def test_a_row_made_with_other_code_is_marked():
+    older = row("switch", 100)
+    older.older = True
+    table = report.markdown([older, row("hash", 99)], "switch", {})
+    assert (
+        "(`switch`) † |" in table
+        and "(`hash`) |" in table
+        and "† The code of its router has changed" in table
+    )
+
+
 def test_drift_is_shown_where_the_log_has_it():
     rows = [row("switch", 100, drift={"moe_drift": 0.25}), row("hash", 99, drift={"moe_drift": 0.0})]
     table = report.markdown(rows, "switch", {})
@@ -129,12 +141,20 @@ def test_drift_is_shown_where_the_log_has_it():
     assert "moe_drift" not in report.markdown([row("switch", 100)], "switch", {})
 
 
-def test_a_record_of_other_options_or_code_is_not_that_which_is_asked(tmp_path):
+def test_a_record_of_other_options_is_not_that_which_is_asked(tmp_path, capsys):
     settings = systems.Settings(tmp_path, "lm", 100)
     asked = finished.described(systems.read("switch"), settings)
     assert not finished.differences(asked, asked)
-    other = {**asked, "options": {**asked["options"], "jitter": 0.5}, "code": "0"}
-    assert finished.differences(other, asked) == ["jitter 0.5, now 0.01", "the router's code has changed"]
+    other = {**asked, "seed": 1, "options": {**asked["options"], "jitter": 0.5}}
+    assert finished.differences(other, asked) == ["jitter 0.5, now 0.01"]
+    older = {**asked, "seed": 1, "code": "0"}
+    assert run.usable([other], asked, fresh=False) is None
+    assert (
+        "switch, seed 1: its record is not of what is asked (jitter 0.5, now 0.01)" in capsys.readouterr().out
+    )
+    assert run.usable([other, older], asked, fresh=False) is older  # and its row is marked
+    assert run.usable([older], asked, fresh=True) is None
+    assert "the code of its router has changed" in capsys.readouterr().out
     shorter = finished.described(systems.read("switch"), systems.Settings(tmp_path, "lm", 50))
     assert "other flags" in finished.differences(shorter, asked)
     older = dict(asked["options"])
@@ -150,8 +170,8 @@ def test_records_outlive_a_line_that_was_cut_off(tmp_path):
         file.write('{"system": "b", "se')
     finished.append(tmp_path, {"system": "a", "seed": 1, "x": 2})
     found = finished.read(tmp_path)
-    assert [each["x"] for each in found] == [1, 2] and finished.newest(found, "a", 1)["x"] == 2
-    assert finished.newest(found, "b", 1) is None
+    assert [each["x"] for each in found] == [1, 2] and finished.of(found, "a", 1)[0]["x"] == 2
+    assert not finished.of(found, "b", 1)
 
 
 def test_a_folder_has_one_table(tmp_path):

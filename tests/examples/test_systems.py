@@ -28,6 +28,7 @@ sys.path.insert(0, str(EXAMPLES))
 import densified  # noqa: E402
 import finished  # noqa: E402
 import inference  # noqa: E402
+import jobs  # noqa: E402
 import logs  # noqa: E402
 import page  # noqa: E402
 import run  # noqa: E402
@@ -224,7 +225,7 @@ def test_the_runner(lm_data, tmp_path):
     assert all(float(row["peak memory, MiB"]) > 50 and row["error"] == "" for row in rows.values())
     assert (out / "curves.svg").stat().st_size < 100_000
 
-    record = finished.newest(finished.read(out), "switch", 1)
+    record = finished.of(finished.read(out), "switch", 1)[0]
     assert record["curve"] == [[p.update, p.flops, p.loss] for p in run.curve]
     assert record["options"]["capacity_factor"] == 1.25 and len(record["code"]) == 12
     assert record["versions"]["torch"] == torch.__version__ and record["processor"]
@@ -246,6 +247,17 @@ def test_the_runner(lm_data, tmp_path):
     assert subprocess.run(command, stdout=subprocess.PIPE).returncode == 0
     again = (out / "table.md").read_text()
     assert "seed 1, 2: `hash`" in again.replace("seeds", "seed") and "seed 2: `switch`, `dense_2x`" in again
+
+
+def test_a_training_that_was_asked_to_end_has_not_come_to_its_end(tmp_path):
+    """It saves and ends without an error."""
+    ended = jobs.Job("a", ["echo", '{"num_updates": "3"}'], tmp_path / "a.log", updates=5)
+    whole = jobs.Job("b", ["echo", '{"valid_num_updates": "5"}'], tmp_path / "b.log", updates=5)
+    after = jobs.Job("c", ["true"], tmp_path / "c.log", needs=[ended])
+    seen = []
+    jobs.run([ended, whole, after], 2, 1, seen.append)
+    assert seen == [whole] and not after.state
+    assert ended.failure() == "ended after 3 of 5 updates" and after.failure() == "a: " + ended.failure()
 
 
 def test_the_readme_has_the_generated_tables():
@@ -303,7 +315,7 @@ def test_what_becomes_of_checkpoints(lm_data, tmp_path, monkeypatch):
     main("--densified", "--refine", "10", "--systems", "ds_moe")
     main("--inference", "--systems", "ds_moe")
     main("--systems", "ds_moe", "dense")  # which are trained by now
-    whole = {name: finished.newest(finished.read(tmp_path), name, 1) for name in ("ds_moe", "dense")}
+    whole = {name: finished.of(finished.read(tmp_path), name, 1)[0] for name in ("ds_moe", "dense")}
 
     (row,) = json.loads((tmp_path / "densified.json").read_text())["rows"]
     losses = {name: record["curve"][-1][2] for name, record in whole.items()}
