@@ -1,26 +1,49 @@
-"""What deciding costs: each router, forward and backward with its losses, beside the layer's experts."""
+"""What deciding costs: each router, forward and backward with its losses, beside the layer's experts.
+
+What a router learns of an update counts, too.  Some options have rows of their own, and the last rows
+are differences: what an option costs on top of what is without it.
+"""
 
 from __future__ import annotations
 
 import inspect
+import statistics
 from typing import Callable
 
 import torch
 from layer import Size, dense
 from timing import clean_up, interleave, ratios
 
+from fairseq_evomoe.moe import MoELayer
 from fairseq_evomoe.moe.routers import ROUTERS, Router
 from fairseq_evomoe.moe.routing import RoutingContext, Vocabulary
+from fairseq_evomoe.moe.statistics import Collector
 
 EXPERTS, WORDS, SEQUENCES = 8, 8000, 32
 
+VARIANTS: dict[str, tuple[str, dict]] = {
+    "switch, bias": ("switch", {"balance": "bias"}),
+    "switch, no loss": ("switch", {"balance_weight": 0.0}),
+    "topk, quantile": ("topk", {"balance": "quantile"}),
+    "topk, MoE++": ("topk", {"zero_experts": 1, "copy_experts": 1, "constant_experts": 2}),
+    "topk, GELU": ("topk", {"gate_activation": "gelu"}),
+    "comet, searching": ("comet", {"leaf_search": 1000000}),
+}
+"""Rows beside those of the routers as they are: a router and its options."""
 
-def make(name: str, size: Size) -> Router:
-    """A router in training with the defaults of its options."""
+DIFFERENCES = {
+    "bias, on top of switch without a loss": ("switch, bias", "switch, no loss"),
+    "a layer of default-moe, on top of topk's": ("layer of default-moe", "layer of topk"),
+}
+
+
+def make(name: str, size: Size, **options: object) -> Router:
+    """A router in training with the defaults of its other options."""
     router = ROUTERS[name]
     accepted = inspect.signature(router.__init__).parameters
     offered = {"vocabulary": Vocabulary(WORDS, torch.rand(WORDS)), "shared": {}}
-    made = router(size.dim, EXPERTS, **{key: value for key, value in offered.items() if key in accepted})
+    given = {key: value for key, value in offered.items() if key in accepted}
+    made = router(size.dim, EXPERTS, **given, **options)
     made.initialize(torch.Generator().manual_seed(0))
     return made.to(**size.like).train()
 
@@ -54,23 +77,66 @@ def deciding(router: Router, size: Size, trained: bool = False) -> Callable[[], 
     return run
 
 
+def learning(modules: torch.nn.Module, function: Callable[[], None]) -> Callable[[], None]:
+    """The function, and after it what collectors do at the end of an update."""
+    collectors = [module for module in modules.modules() if isinstance(module, Collector)]
+
+    def run() -> None:
+        function()
+        for collector in collectors:
+            collector.commit(collector.drain())
+
+    return run
+
+
+def whole_layer(router: str, size: Size) -> Callable[[], None]:
+    """A function that goes forward and back through a layer with two experts a token."""
+    options = {} if router == "default-moe" else {"renormalize": "never"}
+    layer = MoELayer(size.dim, size.hidden, EXPERTS, router, spawned=True, top_k=2, **options)
+    layer = layer.to(**size.like).train()
+    x = torch.randn(size.tokens, size.dim, **size.like, requires_grad=True)
+
+    def run() -> None:
+        x.grad = None
+        layer.zero_grad()
+        layer(x).sum().backward()
+
+    return learning(layer, run)
+
+
+def difference(times: dict, more: str, less: str) -> dict:
+    """How much more time one function takes, in units of a dense FFN's step of the same turn."""
+    base = times["dense FFN"]
+    pairs = [(a - b) / c for a, b, c in zip(times[more]["all"], times[less]["all"], base["all"])]
+    by = {"median": "median", "minimum": "minimum", "cpu": "cpu_minimum"}
+    share = {key: (times[more][k] - times[less][k]) / max(base[k], 1e-9) for key, k in by.items()}
+    return {**share, "pairs": statistics.median(pairs)}
+
+
 def run(repeats: int, **sizes: int | str) -> dict:
     """Each router's time in units of a step of a dense FFN on the same tokens; sizes: fields of `Size`."""
     size = Size(**sizes)
     functions = {"dense FFN": dense(size, size.tokens)}
     errors = {}
-    for name in ROUTERS:
+    rows_of = {**{name: (name, {}) for name in ROUTERS}, **VARIANTS}
+    for name, (of, options) in rows_of.items():
         try:
-            function = deciding(make(name, size), size)
+            router = make(of, size, **options)
+            trained = name in sum(DIFFERENCES.values(), ())  # a loss without weight is not computed
+            function = learning(router, deciding(router, size, trained))
             function()
             functions[name] = function
         except Exception as error:  # it belongs into the table
             errors[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:100]}"
+    functions.update({f"layer of {name}": whole_layer(name, size) for name in ("topk", "default-moe")})
     times = interleave(functions, repeats)
     rows = [
         {"name": name, "share": ratios(times, name, "dense FFN"), "ms": 1000 * times[name]["median"]}
         for name in list(functions)[1:]
     ]
+    for name, (more, less) in DIFFERENCES.items():
+        apart = 1000 * (times[more]["median"] - times[less]["median"])
+        rows.append({"name": name, "share": difference(times, more, less), "ms": apart})
     for row in rows:
         print("  {}: {}".format(row["name"], {k: round(v, 3) for k, v in row["share"].items()}), flush=True)
     clean_up()
