@@ -172,17 +172,22 @@ def reshard(args: argparse.Namespace) -> None:
 
 def export(args: argparse.Namespace) -> None:
     """``evomoe export``: write what is used outside of fairseq."""
-    from .hf.export import export_model, export_tensors
+    from .hf.export import export_model, export_nllb_moe, export_tensors
     from .hf.folder import check_folder
 
-    if args.to == "safetensors":
+    if args.to != "hf":
         for name in ("data", "sentencepiece"):
             if getattr(args, name) is not None:
-                raise CommandError(f"`{name}` has no effect with `to` safetensors: leave it out.")
+                raise CommandError(f"`{name}` has no effect with `to` {args.to}: leave it out.")
     check_folder(args.out, args.force)
     state = load(args.checkpoint)
     if args.to == "safetensors":
         print(f"{export_tensors(state, args.out, args.force)} tensors: {args.out}")
+        return
+    if args.to == "nllb_moe":
+        export_nllb_moe(state, args.out, args.force)
+        print(f"{_count_parameters(state):,} parameters: {args.out}")
+        print("load it with AutoModelForSeq2SeqLM of transformers 4: that of 5.24 asks other experts")
         return
     lines = export_model(state, args.out, args.force, args.data, args.sentencepiece)
     print(f"{_count_parameters(state):,} parameters: {args.out}")

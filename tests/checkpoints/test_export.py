@@ -182,6 +182,63 @@ def test_a_model_elsewhere_is_the_same(request, trained, tmp_path):
             assert row["tokens"] == found["tokens"] and row["text"] == found["text"]
 
 
+NLLB = {
+    **TRANSLATION,
+    "moe_router": "topk",
+    "moe_freq": 2,
+    "encoder_normalize_before": True,
+    "decoder_normalize_before": True,
+}
+
+
+@pytest.mark.network
+@pytest.mark.skipif(not os.environ.get("EVOMOE_NETWORK_TESTS"), reason="needs the network")
+def test_an_nllb_moe_elsewhere_is_the_same(translation_data, tmp_path):
+    """transformers 4's: the class of 5.24 takes the numbers of chosen experts for those that are asked."""
+    setup = checkpoint(translation_data, tmp_path / "model.pt", NLLB)
+    found = expected(tmp_path / "model.pt", setup, generate=True)
+    torch.save(found, tmp_path / "expected.pt")
+    evomoe("export", tmp_path / "model.pt", "--to", "nllb_moe", "--out", tmp_path / "hf")
+    assert not list((tmp_path / "hf").glob("*.py"))
+    path = elsewhere.make(tmp_path, "transformers<5")
+    printed = elsewhere.run(path, SCRIPT, tmp_path, cwd=tmp_path)
+    (row,) = [json.loads(line[6:]) for line in printed.splitlines() if line.startswith("FOUND ")]
+    assert row["difference"] < 1e-5 and row["cached"] < 1e-5 and not row["faults"], row
+    assert row["generated"] == found["generated"]
+
+
+def test_an_nllb_moe_has_all_tensors(translation_data, tmp_path):
+    checkpoint(translation_data, tmp_path / "model.pt", {**NLLB, "moe_gate_lr_scale": 2.0})
+    evomoe("export", tmp_path / "model.pt", "--to", "nllb_moe", "--out", tmp_path / "hf")
+    found, before = folders.read_tensors(tmp_path / "hf"), torch.load(tmp_path / "model.pt")["model"]
+    layer, moe = "model.decoder.layers.1.ffn.", "decoder.layers.1.moe."
+    assert torch.equal(found[layer + "router.classifier.weight"], 2 * before[moe + "router.weight"])
+    second = slice(48, 96)
+    assert torch.equal(found[layer + "experts.expert_1.fc1.weight"], before[moe + "experts.w1"][second])
+    assert torch.equal(found[layer + "experts.expert_1.fc2.weight"], before[moe + "experts.w2"][second].t())
+    assert torch.equal(found["lm_head.weight"], before["encoder.embed_tokens.weight"])
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert (config["num_experts"], config["decoder_sparse_step"], config["encoder_ffn_dim"]) == (4, 2, 48)
+
+
+@pytest.mark.parametrize(
+    "changes, text",
+    [
+        ({"encoder_normalize_before": False}, "layer norms behind the sublayers"),
+        ({"moe_router": "switch"}, "the router switch instead of a plain top-2 gate"),
+        ({"moe_top_k": 3}, "the router topk instead of"),
+        ({"share_all_embeddings": False}, "several embeddings"),
+        ({"activation_fn": "gelu"}, "activation gelu"),
+        ({"moe_shared_expert": True}, "a shared expert"),
+        ({"decoder_learned_pos": True}, "positions"),
+    ],
+)
+def test_what_is_no_nllb_moe(changes, text, translation_data, tmp_path, capsys):
+    checkpoint(translation_data, tmp_path / "model.pt", {**NLLB, **changes})
+    rest = [tmp_path / "model.pt", "--to", "nllb_moe", "--out", tmp_path / "hf"]
+    assert_refused(capsys, [text, "NLLB-MoE", "--to hf"], "export", *rest)
+
+
 @pytest.mark.parametrize("settings", TASKS)
 def test_back_again_to_the_last_bit(settings, trained, request, tmp_path):
     path, data = trained(settings).last, request.getfixturevalue(DATA[settings["task"]])

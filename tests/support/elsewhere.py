@@ -7,12 +7,12 @@ import sys
 from importlib.metadata import PackageNotFoundError, distribution
 
 
-def make(folder):
-    """Install transformers beside torch; returns what PYTHONPATH must be for ``run``."""
+def make(folder, transformers="transformers"):
+    """Install a transformers beside torch; returns what PYTHONPATH must be for ``run``."""
     libraries, own = folder / "libraries", folder / "transformers"
     libraries.mkdir()
     link("torch", libraries, set())
-    packages = ["transformers", "safetensors", "sentencepiece"]
+    packages = [transformers, "safetensors", "sentencepiece"]
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--target", str(own), *packages]
     done = subprocess.run(pip, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
     assert done.returncode == 0, done.stdout

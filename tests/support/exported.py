@@ -31,7 +31,13 @@ def cached_difference(model, expected):
         steps, told = torch.tensor(rows), {}
         mask, names = steps.ne(1).long(), ("input_ids", "attention_mask")
     else:
-        steps, told = targets, {"encoder_outputs": model.encoder(tokens), "attention_mask": tokens.ne(1)}
+        steps, told = (
+            targets,
+            {
+                "encoder_outputs": model.get_encoder()(tokens, attention_mask=tokens.ne(1).long()),
+                "attention_mask": tokens.ne(1),
+            },
+        )
         mask, names = torch.ones_like(targets), ("decoder_input_ids", "decoder_attention_mask")
     whole = model(**{names[0]: steps, names[1]: mask}, **told).logits
     cache, parts = None, []

@@ -8,6 +8,7 @@ from ..files import CommandError
 from .architecture import CLASSES, EOS, PAD, Architecture
 from .code import files_of_model
 from .folder import safetensors, write_json, write_tensors, written
+from .nllb import to_nllb_moe
 from .tokenizer import write_tokenizer
 
 CONFIG = "config.json"
@@ -48,6 +49,21 @@ def export_model(
             write_json(folder / "generation_config.json", _generation(config))
         write_tensors(untied(architecture), folder)
     return [told, f"load it with {auto}.from_pretrained({out!r}, trust_remote_code=True)"]
+
+
+def export_nllb_moe(state: Mapping[str, Any], out: str, force: bool = False) -> None:
+    """Write a folder for transformers' own NLLB-MoE; without a tokenizer.
+
+    Raises:
+        CommandError: the model is another, or it cannot be written.
+    """
+    safetensors()
+    architecture = Architecture(state)
+    config, tensors = to_nllb_moe(architecture)
+    with written(out, force) as folder:
+        write_json(folder / CONFIG, {**config, "torch_dtype": _for_transformers(architecture)["torch_dtype"]})
+        write_json(folder / "generation_config.json", _generation(config))
+        write_tensors(tensors, folder)
 
 
 def export_tensors(state: Mapping[str, Any], out: str, force: bool = False) -> int:
