@@ -77,7 +77,9 @@ def read_fairseq_moe(paths: Sequence[str]) -> Dict[str, Any]:
     if left:
         raise CommandError(f"{left[0]} has no counterpart here: the checkpoint cannot be imported.")
     values.update(experts=max(map(len, experts.values())), freq=_freq(experts, tensors), spawn_update=0)
-    history = next((state["optimizer_history"] for state in states if state.get("optimizer_history")), [{}])
+    history: List[Any] = next(
+        (state["optimizer_history"] for state in states if state.get("optimizer_history")), [{}]
+    )
     return {
         "args": None,
         "cfg": _configuration(name, options, values),

@@ -94,11 +94,12 @@ def _misfits(architecture: Architecture, config: Mapping[str, Any]) -> Iterator[
 
 
 def _misfits_of_experts(architecture: Architecture, layers: List[Dict[str, Any]]) -> Iterator[str]:
-    options, sparse = architecture.config.router_options, [x["moe"] for x in layers if "moe" in x]
+    options: Any = architecture.config.router_options
+    sparse = [x["moe"] for x in layers if "moe" in x]
     if any(moe["router"] is None for moe in sparse):
         yield "experts that have not spawned"
         return
-    given = {
+    given: Dict[str, Any] = {
         name: getattr(options, name, None) for name in ("top_k", "gate_input", "balance", "free_experts")
     }
     fits = architecture.config.router == "topk" and given["top_k"] == 2
@@ -127,7 +128,7 @@ def _step(stack: Mapping[str, Any]) -> int:
 
 
 def _tensors(architecture: Architecture, experts: int) -> Iterator[Tuple[str, Tensor]]:
-    scale = architecture.config.router_options.gate_lr_scale
+    scale = getattr(architecture.config.router_options, "gate_lr_scale", 1.0)
     for key, tensor in architecture.tensors.items():
         if key.endswith(_IGNORED) or key.startswith("plateau."):
             continue
