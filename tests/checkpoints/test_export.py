@@ -294,6 +294,18 @@ def test_temperature_and_stage_come_along(trained, tmp_path):
         assert (context.temperature, context.hard) == (temperature, hard)
 
 
+def test_growth_in_stages(trained):
+    """The widths, the temperature and the stage of the experts that there are after each spawn."""
+    run = trained(LM, moe_spawn_update="2:2,5:4", moe_hard_update=2)
+    for update, experts in ((3, 2), (6, 4), (9, 4)):
+        path = run.at(update)
+        moe = Architecture(torch.load(path)).as_config()["decoder_stack"]["layers"][1]["moe"]
+        layer = next(x for _, x in moe_layers(loaded(path)))
+        assert moe["widths"] == layer.moe.experts.widths == [48] * experts
+        told = moe["router"]["temperature"], moe["router"]["hard"]
+        assert told == (layer.context.temperature, layer.context.hard)
+
+
 def test_one_expert_needs_no_router(trained, tmp_path):
     stack = Architecture(torch.load(trained(LM).at(3))).as_config()["decoder_stack"]
     assert stack["layers"][1]["moe"]["router"] is None and stack["layers"][0] == {"ffn_dim": 48}

@@ -148,4 +148,4 @@ def read_tensors(folder: Path) -> Dict[str, Tensor]:
 
 def write_json(path: Path, content: Any) -> None:
     """Write a file of JSON for people, too."""
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
