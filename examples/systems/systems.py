@@ -46,6 +46,7 @@ class System:
         dense: whether it is fairseq's model without experts.
         width: of a dense model's feed-forward layers, in units of the others'.
         dense_updates: how long a dense model is trained first, out of which the experts are made, as `50%`.
+        dense_as: the option that is given that model's checkpoint.
         not_for: the tasks that it cannot do, each with the reason.
     """
 
@@ -59,6 +60,7 @@ class System:
     dense: bool = False
     width: float = 1
     dense_updates: str = ""
+    dense_as: str = "finetune_from_model"
     not_for: dict[str, str] = field(default_factory=dict)
 
     def flags(self) -> list[str]:
@@ -137,6 +139,7 @@ def read(name: str) -> System:
         options=PHASES if options.get("router", "dts") == "dts" else {},
         differs=preset.differs,
         dense_updates=preset.dense_updates,
+        dense_as=preset.dense_as,
         not_for=preset.not_for,
     )
 
@@ -245,7 +248,7 @@ class Settings:
         command += ["--user-dir", str(PLUGIN), "--seed", str(seed), "--save-dir", str(save_dir)]
         command += self._durations(updates) + system.flags()
         if dense is not None:
-            command += ["--finetune-from-model", str(dense)]
+            command += as_arguments({system.dense_as: dense})
         command += without_experts(self.more) if system.dense else self.more
         return command + (self._wider(command, system.width) if system.width != 1 else [])
 

@@ -13,7 +13,7 @@ from fairseq.utils import import_user_module
 from ..config.errors import as_flags, flag
 from ..evolution.merge import MergeError
 from ..moe.options import OptionError
-from . import info, recovery, shards
+from . import adapter, info, recovery, shards
 from .densify import densify_checkpoint
 from .files import CommandError, check_outputs, is_in_several_files, load, save
 from .index import path_of
@@ -145,6 +145,25 @@ def densify(args: argparse.Namespace) -> None:
     )
 
 
+def detach(args: argparse.Namespace) -> None:
+    """``evomoe detach``: write the low-rank experts of a checkpoint alone."""
+    check_outputs([args.out], args.checkpoint, args.force)
+    state = load(args.checkpoint)
+    experts = adapter.detach(state)
+    save([(args.out, experts)], args.out)
+    print(f"parameters {_count_parameters(state):,} -> {_count_parameters(experts):,}: {args.out}")
+
+
+def attach(args: argparse.Namespace) -> None:
+    """``evomoe attach``: write the checkpoint that low-rank experts were taken from."""
+    for given in (args.adapter, args.checkpoint):
+        check_outputs([args.out], given, args.force)
+    experts, state = load(args.adapter), load(args.checkpoint)
+    whole = adapter.attach(experts, state)
+    save([(args.out, whole)], args.out)
+    print(f"parameters {_count_parameters(state):,} -> {_count_parameters(whole):,}: {args.out}")
+
+
 def consolidate(args: argparse.Namespace) -> None:
     """``evomoe consolidate``: write a checkpoint in several files as one in one file."""
     if not is_in_several_files(args.checkpoint):
@@ -236,6 +255,8 @@ def info_of_one(args: argparse.Namespace) -> None:
 COMMANDS: Dict[str, Callable[[argparse.Namespace], None]] = {
     "merge": merge,
     "densify": densify,
+    "detach": detach,
+    "attach": attach,
     "consolidate": consolidate,
     "reshard": reshard,
     "check": check,

@@ -9,12 +9,14 @@ import torch
 from torch.nn import functional as F
 
 from ..evolution import stages
+from ..evolution.module_distillation import DistillationOptions
 from ..evolution.plateau import Plateau, PlateauOptions
 from ..evolution.schedule import Schedule, ScheduleOptions, StageTemperature, TemperatureSchedule
 from ..evolution.sizes import SizeOptions
 from ..evolution.spawn import Spawn, SpawnMethod, SpawnOptions
 from ..moe.dispatch.compression import LSH
 from ..moe.dispatch.exchange import Transport
+from ..moe.low_rank import LowRankOptions
 from ..moe.options import Declaration, OptionError, Options, loss_weight, option
 from ..moe.routers import ROUTERS, Router
 
@@ -184,10 +186,12 @@ class TrainingOptions(Options):
 
 GROUPS: Dict[str, Type[Options]] = {
     "layer": LayerOptions,
+    "low_rank": LowRankOptions,
     "training": TrainingOptions,
     "schedule": ScheduleOptions,
     "plateau": PlateauOptions,
     "spawning": SpawnOptions,
+    "distillation": DistillationOptions,
     "sizes": SizeOptions,
     "ranks": RankOptions,
 }
@@ -202,10 +206,12 @@ class MoEConfig:
         router: name of the router.
         router_options: its options.
         layer: what the layers have.
+        low_rank: low-rank experts beside linear layers, in place of feed-forward ones.
         training: what is trained.
         schedule: when the experts spawn and the gate becomes sparse; all durations are counted in updates.
         plateau: what tells that they spawn by themselves.
         spawning: what happens to the copies of the base expert.
+        distillation: how modules learn from a teacher's first.
         sizes: how wide the experts are.
         ranks: how ranks share them.
         preset: where options come from that were not given; a name or a path.
@@ -218,10 +224,12 @@ class MoEConfig:
     router: str = "dts"
     router_options: Options = field(default_factory=Options)
     layer: LayerOptions = field(default_factory=LayerOptions)
+    low_rank: LowRankOptions = field(default_factory=LowRankOptions)
     training: TrainingOptions = field(default_factory=TrainingOptions)
     schedule: ScheduleOptions = field(default_factory=ScheduleOptions)
     plateau: PlateauOptions = field(default_factory=PlateauOptions)
     spawning: SpawnOptions = field(default_factory=SpawnOptions)
+    distillation: DistillationOptions = field(default_factory=DistillationOptions)
     sizes: SizeOptions = field(default_factory=SizeOptions)
     ranks: RankOptions = field(default_factory=RankOptions)
     preset: Optional[str] = None

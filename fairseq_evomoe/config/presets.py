@@ -3,7 +3,7 @@
 Each is a YAML file in ``presets/`` with the keys ``name``, ``paper``, ``differs`` (what differs from the
 paper), ``options`` (those that are not defaults, without ``moe_``) and, for the comparison in
 ``examples/systems``, ``dense_updates`` (how long a dense model is trained first, out of which the experts are
-made) and ``not_for`` (the tasks that it cannot do).
+made), ``dense_as`` (the option that is given its checkpoint) and ``not_for`` (the tasks that it cannot do).
 """
 
 from dataclasses import dataclass, field
@@ -28,6 +28,7 @@ class Preset:
         differs: what differs from the paper.
         options: its options by their names without ``moe_``; values that count updates may be percentages.
         dense_updates: share of a run that trains the dense model that the experts are made of, as ``50%``.
+        dense_as: the option of ``fairseq-train`` that is given that model's checkpoint.
         not_for: tasks that it cannot do, each with the reason.
     """
 
@@ -37,6 +38,7 @@ class Preset:
     differs: str = ""
     options: Dict[str, Any] = field(default_factory=dict)
     dense_updates: str = ""
+    dense_as: str = "finetune_from_model"
     not_for: Dict[str, str] = field(default_factory=dict)
 
 

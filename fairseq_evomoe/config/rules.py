@@ -28,6 +28,7 @@ SCHEDULE = (
 PLATEAU = ("spawn_window", "spawn_plateau")
 SPAWNING = ("spawn_statistics", "gate_warmup")
 STAGES = ("spawn_select", "spawn_gate_noise", "stage_temperature")
+DISTILLATION = ("module_alpha", "module_temperature", "stitch")
 
 
 def unsupported(model: Any) -> Iterator[OptionError]:
@@ -52,6 +53,8 @@ def contradictions(config: MoEConfig) -> Iterator[OptionError]:
     yield from _gate_warmup(config)
     yield from _stable(config)
     yield from _layer(config)
+    yield from _low_rank(config)
+    yield from _distillation(config)
     if config.latest_spawn != 0 and set(config.frozen_parts) == {"experts", "backbone"}:
         yield OptionError(
             "freeze",
@@ -184,6 +187,94 @@ def _layer(config: MoEConfig) -> Iterator[OptionError]:
             )
 
 
+OF_FEED_FORWARD = {
+    "layer": (
+        "expert_activation scaling_factor shared_expert heads hyper_adapter penalty_weight "
+        "mutual_distillation_weight"
+    ),
+    "training": "trace",
+    "spawning": "spawn_strength spawn_statistics",
+    "sizes": "expert_sizes total_ffn_dim",
+}
+"""Options of feed-forward experts, by group, which low-rank ones have no use for."""
+
+
+def _low_rank(config: MoEConfig) -> Iterator[OptionError]:
+    """Low-rank experts are there from the start, beside feed-forward networks that stay what they are."""
+    rank = config.low_rank.rank
+    if rank == 0:
+        return
+    if config.router != "soft":
+        yield OptionError(
+            "rank",
+            f"`rank` {rank} asks for experts that are softly mixed, which `router` {config.router} does not: "
+            "choose soft, or leave it out.",
+        )
+    if config.latest_spawns[-1] != 0:
+        yield OptionError(
+            "spawn_update",
+            f"`spawn_update` {config.schedule.spawn_update} has no effect with `rank` {rank}, whose experts "
+            "are there from the start: leave it out.",
+        )
+    if config.spawning.spawn_method not in (None, SpawnMethod.mask):
+        yield OptionError(
+            "spawn_method",
+            f"`spawn_method` has no effect with `rank` {rank}, whose experts come from no other: leave it "
+            "out.",
+        )
+    for group, names in OF_FEED_FORWARD.items():
+        options = getattr(config, group)
+        for name in names.split():
+            if getattr(options, name) != options.declared()[name].convert(options.declared()[name].default):
+                yield OptionError(
+                    name,
+                    f"`{name}` is about feed-forward experts, and with `rank` {rank} there are low-rank ones "
+                    "instead: leave one of them out.",
+                )
+
+
+def _distillation(config: MoEConfig) -> Iterator[OptionError]:
+    """Modules that learn from a teacher's have all their parts by then, or none but their base expert."""
+    options, router = config.distillation, config.router_class
+    if options.teacher is None:
+        return
+    for name in ("meta_updates", "module_updates"):
+        if getattr(options, name) == 0:
+            yield OptionError(
+                name,
+                f"`teacher` needs `{name}` of at least 1: give a number of updates, a percentage, or "
+                "`preset` m2mkd, or leave it out.",
+            )
+    spawn, last = config.schedule.spawn_update, options.student_update
+    there = config.latest_spawns[-1] == 0
+    early = config.spawns_by_itself or (not there and config.latest_spawn < last)
+    if early or (there and router.stages):
+        staged = "experts would spawn" if early else f"the stages of `router` {config.router} would pass"
+        yield OptionError(
+            "spawn_update",
+            f"With `spawn_update` {spawn} {staged} while modules learn from `teacher`, until update {last}: "
+            f"give `spawn_update` {last} or later{', or 0' if early and not router.stages else ''}.",
+        )
+    if router.resizes:
+        yield OptionError(
+            "teacher",
+            f"With `router` {config.router} experts come and go, which modules that learn from `teacher` "
+            "must not: choose another router, or leave it out.",
+        )
+    if config.low_rank.rank > 0:
+        yield OptionError(
+            "teacher",
+            f"`rank` {config.low_rank.rank} leaves the model its layers, and there are no modules to learn "
+            "from `teacher`: leave one of them out.",
+        )
+    if 0 < config.max_update <= last:
+        yield OptionError(
+            "module_updates",
+            f"`meta_updates` and `module_updates`, together {last}, are not before --max-update "
+            f"{config.max_update}, so that the model itself would never be trained: lower them.",
+        )
+
+
 def widths(config: MoEConfig, ffn_dims: List[int]) -> Iterator[OptionError]:
     """What keeps the experts from having the widths that they are to have.
 
@@ -223,6 +314,19 @@ def rank_contradictions(config: MoEConfig) -> Iterator[OptionError]:
             "`router` default-moe needs the mean of all outputs of an expert, which with `expert_parallel` "
             f"{parallel} are added up where they are computed: choose another router or leave that out.",
         )
+    learn = config.distillation
+    if learn.teacher is None and learn.student_update > 0:
+        yield OptionError(
+            "teacher",
+            "`meta_updates` and `module_updates` are about modules that learn from a teacher's: give "
+            "`teacher`, a dense checkpoint, or leave them out.",
+        )
+    if parallel > 1 and config.low_rank.rank > 0:
+        yield OptionError(
+            "expert_parallel",
+            f"`expert_parallel` {parallel} shares feed-forward experts out among ranks, and with `rank` "
+            f"{config.low_rank.rank} there are small ones that every rank has: leave it out.",
+        )
     alone = parallel == 1
     if alone and (ranks.a2a_dtype, ranks.a2a_compress) != (TransportType.model, Compression.none):
         yield OptionError(
@@ -254,6 +358,8 @@ def idle(config: MoEConfig) -> Iterator[Tuple[str, List[str]]]:
         (config.spawns_by_itself, PLATEAU, "without `spawn_update` auto"),
         (config.latest_spawns[-1] != 0, SPAWNING, "with `spawn_update` 0"),
         (len(config.stages) > 1, STAGES, "without several stages in `spawn_update`"),
+        (config.low_rank.rank > 0, ("beside",), "without `rank`"),
+        (config.distillation.teacher is not None, DISTILLATION, "without `teacher`"),
     ):
         found = [name for name in names if name in config.given]
         if found and not applies:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..moe import MoELayer, record
 from ..moe.losses import entropy
 from ..moe.recorder import Record
+from .module_distillation import loss_of_modules
 
 
 class MoECriterion:
@@ -25,10 +26,18 @@ class MoECriterion:
     ) -> Tuple[Tensor, int, Dict[str, Any]]:
         """See fairseq's ``FairseqCriterion.forward``."""
         layers = [module for module in model.modules() if isinstance(module, MoELayer)]
+        distillation = getattr(model, "distillation", None)
         with record() as routings:
-            loss, sample_size, logging_output = super().forward(model, sample, reduce)
+            if distillation is None or not distillation.learning:
+                loss, sample_size, logging_output = super().forward(model, sample, reduce)
+            else:
+                loss, sample_size, logging_output = loss_of_modules(
+                    super().forward, model, sample, reduce, self.padding_idx
+                )
         if layers:
             logging_output.update(statistics(model, layers, routings, loss))
+            if distillation is not None:  # not all of the parameters are used, and some more than once
+                logging_output["moe_other_params"] = distillation.cost()
             if reduce and model.training:
                 for weight, value in routings.weighted_losses():
                     loss = loss + weight * sample_size * value
@@ -142,6 +151,8 @@ def log_statistics(logging_outputs: List[Dict[str, Any]]) -> None:
     }
     if total("moe_table_params") > 0:
         values["moe_table_params"] = total("moe_table_params") / batches
+    if "moe_divergence" in logs[0]:
+        values["moe_divergence"] = total("moe_divergence") / total("sample_size").clamp(min=1)
     if total("moe_sent_bytes") > 0:
         values["moe_a2a_mb"] = total("moe_sent_bytes") / 1e6
     for priority, (name, value) in enumerate(values.items()):

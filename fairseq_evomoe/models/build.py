@@ -27,8 +27,10 @@ from ..moe.gate_warmup import GateWarmup
 from ..moe.multiplying import try_routers
 from ..moe.options import OptionError
 from ..moe.plan import check_linear_gate
-from .feed_forward import MoEDecoderLayer, MoEEncoderLayer, StackInput, identity
+from .feed_forward import MoEDecoderLayer, MoEEncoderLayer, identity
 from .layer_drop import MoELayerDrop
+from .low_rank import add_low_rank_experts
+from .stack_input import StackInput
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +71,9 @@ def add_experts(
                 f"`freq` {freq} is greater than the number of layers ({most}), so that no layer would be an "
                 "MoE layer: lower it.",
             )
+        if config.low_rank.rank > 0:
+            add_low_rank_experts(cfg, config, chosen, layers)
+            return
         number = 0
         for side, stack in stacks.items():
             _check_side(config, side)

@@ -8,67 +8,30 @@ including ``fc2``, the identity, so that fairseq's own ``forward`` runs unchange
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, Optional, Sequence, Tuple, cast
-from weakref import WeakKeyDictionary
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple, cast
 
 import torch
 from fairseq.modules.transformer_layer import TransformerDecoderLayerBase
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from .. import compat
 from ..config.config import MoEConfig
 from ..config.errors import as_flags
+from ..evolution.module_distillation import DistillationPhase
 from ..evolution.plateau import Plateau
 from ..evolution.schedule import Schedule
 from ..moe import MoELayer, RoutingContext
 from ..moe.experts import from_dense
 from ..moe.loading import StateMismatch
 from ..moe.recorder import open_records
+from .low_rank import CHILD, low_rank_experts
+from .module_distillation import PHASE, ModuleDistillation
+from .recompute import recomputed
+from .stack_input import StackInput
 
 
 class CheckpointMismatch(ValueError):
     """A checkpoint does not fit the options of the model that is to load it."""
-
-
-@dataclass
-class Lookup:
-    """What the layers of one stack share while it works on a batch.
-
-    Attributes:
-        tokens: int64, (batch, seq): the tokens that were looked up.
-        embeddings: (batch, seq, C): what was found, without gradient.
-        memory: what routers hand on to those of later layers; each layer leaves another dictionary.
-    """
-
-    tokens: Optional[Tensor] = None
-    embeddings: Optional[Tensor] = None
-    memory: Dict[str, Any] = field(default_factory=dict)
-
-
-class StackInput:
-    """Knows what the layers of one stack share while this thread works on a batch.
-
-    It hooks on to the stack's embeddings, which every forward pass looks up first, in incremental decoding
-    too; ``forward`` of the stack itself is called by fairseq past any hook.  Each thread finds what it has
-    looked up itself.
-    """
-
-    def __call__(self, embeddings: nn.Module, inputs: Sequence[Tensor], output: Tensor) -> None:
-        """A forward hook."""
-        # another dictionary, since a copy of the context has the same one; keys are weak, so that a model
-        # that is gone takes its batch along
-        lookups = WeakKeyDictionary(_lookups.get({}))
-        lookups[self] = Lookup(inputs[0], output.detach())
-        _lookups.set(lookups)
-
-    @property
-    def lookup(self) -> Lookup:
-        """What the batch has looked up that this thread works on."""
-        return _lookups.get({}).get(self) or Lookup()
-
-
-_lookups: ContextVar[Mapping[StackInput, Lookup]] = ContextVar("lookups")
 
 
 @dataclass
@@ -207,12 +170,7 @@ class MoEFeedForward:
 
         if not (self.checkpoint_activations and torch.is_grad_enabled()):
             return forward(x)
-        # Not fairseq's checkpoint: that one runs the first pass without a graph, in which the
-        # auxiliary losses, which are no output of the layer, would lose their gradient.
-        if self.offload_activations:
-            device, x = x.device, x.cpu()
-            return checkpoint(lambda y: forward(y.to(device)), x, use_reentrant=False)
-        return checkpoint(forward, x, use_reentrant=False)
+        return recomputed(forward, x, self.offload_activations)
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
         # here, and not in fairseq's upgrade_state_dict_named, because layers may be pruned in between
@@ -286,15 +244,25 @@ class MoEModel:
         moe_config: what the options were resolved to.
         plateau: decides when the experts spawn, and is part of the model's state; ``None`` if the options
             say when.
+        distillation: what the model has besides until its modules have learnt from a teacher's; ``None``
+            afterwards, without a teacher, and where the model is not trained.
     """
 
     moe_config: MoEConfig
     plateau: Optional[Plateau] = None
+    distillation: Optional[ModuleDistillation]  # no default, which would hide the module
+
+    def forward(self, *args, **kwargs):
+        """See fairseq's model; until its modules have learnt, it is not the model itself that answers."""
+        if self.distillation is not None:
+            return self.distillation(*args, **kwargs)
+        return super().forward(*args, **kwargs)
 
     def with_config(self, config: MoEConfig) -> "MoEModel":
         """The model, which knows what its options were resolved to."""
         self.moe_config = config
         self.plateau = config.make_plateau()
+        self.distillation = None
         freeze(cast(nn.Module, self), config.frozen_parts)
         return self
 
@@ -336,6 +304,7 @@ class MoEModel:
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
         """Refuse MoE layers in other places than the model's."""
         self._load_plateau(state_dict, prefix)
+        self._load_distillation(state_dict, prefix + "distillation.")
         end = ".moe.experts.b2"
         found = {key[: -len(end)] for key in state_dict if key.endswith(end)}
         expected = {prefix + layer for layer, _ in moe_layers(self)}
@@ -344,7 +313,29 @@ class MoEModel:
                 f"The checkpoint has MoE layers at {sorted(found)}, but the model has them at "
                 f"{sorted(expected)}: give the --moe-freq that it was trained with."
             )
+        self._check_low_rank(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _load_distillation(self, state_dict, prefix: str) -> None:
+        """Have a meta model if the state has one, and whoever trains the model has made one."""
+        if prefix + PHASE not in state_dict and self.distillation is not None:
+            self.distillation.enter(DistillationPhase.STUDENT)
+            self.distillation = None
+        if self.distillation is None:
+            for key in [key for key in state_dict if key.startswith(prefix)]:
+                del state_dict[key]
+
+    def _check_low_rank(self, state_dict, prefix: str) -> None:
+        """Refuse low-rank experts beside other linear layers than the model's; a dense state has none."""
+        end = f".{CHILD}.up_ERO"
+        found = {key[: -len(end)] for key in state_dict if key.endswith(end)}
+        expected = {prefix + name[: -len(CHILD) - 1] for name, _ in low_rank_experts(self)}
+        if found and found != expected:
+            raise CheckpointMismatch(
+                f"The checkpoint has low-rank experts beside {len(found)} linear layers and the model beside "
+                f"{len(expected)}, not the same ones: give the --moe-rank, --moe-beside and --moe-freq that "
+                "it was trained with."
+            )
 
 
 def moe_layers(model: nn.Module) -> Iterator[Tuple[str, MoEFeedForward]]:
@@ -352,6 +343,11 @@ def moe_layers(model: nn.Module) -> Iterator[Tuple[str, MoEFeedForward]]:
     for name, module in model.named_modules():
         if isinstance(module, MoEFeedForward):
             yield name, module
+
+
+def has_experts(model: nn.Module) -> bool:
+    """Whether a model is this package's business: it is one of ours, or has our layers."""
+    return isinstance(model, MoEModel) or next(moe_layers(model), None) is not None
 
 
 MODULES = {"router": ("router",), "experts": ("experts", "shared", "hyper_adapter", "heads")}
@@ -370,8 +366,13 @@ def freeze(model: nn.Module, parts: Iterable[str]) -> None:
 def parameters_of(model: nn.Module, part: str) -> List[nn.Parameter]:
     """The parameters that there are now of a part that ``--moe-freeze`` names."""
     layers = [layer.moe for _, layer in moe_layers(model)]
+    beside = [experts for _, experts in low_rank_experts(model)]
     if part == "backbone":
-        inside = {parameter for moe in layers for parameter in moe.parameters()}
+        inside = {parameter for module in (*layers, *beside) for parameter in module.parameters()}
         return [parameter for parameter in model.parameters() if parameter not in inside]
-    modules = [getattr(moe, name) for moe in layers for name in MODULES[part]]
-    return list({p: None for module in modules if module is not None for p in module.parameters()})
+    modules: List[Any] = [getattr(moe, name) for moe in layers for name in MODULES[part]]
+    found = [parameter for module in modules if module is not None for parameter in module.parameters()]
+    for experts in beside:
+        of_experts = [experts.down_EDR, experts.up_ERO]
+        found += of_experts if part == "experts" else experts.router.parameters()
+    return list(dict.fromkeys(found))

@@ -21,7 +21,7 @@ from ..checkpoints import whole as checkpoints
 from ..checkpoints.saved_options import SPAWNED_BEFORE
 from ..config.errors import ConfigError, flag
 from ..criterions.distillation import Distillation
-from ..models.feed_forward import CheckpointMismatch, MoEFeedForward, MoEModel, moe_layers
+from ..models.feed_forward import CheckpointMismatch, MoEFeedForward, MoEModel, has_experts, moe_layers
 from ..moe import MoELayer
 from ..moe.options import OptionError
 from ..moe.ranks import ALONE
@@ -52,7 +52,7 @@ def save_safely(
     """At every moment a whole checkpoint is on the disk, whatever rank dies."""
     model = trainer.get_model()
     local = not cfg.write_checkpoints_asynchronously and PathManager.supports_rename(cfg.save_dir)
-    if cfg.no_save or not local or not any(True for _ in moe_layers(model)):
+    if cfg.no_save or not local or not has_experts(model):
         return original(cfg, trainer, epoch_itr, val_loss)
     own = ranks.ranks_of(model)
     several = ranks.is_sharded(trainer) and trainer.cfg.model.moe_sharded_checkpoint
@@ -145,7 +145,8 @@ def load_with_experts(
 ) -> Optional[Dict[str, Any]]:
     """Experts may have spawned in the checkpoint, which the distributed wrapper must be rebuilt for."""
     layers = [layer for _, layer in moe_layers(trainer.get_model())]
-    if layers:
+    ours = has_experts(trainer.get_model())
+    if ours:
         _refuse_to_begin_anew(trainer, filename)
         for module in ("fairseq_cli.train", "__main__"):  # python fairseq_cli/train.py
             if hasattr(sys.modules.get(module), "validate_and_save"):
@@ -165,7 +166,8 @@ def load_with_experts(
         # trainer.py:514 builds the distributed wrapper, around other experts, before it loads
         trainer._wrapped_model = None
         ranks.keep_from_ddp(trainer.get_model())
-    if layers:
+    if ours:
+        _refuse_untrained_backbone(trainer, result)
         growth.resume(trainer, result)
         checkpoints.move_to_position(trainer, result)
         if result and not reset_optimizer:  # else another run begins
@@ -185,13 +187,25 @@ def _refuse_to_begin_anew(trainer: Trainer, filename: str) -> None:
     raise ConfigError([OptionError(option, f"{flag(option)} {filename} {wrong}: {way_out}.")])
 
 
+def _refuse_untrained_backbone(trainer: Trainer, loaded: Optional[Dict[str, Any]]) -> None:
+    """Low-rank experts beside what nobody has trained, and nobody will, would learn to live with noise."""
+    config = getattr(trainer.get_model(), "moe_config", None)
+    if loaded is None and config is not None and config.low_rank.rank > 0:
+        if "backbone" in config.frozen_parts:
+            text = (
+                f"With `rank` {config.low_rank.rank} and `freeze` {config.training.freeze} the model that "
+                "the experts stand beside is not trained: give it with --finetune-from-model."
+            )
+            raise ConfigError([OptionError("rank", text)])
+
+
 def end_finished_run(
     original: Original, cfg: FairseqConfig, trainer: Trainer, *args: Any, **kwargs: Any
 ) -> Tuple[List[Optional[float]], bool]:
     """A run that has ended and is started again would make one more update, and save it as the last."""
     last, hours = cfg.optimization.max_update or math.inf, cfg.optimization.stop_time_hours
     finished = trainer.get_num_updates() >= last or 0 < hours < trainer.cumulative_training_time() / 3600
-    if not finished or not any(True for _ in moe_layers(trainer.get_model())):
+    if not finished or not has_experts(trainer.get_model()):
         return original(cfg, trainer, *args, **kwargs)
     logger.info(f"nothing is left to do: the run has made its {trainer.get_num_updates()} updates")
     return [None], True

@@ -83,7 +83,7 @@ def check_run(
     Raises:
         ConfigError: all contradictions, one sentence each.
     """
-    if math.isinf(layers[0].schedule.spawn_updates[-1]):
+    if layers and math.isinf(layers[0].schedule.spawn_updates[-1]):
         logger.warning(
             "without --max-update, nothing limits how long --moe-spawn-update auto waits for a plateau of "
             "the training loss"
@@ -219,7 +219,7 @@ def _optimizer(cfg: FairseqConfig, optimizer: FairseqOptimizer) -> Contradiction
 
 def _spawn(cfg: FairseqConfig, model: nn.Module, layers: List[MoEFeedForward]) -> Contradictions:
     max_update = cfg.optimization.max_update
-    if max_update > 0:
+    if max_update > 0 and layers:
         yield from _never(model, layers, max_update, f"--max-update {max_update}")
 
 

@@ -72,6 +72,8 @@ class Drift:
         layers = [layer for _, layer in moe_layers(model)]
         if self.probe is None or not isinstance(model, MoEModel) or any(not x.moe.spawned for x in layers):
             return
+        if not layers or model.distillation is not None:  # nothing is routed, or not by the model itself yet
+            return
         experts = [layer.moe.num_experts for layer in layers]
         first = self.start_LT is None or self.experts != experts
         if not first and update - self.begun < self.probed + max(self.probed // 10, 1):

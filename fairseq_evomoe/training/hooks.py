@@ -20,12 +20,12 @@ from fairseq.trainer import Trainer
 from torch import Tensor, nn
 
 from ..checkpoints import whole as checkpoints
-from ..models.feed_forward import MoEModel, moe_layers
+from ..models.feed_forward import MoEModel, has_experts, moe_layers
 from ..models.requirements import check_batch, check_names
 from ..moe import Router, record
 from ..moe.recorder import Record
 from ..patching import Patches, wrap
-from . import checkpoint_hooks, ema, freezing, growth, preemption, ranks, waiting
+from . import checkpoint_hooks, ema, freezing, growth, module_distillation, preemption, ranks, waiting
 from .checks import check_before_trainer, check_length, check_optimizer, check_run, settle_options
 from .state import RunState
 from .statistics import commit_statistics, watch_gradients
@@ -71,16 +71,17 @@ def begin_run(
     """The configuration is checked as a whole before time is wasted, and the layers are told of the ranks."""
     trainer.evomoe = RunState()
     weakref.finalize(trainer, trainer.evomoe.listener.let_go).atexit = False
-    layers = [layer for _, layer in moe_layers(model)]
-    if layers:
+    layers, ours = [layer for _, layer in moe_layers(model)], has_experts(model)
+    if ours:
         if isinstance(model, MoEModel):
             settle_options(cfg, model.moe_config)
         check_before_trainer(cfg)
         pulse = trainer.evomoe.pulse = ranks.attach_ranks(cfg, model)
         if pulse is not None:
             weakref.finalize(trainer, pulse.end)
+        module_distillation.begin(cfg, task, model, criterion)
     original(trainer, cfg, task, model, criterion, *args, **kwargs)
-    if layers:
+    if ours:
         check_run(trainer.cfg, model, layers, criterion)
         freezing.tell(model)
         _listen_in_loop()
@@ -117,8 +118,9 @@ def update(
     """Before an update experts spawn, or come and go; after it statistics and the loss are looked at."""
     model, run = trainer.get_model(), RunState.of(trainer)
     layers = [layer for _, layer in moe_layers(model)]
-    if not layers:
+    if not has_experts(model):
         return original(trainer, samples, raise_oom)
+    module_distillation.advance(trainer)
     if growth.spawn_is_due(trainer):
         growth.spawn(trainer)
     growth.resize(trainer)
@@ -202,7 +204,7 @@ def build_optimizer(original: Original, trainer: Trainer) -> None:
 
     def load_local_state(original: Original, state_dict: Dict[str, Any], *args: Any, **kwargs: Any) -> None:
         """The state has all experts, of which this rank has some."""
-        if next(moe_layers(trainer.get_model()), None) is not None:
+        if has_experts(trainer.get_model()):
             freezing.check_state(trainer._optimizer, state_dict)
         if ranks.is_sharded(trainer):
             state_dict = checkpoints.local_optimizer_state(trainer, state_dict)

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from fairseq import checkpoint_utils
 from fairseq.trainer import Trainer
 
-from ..models.feed_forward import moe_layers
+from ..models.feed_forward import has_experts
 from .state import RunState
 
 logger = logging.getLogger(__name__)
@@ -25,7 +25,7 @@ def stop_or_go_on(
 ) -> Tuple[List[Optional[float]], bool]:
     """What stands in for fairseq's ``validate_and_save``, after each update: a signal may have come."""
     arguments = cfg, trainer, task, epoch_itr, valid_subsets, end_of_epoch
-    if next(moe_layers(trainer.get_model()), None) is None:
+    if not has_experts(trainer.get_model()):
         return original(*arguments)
     listener = RunState.of(trainer).listener
     if not _any_rank(trainer, listener.received is not None):

@@ -16,7 +16,7 @@ NAMES = (
     "comet rmoe soft mh_moe mode hypermoe deepseek upcycling drop_upcycling emoe evomoe_hmoe evomoe_context "
     "evomoe_table narrow_hash remoe loss_free quantile_balancing xmoe dtop_p "
     "expert_choice expert_threshold moe_plus_plus evomoe_activation modified_softmax ds_moe default_moe "
-    "evomoe_stages"
+    "evomoe_stages smola m2mkd"
 ).split()
 RUN = {"max_update": 1000, "ffn_dims": [64]}
 
@@ -101,6 +101,8 @@ WHAT_IS_PUBLISHED = {
     "modified_softmax": {"router": "topk", "gate_activation": "identity", "gate_input_activation": "tanh"},
     "ds_moe": {"threshold": 0.0, "hard_update": -1, "mutual_information_weight": 0.01, "hard_experts": 2},
     "default_moe": {"router": "default-moe", "top_k": 2, "default_decay": 0.9, "balance_weight": 0.01},
+    "smola": {"router": "soft", "rank": 4, "beside": "all", "slots": 1, "freeze": "backbone", "freq": 1},
+    "m2mkd": {"router": "topk", "meta_updates": 200, "module_updates": 300, "module_alpha": 0.5},
     "narrow_hash": {"hashes": 4, "experts": 32, "total_ffn_dim": "8x"},
 }
 
@@ -119,9 +121,13 @@ def other_value(option, value):
     if declared.choices:
         fitting = [word for word in ("reinit", "slice", "never", "all", *declared.choices) if word != value]
         return next(word for word in fitting if word in declared.choices)
-    return {"total_ffn_dim": "16x", "expert_sizes": "uniform", "experts": 8, "max_experts": 32}.get(
-        option, 4 if declared.type is int and value != 4 else 0.5 if declared.type is float else 2
-    )
+    return {
+        "total_ffn_dim": "16x",
+        "expert_sizes": "uniform",
+        "experts": 8,
+        "max_experts": 32,
+        "freeze": "router",
+    }.get(option, 4 if declared.type is int and value != 4 else 0.5 if declared.type is float else 2)
 
 
 @pytest.mark.parametrize("name", NAMES)

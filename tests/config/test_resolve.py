@@ -22,7 +22,9 @@ from fairseq_evomoe.evolution.spawn import SpawnMethod
 from fairseq_evomoe.moe.routers import ROUTERS
 
 RUN = {"max_update": 1000, "ffn_dims": [64]}
-CLASSES = [("dts", group) for group in GROUPS.values()] + [(r, cls.Options) for r, cls in ROUTERS.items()]
+CLASSES = [("soft" if name == "low_rank" else "dts", group) for name, group in GROUPS.items()] + [
+    (r, cls.Options) for r, cls in ROUTERS.items()
+]
 DECLARED = [
     pytest.param(router, declaration, id=f"{router}-{declaration.name}")
     for router, cls in CLASSES
