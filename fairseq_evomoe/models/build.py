@@ -27,10 +27,9 @@ from ..moe.gate_warmup import GateWarmup
 from ..moe.multiplying import try_routers
 from ..moe.options import OptionError
 from ..moe.plan import check_linear_gate
-from .feed_forward import MoEDecoderLayer, MoEEncoderLayer, identity
+from .feed_forward import MoEDecoderLayer, MoEEncoderLayer, StackInput, identity
 from .layer_drop import MoELayerDrop
 from .low_rank import add_low_rank_experts
-from .stack_input import StackInput
 
 logger = logging.getLogger(__name__)
 

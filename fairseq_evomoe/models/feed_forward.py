@@ -17,21 +17,58 @@ from torch import Tensor, nn
 from .. import compat
 from ..config.config import MoEConfig
 from ..config.errors import as_flags
-from ..evolution.module_distillation import DistillationPhase
 from ..evolution.plateau import Plateau
 from ..evolution.schedule import Schedule
 from ..moe import MoELayer, RoutingContext
 from ..moe.experts import from_dense
 from ..moe.loading import StateMismatch
 from ..moe.recorder import open_records
-from .low_rank import CHILD, low_rank_experts
-from .module_distillation import PHASE, ModuleDistillation
+from . import low_rank, module_distillation
 from .recompute import recomputed
-from .stack_input import StackInput
 
 
 class CheckpointMismatch(ValueError):
     """A checkpoint does not fit the options of the model that is to load it."""
+
+
+@dataclass
+class Lookup:
+    """What the layers of one stack share while it works on a batch.
+
+    Attributes:
+        tokens: int64, (batch, seq): the tokens that were looked up.
+        embeddings: (batch, seq, C): what was found, without gradient.
+        memory: what routers hand on to those of later layers; each layer leaves another dictionary.
+    """
+
+    tokens: Optional[Tensor] = None
+    embeddings: Optional[Tensor] = None
+    memory: Dict[str, Any] = field(default_factory=dict)
+
+
+class StackInput:
+    """Knows what the layers of one stack share while this thread works on a batch.
+
+    It hooks on to the stack's embeddings, which every forward pass looks up first, in incremental decoding
+    too; ``forward`` of the stack itself is called by fairseq past any hook.  Each thread finds what it has
+    looked up itself.
+    """
+
+    def __call__(self, embeddings: nn.Module, inputs: Sequence[Tensor], output: Tensor) -> None:
+        """A forward hook."""
+        # another dictionary, since a copy of the context has the same one; keys are weak, so that a model
+        # that is gone takes its batch along
+        lookups = WeakKeyDictionary(_lookups.get({}))
+        lookups[self] = Lookup(inputs[0], output.detach())
+        _lookups.set(lookups)
+
+    @property
+    def lookup(self) -> Lookup:
+        """What the batch has looked up that this thread works on."""
+        return _lookups.get({}).get(self) or Lookup()
+
+
+_lookups: ContextVar[Mapping[StackInput, Lookup]] = ContextVar("lookups")
 
 
 @dataclass
@@ -250,7 +287,7 @@ class MoEModel:
 
     moe_config: MoEConfig
     plateau: Optional[Plateau] = None
-    distillation: Optional[ModuleDistillation]  # no default, which would hide the module
+    distillation: Optional[module_distillation.ModuleDistillation]  # no default, which would hide the module
 
     def forward(self, *args, **kwargs):
         """See fairseq's model; until its modules have learnt, it is not the model itself that answers."""
@@ -304,7 +341,7 @@ class MoEModel:
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
         """Refuse MoE layers in other places than the model's."""
         self._load_plateau(state_dict, prefix)
-        self._load_distillation(state_dict, prefix + "distillation.")
+        module_distillation.fit(self, state_dict, prefix)
         end = ".moe.experts.b2"
         found = {key[: -len(end)] for key in state_dict if key.endswith(end)}
         expected = {prefix + layer for layer, _ in moe_layers(self)}
@@ -313,29 +350,8 @@ class MoEModel:
                 f"The checkpoint has MoE layers at {sorted(found)}, but the model has them at "
                 f"{sorted(expected)}: give the --moe-freq that it was trained with."
             )
-        self._check_low_rank(state_dict, prefix)
+        low_rank.check_state(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
-    def _load_distillation(self, state_dict, prefix: str) -> None:
-        """Have a meta model if the state has one, and whoever trains the model has made one."""
-        if prefix + PHASE not in state_dict and self.distillation is not None:
-            self.distillation.enter(DistillationPhase.STUDENT)
-            self.distillation = None
-        if self.distillation is None:
-            for key in [key for key in state_dict if key.startswith(prefix)]:
-                del state_dict[key]
-
-    def _check_low_rank(self, state_dict, prefix: str) -> None:
-        """Refuse low-rank experts beside other linear layers than the model's; a dense state has none."""
-        end = f".{CHILD}.up_ERO"
-        found = {key[: -len(end)] for key in state_dict if key.endswith(end)}
-        expected = {prefix + name[: -len(CHILD) - 1] for name, _ in low_rank_experts(self)}
-        if found and found != expected:
-            raise CheckpointMismatch(
-                f"The checkpoint has low-rank experts beside {len(found)} linear layers and the model beside "
-                f"{len(expected)}, not the same ones: give the --moe-rank, --moe-beside and --moe-freq that "
-                "it was trained with."
-            )
 
 
 def moe_layers(model: nn.Module) -> Iterator[Tuple[str, MoEFeedForward]]:
@@ -366,7 +382,7 @@ def freeze(model: nn.Module, parts: Iterable[str]) -> None:
 def parameters_of(model: nn.Module, part: str) -> List[nn.Parameter]:
     """The parameters that there are now of a part that ``--moe-freeze`` names."""
     layers = [layer.moe for _, layer in moe_layers(model)]
-    beside = [experts for _, experts in low_rank_experts(model)]
+    beside = [experts for _, experts in low_rank.low_rank_experts(model)]
     if part == "backbone":
         inside = {parameter for module in (*layers, *beside) for parameter in module.parameters()}
         return [parameter for parameter in model.parameters() if parameter not in inside]

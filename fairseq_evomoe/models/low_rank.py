@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .. import compat
 from ..config.config import MoEConfig
+from ..moe.loading import StateMismatch
 from ..moe.low_rank import Beside, LowRankExperts
 from ..moe.noise import seed_of
 from ..moe.options import OptionError
@@ -150,3 +151,20 @@ def low_rank_experts(model: nn.Module) -> Iterator[Tuple[str, LowRankExperts]]:
     for name, module in model.named_modules():
         if isinstance(module, LowRankExperts):
             yield name, module
+
+
+def check_state(model: nn.Module, state_dict: Dict[str, Any], prefix: str) -> None:
+    """Refuse low-rank experts beside other linear layers than the model's; a dense state has none.
+
+    Raises:
+        StateMismatch: it has.
+    """
+    end = f".{CHILD}.up_ERO"
+    found = {key[: -len(end)] for key in state_dict if key.endswith(end)}
+    expected = {prefix + name[: -len(CHILD) - 1] for name, _ in low_rank_experts(model)}
+    if found and found != expected:
+        raise StateMismatch(
+            "beside",
+            f"The checkpoint has low-rank experts beside {len(found)} linear layers and the model beside "
+            f"{len(expected)}, not the same ones: give the `rank`, `beside` and `freq` that it was trained with.",
+        )

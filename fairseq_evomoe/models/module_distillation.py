@@ -234,6 +234,23 @@ class _LookUp:
         self.embeddings(inputs[0])
 
 
+def fit(student: Any, state_dict: Dict[str, Any], prefix: str) -> None:
+    """Let a student have a meta model if the state has one, and whoever trains the student has made one.
+
+    Args:
+        student: the model that is to load the state.
+        state_dict: the state, and perhaps others; what the student has no use for is taken out.
+        prefix: of the student's keys.
+    """
+    prefix += "distillation."
+    if prefix + PHASE not in state_dict and student.distillation is not None:
+        student.distillation.enter(DistillationPhase.STUDENT)
+        student.distillation = None
+    if student.distillation is None:
+        for key in [key for key in state_dict if key.startswith(prefix)]:
+            del state_dict[key]
+
+
 def kind_of(model: nn.Module) -> Optional[Kind]:
     """Where a model has its one stack; ``None``: it has none, or several."""
     return next((kind for base, kind in KINDS.items() if isinstance(model, base)), None)
