@@ -8,7 +8,8 @@ including ``fc2``, the identity, so that fairseq's own ``forward`` runs unchange
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple, cast
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, Optional, Sequence, Tuple, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from fairseq.modules.transformer_layer import TransformerDecoderLayerBase

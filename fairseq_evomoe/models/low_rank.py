@@ -166,5 +166,6 @@ def check_state(model: nn.Module, state_dict: Dict[str, Any], prefix: str) -> No
         raise StateMismatch(
             "beside",
             f"The checkpoint has low-rank experts beside {len(found)} linear layers and the model beside "
-            f"{len(expected)}, not the same ones: give the `rank`, `beside` and `freq` that it was trained with.",
+            f"{len(expected)}, not the same ones: give the `rank`, `beside` and `freq` that it was "
+            "trained with.",
         )
