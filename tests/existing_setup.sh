@@ -171,4 +171,8 @@ run ensemble "$bin/fairseq-generate" mt $plugin --beam 3 --batch-size 8 \
     --path runs/finetuned/checkpoint_last.pt:runs/mt2/checkpoint_last.pt
 run interactive "$bin/fairseq-interactive" mt $plugin --path runs/finetuned/checkpoint_last.pt --input test.en
 grep -q '^H-' interactive.log || fail "interactive: no hypothesis"
+evomoe="$bin/python $here/fairseq_evomoe/bin/evomoe"
+run doctor $evomoe doctor --user-dir "$here/fairseq_evomoe"
+run info $evomoe info runs/finetuned/checkpoint_last.pt
+grep -q 'saved with .*fairseq 0.12.2' info.log || fail "info: no versions"
 say "the plugin works in stock fairseq 0.12.2"

@@ -1,6 +1,5 @@
 """What a checkpoint says of itself, without reading what its tensors hold."""
 
-import inspect
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -89,11 +88,6 @@ def _add_experts(opened: Opened, index: Index) -> None:
             rows = [part[kind][key] for part in parts]
             tensors[key] = rows[0].new_empty((sum(map(len, rows)), *rows[0].shape[1:]))
     opened.statistics = [x for part in parts for each in part["optimizer"].values() for x in each.values()]
-
-
-def is_lazy() -> bool:
-    """Whether torch leaves tensors in the file until they are used."""
-    return "mmap" in inspect.signature(torch.load).parameters
 
 
 def size_of(files: List[str]) -> int:

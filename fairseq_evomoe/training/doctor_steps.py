@@ -116,7 +116,7 @@ def try_training(user_dir: str) -> Dict[str, Any]:
     with open("text", "w", encoding="utf-8") as file:
         for line in range(40):
             file.write(" ".join(f"w{(line * word) % 23}" for word in range(1, 20)) + "\n")
-    arguments = "--only-source --trainpref text --destdir data --workers 1".split()
+    arguments = "--only-source --trainpref text --validpref text --destdir data --workers 1".split()
     _call(preprocess.cli_main, "fairseq-preprocess", arguments)
     flags = ["data", "--user-dir", user_dir, "--save-dir", "checkpoints"]
     flags += [word for name, value in TOY.items() for word in (f"--{name}", value)]

@@ -52,6 +52,16 @@ def test_the_family_tree_is_told(traced):
     assert "method mask" in line
 
 
+def test_the_family_tree_has_several_generations(lm_data, tmp_path):
+    options = {**SETTINGS, "moe_freq": 2, "moe_spawn_update": "2:2,6:4", "moe_trace": 7, "no_save": True}
+    call("fairseq-train", lm_data, save_dir=tmp_path, **{**options, "max_update": 8})
+    spawns = [x for x in trace_file.read(tmp_path) if x["kind"] == "experts"]
+    assert [x["update"] for x in spawns] == [2, 6]
+    first, second = (x["layers"]["decoder.layers.1"] for x in spawns)
+    assert (first["parents"], first["generations"]) == ([0, 0], [1, 1])
+    assert sorted(second["parents"]) == [0, 0, 1, 1] and second["generations"] == [2] * 4
+
+
 def test_loads_are_those_of_the_log(traced):
     """The log has means over layers of the same batch."""
     for record_, log in zip(updates(traced[1]), traced[0].log("train_inner")[1::2]):
