@@ -1,7 +1,6 @@
 """Run a checkpoint's model on text, as in evaluation and on the CPU, and write down what its layers do."""
 
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, Dict, Iterable, Iterator, List, Optional, Tuple
 
 import numpy as np
@@ -12,7 +11,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from ..checkpoints import recovery
-from ..checkpoints.files import CommandError
+from ..checkpoints.files import CommandError, load
 from ..checkpoints.observe import batches
 from ..evolution.merge import output_products, weight_similarity
 from ..models.layers import moe_layers
@@ -180,10 +179,9 @@ class Reader:
 
         Raises:
             CommandError: no checkpoint, a dense one, or data of another dictionary.
+            DamagedCheckpoint: it is not whole, or holds something that no checkpoint needs.
         """
-        if not Path(path).is_file():
-            raise CommandError(f"There is no checkpoint {path}.")
-        recovery.check(path)
+        load(path)  # which executes nothing, as fairseq's own loading does with an old torch
         with refusals(path, data):
             models, cfg, task = checkpoint_utils.load_model_ensemble_and_task(
                 [path], arg_overrides={"data": data}

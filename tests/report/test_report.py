@@ -16,6 +16,7 @@ from fairseq_evomoe.report.figures import Pictures
 from fairseq_evomoe.report.page import render
 from fairseq_evomoe.report.reading import Reader
 from support.cli import CLASSIFICATION, LM, MASKED_LM, TRANSLATION, USER_DIR, build, call, evomoe
+from support.malicious import infect
 from support.tasks import DATA, PLAIN, TASKS, dense
 
 
@@ -344,6 +345,32 @@ def test_bad_input_is_refused_in_a_sentence(
         "text",
     ]  # nothing half-written
     assert (tmp_path / "full" / "thesis.tex").read_text() == "years of work"
+
+
+def test_nothing_in_a_file_is_executed(lm_run, lm_data, tmp_path, capsys):
+    infected, trace = tmp_path / "infected.pt", tmp_path / "executed"
+    shutil.copy(lm_run.last, infected)
+    infect(infected, "exec", trace)
+    arguments = [infected, "--data", lm_data, "--out", tmp_path / "out"]
+    assert "infected.pt is refused: it holds objects" in refusal(*arguments, capsys=capsys)
+    assert not trace.exists()
+
+
+def test_a_run_of_several_spawns_is_a_tree(lm_data, tmp_path):
+    run = tmp_path / "run"
+    stages = {"moe_spawn_update": "2:2,4:4", "moe_gate_warmup": 1, "moe_anneal_updates": 1}
+    stages.update(moe_hard_update=1, moe_trace=1, save_interval_updates=2, max_update=6)
+    call("fairseq-train", lm_data, save_dir=run, **{**LM, **stages})
+    checkpoints = sorted(run.glob("checkpoint_1_*.pt"))
+    found, page = report(*checkpoints, data=lm_data, out=tmp_path / "out")
+    (seen,), written = found["runs"][0]["history"], found["runs"][0]["trace"]["layers"]["decoder.layers.1"]
+    assert [one["experts"] for one in seen["family"]] == [1, 2, 4]
+    assert [one["experts"] for one in written["family"]] == [1, 2, 4, 4]
+    # what is told by likeness is what the run wrote down
+    assert [one["parents"] for one in seen["family"][1:]] == [
+        one["parents"] for one in written["family"][1:3]
+    ]
+    assert sorted(seen["family"][2]["parents"]) == [0, 0, 1, 1]
 
 
 def test_force_replaces_a_report_and_a_failure_leaves_it(lm_run, lm_data, tmp_path, capsys, monkeypatch):
