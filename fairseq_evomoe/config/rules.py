@@ -4,7 +4,7 @@ from typing import Any, Iterator, List, Tuple
 
 from ..evolution import stages
 from ..evolution.selection import Select
-from ..evolution.spawn import SpawnMethod
+from ..evolution.spawn import MAKE_GATE, SpawnMethod
 from ..moe.gate_warmup import check_gate
 from ..moe.options import OptionError
 from .config import Compression, MoEConfig, TransportType
@@ -77,11 +77,11 @@ def _stages(config: MoEConfig) -> Iterator[OptionError]:
     if len(found) == 1:
         return
     text = f"`spawn_update` {config.schedule.spawn_update}"
-    if config.spawning.spawn_method == SpawnMethod.split:
+    if needs_linear_gate(config):
         yield OptionError(
             "spawn_method",
-            f"`spawn_method` split divides the base's hidden units once, and {text} has {len(found)} stages: "
-            "give one stage, or another method.",
+            f"`spawn_method` {_method(config)} makes experts and a gate of the base expert alone, and {text} "
+            f"has {len(found)} stages: give one stage, or another method.",
         )
     if getattr(config.router_options, "leaf_search", 0) > 0:
         yield OptionError(
@@ -372,4 +372,4 @@ def _method(config: MoEConfig) -> str:
 
 def needs_linear_gate(config: MoEConfig) -> bool:
     """Whether the spawn makes the rows of a linear gate."""
-    return config.spawning.spawn_method == SpawnMethod.split
+    return config.spawning.spawn_method in MAKE_GATE

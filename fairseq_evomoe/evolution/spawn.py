@@ -1,8 +1,9 @@
 """Experts out of an expert: what EvoMoE (arXiv 2112.14397) calls expert-diversify, and its alternatives.
 
 The paper's code has no expert-diversify.  ``mask``, ``noise`` and ``copy`` follow descriptions of the
-paper, ``reinit`` is Drop-Upcycling (arXiv 2502.19261), ``split`` is EMoE (arXiv 2310.10908) and ``slice``
-is ours; the default strengths are ours but for ``reinit``.
+paper, ``reinit`` is Drop-Upcycling (arXiv 2502.19261), ``split`` is EMoE (arXiv 2310.10908), ``cluster`` is
+cluster-aware upcycling (arXiv 2604.13508) and ``slice`` is ours; the default strengths are ours but for
+``reinit``.
 """
 
 from dataclasses import dataclass, replace
@@ -17,6 +18,7 @@ from ..moe.noise import seed_of
 from ..moe.offspring import Offspring
 from ..moe.options import OptionError, Options, option
 from ..moe.plan import Inherit, Origin, Plan
+from .cluster_aware import find_clusters
 from .clustering import balanced_kmeans
 from .selection import Select, allot
 
@@ -30,6 +32,7 @@ class SpawnMethod(str, Enum):
     copy = "copy"
     slice = "slice"
     split = "split"  # type: ignore[assignment]
+    cluster = "cluster"
 
 
 DEFAULT_STRENGTH = {
@@ -39,7 +42,10 @@ DEFAULT_STRENGTH = {
     SpawnMethod.copy: 0.0,
     SpawnMethod.slice: 0.1,
     SpawnMethod.split: 0.0,
+    SpawnMethod.cluster: 0.5,
 }
+MAKE_GATE = (SpawnMethod.split, SpawnMethod.cluster)
+"""The methods that make the rows of the gate, out of the base expert or what it sees."""
 
 
 GATE_NOISE = 0.1
@@ -54,13 +60,15 @@ class SpawnOptions(Options):
         "What is done to each copy of the base expert when the experts spawn: mask sets random weights to "
         "zero, noise adds Gaussian noise, reinit draws random hidden units anew, copy does nothing, slice "
         "keeps the most useful hidden units (for experts of different widths), split divides them among "
-        "the experts (EMoE). If not given, mask for experts as wide as the base, and slice for others.",
+        "the experts (EMoE), cluster fits each to a cluster of tokens, whose centroid is its row of the "
+        "gate. If not given, mask for experts as wide as the base, and slice for others.",
     )
     spawn_strength: Optional[float] = option(
         None,
         "Probability of a weight to be masked (0.1 if not given), standard deviation of the noise in units "
-        "of the weights' own (0.1), share of the hidden units that are drawn anew (0.5), or share of those "
-        "that a slice takes at random (0.1).",
+        "of the weights' own (0.1), share of the hidden units that are drawn anew (0.5), share of those that "
+        "a slice takes at random (0.1), or share of what is taken from the weights outside of a cluster's "
+        "directions (0.5).",
         at_least=0,
     )
     spawn_statistics: Inherit = option(
@@ -125,10 +133,12 @@ class Spawn:
       that of the base divided by E: all experts together, with weight 1, are the base.  (EMoE divides by the
       number of experts that a token has, which is right if they have weight 1; with the weights of most
       routers neither is exact.)
+    - ``cluster``: see ``cluster_aware.py``.  With fewer tokens seen than experts, they are copies.
 
     Where many experts become more (``multiply``), each child is its parent changed in the same way, but that
     ``slice``, with no hidden unit to choose from but the parent's, draws the share ``strength`` of the least
-    useful ones anew, as for a wider expert.  An only child is its parent.  ``split`` cannot do it.
+    useful ones anew, as for a wider expert.  An only child is its parent.  ``split`` and ``cluster`` cannot
+    do it.
 
     Attributes:
         experts: E, how many experts to make.
@@ -181,9 +191,14 @@ class Spawn:
         return self.method == SpawnMethod.slice
 
     @property
+    def needs_sample(self) -> bool:
+        """Whether tokens that the base sees should be kept for the spawn."""
+        return self.method == SpawnMethod.cluster
+
+    @property
     def makes_gate(self) -> bool:
         """Whether the router must have a linear gate; see ``plan.check_linear_gate``."""
-        return self.method == SpawnMethod.split
+        return self.method in MAKE_GATE
 
     def widths_from(self, base: int) -> List[int]:
         """Hidden units of each expert that is made out of a base with ``base`` of them.
@@ -211,24 +226,37 @@ class Spawn:
             )
         return list(self.widths)
 
-    def plan(self, base: Dict[str, Tensor], activity_H: Optional[Tensor] = None) -> Plan:
+    def plan(self, base: Dict[str, Tensor], measured: Optional[Tensor] = None) -> Plan:
         """What to do to the base expert, the same for each of its copies and for the optimizer's state.
 
         Args:
             base: the tensors of the base expert by name.
-            activity_H: mean magnitude of each of its hidden units, if measured; used by ``slice``.
+            measured: mean magnitude of each of its hidden units, for ``slice``; tokens that it has seen, for
+                ``cluster``.
         """
-        return replace(self._plan(base, activity_H), inherit=self.inherit)
+        return replace(self._plan(base, measured), inherit=self.inherit)
 
-    def _plan(self, base: Dict[str, Tensor], activity_H: Optional[Tensor]) -> Plan:
+    def _plan(self, base: Dict[str, Tensor], measured: Optional[Tensor]) -> Plan:
         units = base["w1"].shape[0]
         widths = self.widths_from(units)
         if self.method == SpawnMethod.slice:
-            return self._slice(usefulness(base, activity_H), widths)
+            return self._slice(usefulness(base, measured), widths)
         if self.method == SpawnMethod.split:
             return self._is_sharded(base["w1"])
         origins = [Origin(0, self._units(e, units, width)) for e, width in enumerate(widths)]
+        if self.method == SpawnMethod.cluster:
+            return self._cluster(origins, measured)
         return Plan(origins, self._diversify)
+
+    def _cluster(self, origins: List[Origin], x_ND: Optional[Tensor]) -> Plan:
+        if x_ND is None or len(x_ND) < self.experts:
+            return Plan(origins)
+        clusters = find_clusters(x_ND, self.experts, self.generator("cluster"))
+
+        def narrow(expert: int, name: str, rows: Tensor) -> Tensor:
+            return clusters.narrowed(expert, rows, self.used_strength) if name in ("w1", "w3") else rows
+
+        return Plan(origins, narrow, clusters.gate_ED)
 
     @property
     def measure(self) -> str:

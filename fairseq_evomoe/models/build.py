@@ -200,7 +200,7 @@ class _StackBuilder:
             moe.spawner.widths_from(layer.ffn_dim)
         try_routers(moe)
         if moe.spawner.makes_gate:
-            check_linear_gate(router)
+            check_linear_gate(router, moe.spawner.method_name)
         if config.layer.penalty_weight > 0:
             zero_T = torch.zeros(1, dtype=torch.long)
             embedding_TC = torch.zeros(1, self.vocabulary.dim)

@@ -1,7 +1,7 @@
 """The Mixture-of-Experts layer: router -> dispatch -> experts -> combine."""
 
 from dataclasses import replace
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -113,10 +113,11 @@ class MoELayer(SpawningLayer):
     def _watch(self, x_TD: Tensor, keep_T: Optional[Tensor], context: RoutingContext) -> None:
         """Measure how active the base expert's hidden units are, on some of the tokens of all ranks."""
         assert self.activity is not None
-        sample_TD = x_TD[_sample(x_TD, keep_T, context, self.activity.STRIDE)]
-        self.activity.watch(
-            self.experts, sample_TD if self.heads is None else self.heads.split_heads(sample_TD)
-        )
+        place_T, first = _sample(x_TD, keep_T, context, self.activity.STRIDE)
+        sample_TD = x_TD[place_T]
+        if self.heads is not None:
+            sample_TD, first = self.heads.split_heads(sample_TD), first * self.heads.heads
+        self.activity.watch(self.experts, sample_TD, first)
 
     def _warm_up(
         self,
@@ -128,7 +129,7 @@ class MoELayer(SpawningLayer):
     ) -> None:
         """Let the gate to come see some of the tokens of all ranks."""
         assert self.warmup is not None
-        sample = _sample(x_TD, keep_T, self._complete(context), self.warmup.STRIDE)
+        sample, _ = _sample(x_TD, keep_T, self._complete(context), self.warmup.STRIDE)
         token_T = None if tokens is None else tokens.reshape(-1)[sample]
         embedding_TC = None if embeddings is None else embeddings.reshape(-1, embeddings.shape[-1])[sample]
         given = self._complete(context, token_T=token_T, embedding_TC=embedding_TC)
@@ -191,11 +192,17 @@ class MoELayer(SpawningLayer):
             record[self] = routing
 
 
-def _sample(x_TD: Tensor, keep_T: Optional[Tensor], context: RoutingContext, stride: int) -> Tensor:
-    """Places of every so many-th token without padding, of all ranks' tokens as one batch: int64."""
+def _sample(
+    x_TD: Tensor, keep_T: Optional[Tensor], context: RoutingContext, stride: int
+) -> Tuple[Tensor, int]:
+    """Places of every so many-th token without padding, of all ranks' tokens as one batch, of the update.
+
+    Returns:
+        int64, the places; the number of the first among those of all ranks.
+    """
     place_T = torch.arange(x_TD.shape[0], device=x_TD.device) if keep_T is None else keep_T
     before = context.first_row + context.rows_of_ranks(place_T.shape[0], x_TD.device)[0]
-    return place_T[-before % stride :: stride]
+    return place_T[-before % stride :: stride], -(-before // stride)
 
 
 def _select(x_T: Optional[Tensor], keep_T: Optional[Tensor]) -> Optional[Tensor]:

@@ -7,13 +7,14 @@ into a layer that has many, which is a spawn.
 from typing import TYPE_CHECKING, Any, Dict, List, Optional
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .gate_warmup import GateWarmup, fill_gate
+from .gate_warmup import fill_gate
 from .options import OptionError
 from .routers import Router
 from .routers.dynmoe import DynMoERouter
 from .routers.registry import name_of
+from .statistics import measured_of
 
 if TYPE_CHECKING:
     from .spawning import SpawningLayer
@@ -53,13 +54,8 @@ def fit(moe: "SpawningLayer", state_dict: Dict[str, Any], prefix: str) -> None:
         _check_units(moe.base_width, w1.shape[0], prefix)
         if moe.spawned and moe.num_experts > 1:
             _spawn(moe, state_dict, prefix)
-    activity_H = None if moe.activity is None else moe.activity.magnitude_H
-    demand_E = None if moe.demand is None else moe.demand.share_E
-    _fit_measured(state_dict, prefix + "activity.magnitude_H", activity_H)
-    _fit_measured(state_dict, prefix + "demand.share_E", demand_E)
-    for name in GateWarmup.BUFFERS:
-        own = None if moe.warmup is None else getattr(moe.warmup, name)
-        _fit_measured(state_dict, f"{prefix}warmup.{name}", own)
+    for name in ("activity", "demand", "warmup"):
+        _fit_measured(state_dict, f"{prefix}{name}.", getattr(moe, name))
 
 
 def is_shard(moe: "SpawningLayer", state_dict: Dict[str, Any], prefix: str) -> bool:
@@ -222,7 +218,7 @@ def _spawn(moe: "SpawningLayer", state_dict: Dict[str, Any], prefix: str) -> Non
     """Replace the state of a layer with one expert by that of one that has spawned from it."""
     moe.spawned_on_load = True
     base = {name: state_dict[f"{prefix}experts.{name}"] for name in moe.expert_tensors()}
-    plan = moe.spawner.plan(base, state_dict.get(prefix + "activity.magnitude_H"))
+    plan = moe.spawner.plan(base, measured_of(_tensors_of(state_dict, prefix + "activity."), moe.spawner))
     local = plan.only(moe.experts.local)
     for name, tensor in base.items():
         state_dict[f"{prefix}experts.{name}"] = local.weights(name, tensor)
@@ -239,9 +235,10 @@ def _spawn(moe: "SpawningLayer", state_dict: Dict[str, Any], prefix: str) -> Non
             state_dict[prefix + key] = tensor
 
 
-def _fit_measured(state_dict: Dict[str, Any], key: str, own: Optional[Tensor]) -> None:
+def _fit_measured(state_dict: Dict[str, Any], prefix: str, own: Optional[nn.Module]) -> None:
     """Let a state lack what is measured for a spawn, or have it in vain."""
-    if own is None:
-        state_dict.pop(key, None)
-    else:
-        state_dict.setdefault(key, own)
+    expected = {} if own is None else own.state_dict(prefix=prefix)
+    for key in [key for key in state_dict if key.startswith(prefix) and key not in expected]:
+        del state_dict[key]
+    for key, tensor in expected.items():
+        state_dict.setdefault(key, tensor)

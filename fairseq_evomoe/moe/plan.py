@@ -147,8 +147,13 @@ def _take(origin: Origin, name: str, old: Tensor) -> Tensor:
     return torch.cat([rows, rows.new_zeros((origin.new_units,) + rows.shape[1:])])
 
 
-def check_linear_gate(router: Router) -> None:
-    """Raise ``OptionError`` unless a router has a gate with one row of weights for each expert."""
+def check_linear_gate(router: Router, method: str = "split") -> None:
+    """Raise ``OptionError`` unless a router has a gate with one row of weights for each expert.
+
+    Args:
+        router: the router.
+        method: by which experts spawn.
+    """
     if router.linear_gate:
         return
     if type(router).linear_gate:
@@ -161,13 +166,14 @@ def check_linear_gate(router: Router) -> None:
             way_out = "leave them out"
         raise OptionError(
             "spawn_method",
-            f"`spawn_method` split makes the rows of a gate that {reason}: {way_out}, or use another method.",
+            f"`spawn_method` {method} makes the rows of a gate that {reason}: {way_out}, or use another "
+            "method.",
         )
     name = name_of(type(router))
     raise OptionError(
         "spawn_method",
-        f"`spawn_method` split makes the rows of a linear gate, which `router` {name} has not: use another "
-        "router, such as topk, or another method.",
+        f"`spawn_method` {method} makes the rows of a linear gate, which `router` {name} has not: use "
+        "another router, such as topk, or another method.",
     )
 
 
@@ -197,6 +203,7 @@ class Spawner(Protocol):
         method_name: what it does to the copies of the base, in a word.
         used_strength: how much.
         needs_activity: whether the base's activations should be measured before the spawn.
+        needs_sample: whether tokens that it sees should be kept for it.
         makes_gate: whether the router must have a linear gate; see ``check_linear_gate``.
         measure: what tells how many children an expert deserves: ``load``, ``gradient``, or nothing if empty.
     """
@@ -220,6 +227,9 @@ class Spawner(Protocol):
     def needs_activity(self) -> bool: ...  # noqa: D102
 
     @property
+    def needs_sample(self) -> bool: ...  # noqa: D102
+
+    @property
     def makes_gate(self) -> bool: ...  # noqa: D102
 
     def widths_from(self, base: int) -> List[int]:
@@ -228,8 +238,8 @@ class Spawner(Protocol):
     def generator(self, *key: object) -> torch.Generator:
         """A generator of random numbers of its own for each key."""
 
-    def plan(self, base: Dict[str, Tensor], activity_H: Optional[Tensor] = None) -> Plan:
-        """What to do to the base expert, given its tensors by name and the activity of its units."""
+    def plan(self, base: Dict[str, Tensor], measured: Optional[Tensor] = None) -> Plan:
+        """What to do to the base expert, given its tensors by name and what was measured for it."""
 
     @property
     def measure(self) -> str: ...  # noqa: D102

@@ -17,7 +17,7 @@ from .ranks import ALONE, Ranks
 from .routers import Router
 from .routers.registry import find_router
 from .routing import Vocabulary
-from .statistics import Activity, Demand
+from .statistics import Activity, Demand, Sample, make_measure
 
 
 class SpawningLayer(nn.Module):
@@ -32,7 +32,7 @@ class SpawningLayer(nn.Module):
         router: the router; ``None`` before the spawn.
         shared: an always-on expert beside the routed ones, which starts as the base expert; ``None`` without
             ``shared_expert`` and before the spawn.
-        activity: measures the base expert's hidden units for the spawn, if that asks for it; ``None``
+        activity: measures what the base expert does or sees for the spawn, if that asks for it; ``None``
             once the experts have spawned.
         warmup: trains the gate before the spawn, if somebody has put one there; ``None`` once they have.
         demand: measures how many children experts deserve, if the spawner asks for it and they have yet to
@@ -84,7 +84,7 @@ class SpawningLayer(nn.Module):
     router: Optional[Router]
     shared: Optional[Experts]
     hyper_adapter: Optional[HyperAdapter]
-    activity: Optional[Activity]
+    activity: Union[Activity, Sample, None]
     demand: Optional[Demand]
     warmup: Optional[GateWarmup]
 
@@ -135,8 +135,7 @@ class SpawningLayer(nn.Module):
         self.register_module("hyper_adapter", None)
         self.register_module("demand", None)
         self.register_module("warmup", None)
-        measure = spawner.needs_activity and experts > 1 and not spawned
-        self.activity = Activity(hidden) if measure else None
+        self.activity = None if spawned or experts == 1 else make_measure(spawner, self.experts)
         self.heads = MultiHead(dim, heads) if heads > 1 else None
         self.has_shared_expert = shared_expert
         self.has_hyper_adapter = hyper_adapter
@@ -238,8 +237,8 @@ class SpawningLayer(nn.Module):
         """
         if self.router is not None:
             return multiplying.plan(self)
-        activity_H = None if self.activity is None else self.activity.magnitude_H
-        return self.spawner.plan(self.expert_tensors(), activity_H)
+        measured = None if self.activity is None else self.activity.measured
+        return self.spawner.plan(self.expert_tensors(), measured)
 
     @torch.no_grad()
     def spawn(

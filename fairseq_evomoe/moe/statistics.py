@@ -3,12 +3,15 @@
 Suffixes: see ``routing.py``.
 """
 
-from typing import Any, Optional
+from typing import TYPE_CHECKING, Any, Dict, Optional, Union
 
 import torch
 from torch import Tensor, nn
 
 from .experts import Experts
+
+if TYPE_CHECKING:
+    from .plan import Spawner
 
 
 class Collector(nn.Module):
@@ -131,9 +134,14 @@ class Activity(Collector):
         super().__init__()
         self.register_buffer("magnitude_H", torch.zeros(units))
 
+    @property
+    def measured(self) -> Tensor:
+        """The running mean."""
+        return self.magnitude_H
+
     @torch.no_grad()
-    def watch(self, experts: Experts, x_TD: Tensor) -> None:
-        """Measure the only expert's hidden units on tokens."""
+    def watch(self, experts: Experts, x_TD: Tensor, first: int) -> None:
+        """Measure the only expert's hidden units on tokens, the first of which has this number."""
         hidden_TH = experts.hidden.activation(torch.addmm(experts.b1, x_TD, experts.w1.t()))
         if experts.w3 is not None:
             hidden_TH = hidden_TH * (x_TD @ experts.w3.t())
@@ -149,3 +157,72 @@ class Activity(Collector):
         tokens = sums_K[-1]
         if tokens > 0:
             self.magnitude_H.lerp_(sums_K[:-1] / tokens, 1 - self.DECAY)
+
+
+class Sample(Collector):
+    """Some of the tokens that a layer's single expert has seen last, the same on all ranks.
+
+    Of each update it keeps the first ``ROWS`` of every 16th token of all ranks.
+
+    Attributes:
+        row_SD: float32, the tokens, of which the oldest is replaced by the newest.
+        seen: float32 scalar, how many there have been.
+
+    Args:
+        dim: D.
+        size: S, how many are kept.
+    """
+
+    STRIDE = 16
+    ROWS = 64
+
+    row_SD: Tensor
+    seen: Tensor
+
+    def __init__(self, dim: int, size: int) -> None:
+        super().__init__()
+        self.register_buffer("row_SD", torch.zeros(size, dim))
+        self.register_buffer("seen", torch.zeros(()))
+
+    @property
+    def measured(self) -> Tensor:
+        """The tokens that there are."""
+        return self.row_SD[: int(self.seen)]
+
+    @torch.no_grad()
+    def watch(self, experts: Experts, x_TD: Tensor, first: int) -> None:
+        """Keep some of the tokens, the first of which has this number among those of all ranks."""
+        x_TD = x_TD[: max(self.ROWS - first, 0)].float()
+        sums = self.row_SD.new_zeros(self.ROWS, self.row_SD.shape[1] + 1)
+        sums[first : first + len(x_TD), :-1] = x_TD
+        sums[first : first + len(x_TD), -1] = 1
+        self.add(sums.flatten())
+
+    def no_sums(self) -> Tensor:
+        """See ``Collector``: a row for each token that is kept, and whether there is one."""
+        return self.row_SD.new_zeros(self.ROWS * (self.row_SD.shape[1] + 1))
+
+    def commit(self, sums_K: Tensor) -> None:
+        """See ``Collector``."""
+        sums = sums_K.view(self.ROWS, -1)
+        sums = sums[sums[:, -1] > 0]  # a pass that was made twice counts twice
+        place = (self.seen.long() + torch.arange(len(sums), device=sums.device)) % len(self.row_SD)
+        self.row_SD[place] = sums[:, :-1] / sums[:, -1:]
+        self.seen += len(sums)
+
+
+def measured_of(state: Dict[str, Tensor], spawner: "Spawner") -> Optional[Tensor]:
+    """What a state of ``Activity``, or of ``Sample``, has for a spawn; ``None``: nothing."""
+    if not spawner.needs_sample:
+        return state.get("magnitude_H")
+    return state["row_SD"][: int(state["seen"])] if "row_SD" in state else None
+
+
+def make_measure(spawner: "Spawner", experts: Experts) -> Union[Activity, Sample, None]:
+    """What measures a single expert for a spawn; ``None``: that needs nothing.
+
+    A sample has 32 tokens for each expert that there will be, and at least 512.
+    """
+    if spawner.needs_sample:
+        return Sample(experts.dim, max(32 * spawner.experts, 512))
+    return Activity(experts.widths[0]) if spawner.needs_activity else None
