@@ -67,7 +67,11 @@ def test_stages_that_contradict_themselves_are_refused_in_a_sentence(value):
     "options, option, text",
     [
         ({"experts": 16}, "spawn_update", "ends with 8 experts, but --moe-experts is 16: leave that out"),
-        ({"spawn_method": "split"}, "spawn_method", "divides the base's hidden units once"),
+        (
+            {"spawn_method": "split"},
+            "spawn_method",
+            "split makes experts and a gate of the base expert alone",
+        ),
         ({"expert_sizes": "hybrid"}, "expert_sizes", "Children are as wide as their parents"),
         ({"router": "comet", "spawn_select": "load"}, "spawn_select", "decides by itself which expert"),
         ({"router": "topk", "top_k": 4}, "top_k", "must be from 1 to the 2 experts, but is 4"),
