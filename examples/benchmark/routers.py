@@ -69,8 +69,13 @@ def deciding(router: Router, size: Size, trained: bool = False) -> Callable[[], 
     def run() -> None:
         x.grad = None
         router.zero_grad()
-        routing = router(x, RoutingContext(token_T=token_T, sequence_T=sequence_T, **more))
-        total = routing.weight_N.sum() + sum(routing.losses.values())
+        context = RoutingContext(token_T=token_T, sequence_T=sequence_T, **more)
+        if router.passes:  # all that is between them, with experts that give tokens back as they are
+            y, routing = router.run_passes(x, context, lambda tokens, *_: tokens, True)
+            extra = router.finish(x + y).sum()
+        else:
+            routing, extra = router(x, context), 0
+        total = routing.weight_N.sum() + sum(routing.losses.values()) + extra
         if total.requires_grad:
             total.backward()
 

@@ -8,7 +8,7 @@ attended to, beside its matrices.  In a model with encoder and decoder a token i
 
 import re
 from dataclasses import dataclass
-from typing import Callable, Collection, Dict, Iterable, Iterator, List, Optional, Type
+from typing import Any, Callable, Collection, Dict, Iterable, Iterator, List, Optional, Type
 
 from torch import Tensor
 
@@ -50,6 +50,9 @@ def experts_of_token(router: Type[Router], options: SavedOptions, experts: int) 
         experts: E.
     """
     declared, name = router.Options.declared(), router.experts_per_token
+    if router.passes:
+        given: Any = router.Options.given({"strata": options["strata"]})
+        return Active(options["top_k"], options["top_k"] * len(given.sizes(experts)), None)
     if name is not None and ("eval_routing" not in declared or options["eval_routing"] == EvalRouting.top1):
         most = min(options[name], experts)
         free = sum(options[kind] for kind in FREE if kind in declared)

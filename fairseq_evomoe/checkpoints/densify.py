@@ -32,6 +32,7 @@ _INEXPRESSIBLE = {
     "heads.": "`heads`",
     "shared.": "`shared_expert`",
     "hyper_adapter.": "`hyper_adapter`",
+    "router.norms.": "the LayerNorms of `strata`",
     "router.free.": "`zero_experts`, `copy_experts` or `constant_experts`",
 }
 """What no feed-forward network of fairseq's can be, by how the names of its tensors begin."""

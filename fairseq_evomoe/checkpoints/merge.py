@@ -219,6 +219,7 @@ def _check_number(layers: List[Layer], options: SavedOptions, experts: int) -> N
         (f"`router` {options.router}", not router.unit_weight),
         ("`shared_expert`", options["shared_expert"]),
         ("`hyper_adapter`", options["hyper_adapter"]),
+        ("`output_masking`", options["output_masking"] > 0),
     ):
         if found:
             raise MergeError(

@@ -80,6 +80,13 @@ class LayerOptions(Options):
         "wide as the feed-forward layer makes up for weights that sum to 1.",
         above=0,
     )
+    output_masking: float = option(
+        0.0,
+        "While training, leave out the output of a token's expert with this probability, and in evaluation "
+        "multiply it by what is left: expert output masking (EOM), published with 0.1.",
+        at_least=0,
+        below=1,
+    )
     shared_expert: bool = option(
         False,
         "Add one expert of width ffn-embed-dim that is always on, beside those that the router chooses.",

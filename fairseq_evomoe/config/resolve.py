@@ -13,7 +13,7 @@ from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple
 from ..evolution import stages
 from ..evolution.spawn import SpawnMethod
 from ..moe.options import Declaration, OptionError, Options
-from ..moe.routers import ROUTERS
+from ..moe.routers import ROUTERS, StratifiedRouter
 from . import legacy, presets, rules
 from .config import GROUPS, MoEConfig, declarations, owner, routers_with, unknown_router
 from .errors import PREFIX, ConfigError, as_flags, flag
@@ -211,6 +211,11 @@ def _decide(config: MoEConfig, values: Mapping[str, Any], ffn_dims: Sequence[int
     if made is not None and plateau.spawn_window is None:
         config = replace(config, plateau=replace(plateau, spawn_window=made.window))
     router_options = config.router_options
+    # with several stages, each has halves of its own
+    if isinstance(router_options, StratifiedRouter.Options) and len(config.stages) == 1:
+        if router_options.strata is None:
+            sizes = ",".join(map(str, router_options.sizes(config.experts)))
+            config = replace(config, router_options=replace(router_options, strata=sizes))
     if getattr(router_options, "stable_update", 0) is None and config.max_update > 0:
         if not config.spawns_by_itself:
             update = int(config.stable_update(config.latest_spawns[-1]))

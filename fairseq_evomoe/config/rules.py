@@ -95,6 +95,12 @@ def _stages(config: MoEConfig) -> Iterator[OptionError]:
             f"`router` {config.router} decides by itself which expert has how many children: leave "
             f"`spawn_select` {select.value} out.",
         )
+    if select != Select.even and config.router_class.passes:
+        yield OptionError(
+            "spawn_select",
+            f"The strata of `router` {config.router} grow alike, which `spawn_select` {select.value} would "
+            "not let them: leave it out, or give one stage.",
+        )
     if config.sizes.expert_sizes != "uniform":
         yield OptionError(
             "expert_sizes",
@@ -171,6 +177,23 @@ def _layer(config: MoEConfig) -> Iterator[OptionError]:
                 "mutual_distillation_weight",
                 f"{compares}but `router` default-moe lets means of others stand beside them: choose another "
                 "router or leave it out.",
+            )
+    if config.router == "soft" and layer.output_masking > 0:
+        yield OptionError(
+            "output_masking",
+            "`output_masking` leaves out outputs for single tokens, but the experts of `router` soft work on "
+            "mixtures of tokens: leave it out or choose another router.",
+        )
+    for name, given in (
+        ("shared_expert", layer.shared_expert),
+        ("hyper_adapter", layer.hyper_adapter),
+        ("heads", layer.heads > 1),
+    ):
+        if router.passes and given:
+            yield OptionError(
+                name,
+                f"`{name}` is made for tokens that pass the experts once, and with `router` {config.router} "
+                "they do so several times: leave one of them out.",
             )
     if layer.hyper_adapter:
         if config.experts == 1 or config.router == "soft":

@@ -179,6 +179,7 @@ class _StackBuilder:
             hyper_adapter=config.layer.hyper_adapter,
             loss_weights=config.loss_weights(),
             scaling_factor=config.layer.scaling_factor,
+            output_masking=config.layer.output_masking,
             spawner=config.make_spawn(number, layer.widths),
             initialize=initialize,
             vocabulary=self.vocabulary,

@@ -82,6 +82,8 @@ class _Batch:
     memory: Dict[str, Any] = field(default_factory=dict)
     statistics: bool = True
     first_row: int = 0
+    residual: Optional[Tensor] = None
+    passed: bool = False
 
 
 _batch: ContextVar[Optional[_Batch]] = ContextVar("batch", default=None)
@@ -101,6 +103,7 @@ class MoEFeedForward:
         is_dummy_batch: whether the batch is a stand-in of fairseq's, which is not to be routed.
         stack: knows what the layers of the stack share.
         causal: whether the layer must not see later tokens.
+        normalize_before: fairseq's; whether its norms come before attention and ``fc1``, or after them.
         ffn_dim: hidden units of the base expert.
         widths: hidden units of each expert once they have spawned, with several stages for the first time.
         checkpoint_activations: whether to recompute activations in the backward pass.
@@ -117,6 +120,7 @@ class MoEFeedForward:
     offload_activations = False
     stack: StackInput
     causal = False
+    normalize_before: bool
     ffn_dim: int
     widths: List[int]
 
@@ -169,8 +173,23 @@ class MoEFeedForward:
         if self.training and self.is_dummy_batch:
             padding_mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
         sequences = torch.arange(x.shape[0], device=x.device).unsqueeze(1).expand(x.shape[:2])
-        y = self.moe(x, self._context(batch), padding_mask, tokens, sequences, embeddings)
+        # with the norm after, what the output is added to is the input
+        residual = batch.residual if self.normalize_before else None
+        residual = None if residual is None else residual.transpose(0, 1)
+        y = self.moe(x, self._context(batch), padding_mask, tokens, sequences, embeddings, residual)
+        batch.passed = True
         return y.transpose(0, 1)
+
+    def residual_connection(self, x: Tensor, residual: Tensor) -> Tensor:
+        """fairseq's sum, around attention and around ``fc1``, of which a router with passes must know."""
+        y: Tensor = super().residual_connection(x, residual)  # type: ignore[misc]
+        batch = _batch.get()
+        if batch is None or not self.moe.in_passes:
+            return y
+        if batch.passed:
+            return self.moe.finish(y)
+        batch.residual = y
+        return y
 
     def run(
         self,

@@ -1,6 +1,6 @@
 """A limit to the tokens that an expert takes."""
 
-from typing import Any
+from typing import Any, Optional
 
 import torch
 from torch import Tensor
@@ -28,7 +28,12 @@ def keep_pairs(routing: Routing, keep_N: Tensor) -> None:
 
 
 def limit_load(
-    routing: Routing, factor: float, top_k: int = 1, ranks: Ranks = ALONE, causal: bool = False
+    routing: Routing,
+    factor: float,
+    top_k: int = 1,
+    ranks: Ranks = ALONE,
+    causal: bool = False,
+    tokens: Optional[int] = None,
 ) -> None:
     """Leave out, in place, the pairs for which their expert has no room (Switch, arXiv 2101.03961).
 
@@ -44,6 +49,7 @@ def limit_load(
         top_k: k, how many experts a token may have.
         ranks: those whose tokens compete for room.
         causal: whether no token may lose its expert to a later one.
+        tokens: T; those of the routing if not given.
     """
     if factor <= 0 or (routing.expert_N.numel() == 0 and ranks.size == 1):
         return
@@ -62,8 +68,8 @@ def limit_load(
 
     # what comes before this rank's pairs of each turn and expert
     count_KE = torch.bincount(key_N, minlength=turns * experts)
-    tokens = torch.tensor([routing.tokens], device=count_KE.device)
-    count_WK = ranks.gather_counts(torch.cat([count_KE, tokens]))
+    tokens_1 = torch.tensor([routing.tokens if tokens is None else tokens], device=count_KE.device)
+    count_WK = ranks.gather_counts(torch.cat([count_KE, tokens_1]))
     count_WKE = count_WK[:, :-1].view(-1, turns, experts)
     count_KE = count_WKE.sum(0)
     before_KE = count_KE.cumsum(0) - count_KE + count_WKE[: ranks.rank].sum(0)
@@ -88,7 +94,9 @@ def drop_overflow(
         top_k: k, how many experts a token may have.
     """
     factor = options.capacity_factor if training else options.eval_capacity_factor
-    limit_load(routing, factor, top_k, context.ranks, context.causal)
+    # how many tokens come to a later pass tells of later tokens, too: there, room is that for all of them
+    tokens = context.part.rows if context.causal and context.part is not None else None
+    limit_load(routing, factor, top_k, context.ranks, context.causal, tokens)
 
 
 def position(expert_N: Tensor, experts: int) -> Tensor:

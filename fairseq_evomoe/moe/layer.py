@@ -11,6 +11,7 @@ from .dispatch import dispatch
 from .dispatch.exchange import send
 from .losses import penalty_loss
 from .mutual_distillation import dispatch_and_compare
+from .output_masking import mask_outputs
 from .ranks import ALONE
 from .recorder import open_records
 from .routing import Routing, RoutingContext
@@ -47,6 +48,7 @@ class MoELayer(SpawningLayer):
         tokens: Optional[Tensor] = None,
         sequences: Optional[Tensor] = None,
         embeddings: Optional[Tensor] = None,
+        residual: Optional[Tensor] = None,
     ) -> Tensor:
         """Apply the layer.
 
@@ -60,6 +62,7 @@ class MoELayer(SpawningLayer):
             sequences: int64, shape (...): number of the sequence that each token belongs to, for the routers
                 that mix the tokens of a sequence.
             embeddings: shape (..., C): embedding of each token, for the gates that see it.
+            residual: shape of ``x``: what the output will be added to, for routers with passes; ``None``: x.
 
         Returns:
             shape and dtype of ``x``.
@@ -82,12 +85,22 @@ class MoELayer(SpawningLayer):
             embedding_TC=_select(
                 None if embeddings is None else embeddings.reshape(-1, embeddings.shape[-1]), keep_T
             ),
+            residual_TD=_select(None if residual is None else residual.reshape(x_TD.shape), keep_T),
         )
         kept_TD = x_TD if keep_T is None else x_TD.index_select(0, keep_T)
         y_TD = self._all_experts(kept_TD, context)
         if keep_T is not None:
             y_TD = torch.zeros_like(x_TD).index_copy(0, keep_T, y_TD)
         return y_TD.view_as(x)
+
+    @property
+    def in_passes(self) -> bool:
+        """Whether tokens pass the experts several times, so that ``residual`` and ``finish`` matter."""
+        return self.router is not None and self.router.passes
+
+    def finish(self, x: Tensor) -> Tensor:
+        """What becomes of the sum of the layer's output and ``residual``: with most routers nothing."""
+        return x if self.router is None else self.router.finish(x)
 
     def _complete(self, context: RoutingContext, **of_tokens: Optional[Tensor]) -> RoutingContext:
         """What the router is told: what holds for the pass, this layer's ranks, what there is of tokens."""
@@ -144,7 +157,20 @@ class MoELayer(SpawningLayer):
 
     def _route(self, x_TD: Tensor, context: RoutingContext) -> Tensor:
         assert self.router is not None
-        routing: Routing = self.router(x_TD, context)
+        if self.router.passes:
+            always = self.sharded or self.training or torch.is_grad_enabled()
+            y_TD, routing = self.router.run_passes(x_TD, context, self._apply_experts, always)
+        else:
+            routing = self.router(x_TD, context)
+            y_TD = self._apply_experts(x_TD, routing, context)
+        self._note(routing, context)
+        return y_TD
+
+    def _apply_experts(self, x_TD: Tensor, routing: Routing, context: RoutingContext) -> Tensor:
+        """The outputs of the experts that were chosen, with those of what stands beside them."""
+        assert self.router is not None
+        if self.output_masking > 0:
+            mask_outputs(routing, self.output_masking, self.training, context)
         free_TD = self.router.output_of_free(x_TD, routing) if self.router.free_experts else None
         if self.sharded:
             transport = self.transport if self.training else replace(self.transport, lsh=None)
@@ -168,7 +194,6 @@ class MoELayer(SpawningLayer):
         if self.router.defaults is not None:
             y_TD = y_TD + self.router.defaults(routing).to(y_TD.dtype)
         y_TD = y_TD if self.scaling_factor == 1 else y_TD * self.scaling_factor
-        self._note(routing, context)
         return y_TD if beside_TD is None else y_TD + beside_TD
 
     def _beside(self, x_TD: Tensor, routing: Routing, context: RoutingContext) -> Optional[Tensor]:

@@ -12,7 +12,7 @@ H       hidden units of all experts, laid end to end
 ======  ==========================================================
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Collection, Dict, Optional, Tuple, Union, cast
 
 import torch
@@ -23,6 +23,21 @@ from .ranks import ALONE, Ranks
 
 if TYPE_CHECKING:
     from .slots import Slots
+
+
+@dataclass(frozen=True)
+class Part:
+    """Those of a layer's tokens that are routed in one of several passes.
+
+    Attributes:
+        number: of the pass, from 0.
+        row_P: int64, their places among the layer's tokens.
+        rows: T, how many tokens the layer has.
+    """
+
+    number: int
+    row_P: Tensor
+    rows: int
 
 
 @dataclass(frozen=True)
@@ -48,6 +63,8 @@ class RoutingContext:
             that they are the same on any number of ranks; ``None``: they come from the default generator.
         warm_up: whether gates that have no experts yet are to learn; see ``gate_warmup.py``.
         first_row: how many rows all ranks have routed before, in earlier batches of the same update.
+        residual_TD: what the layer's output is added to, for routers with passes; ``None``: the tokens.
+        part: which of the layer's tokens these are; ``None``: all of them, in the first pass or the only one.
     """
 
     temperature: float = 1.0
@@ -63,6 +80,8 @@ class RoutingContext:
     noise_key: Optional[Tuple[object, ...]] = None
     warm_up: bool = False
     first_row: int = 0
+    residual_TD: Optional[Tensor] = None
+    part: Optional[Part] = None
 
     def wants(self, loss: str) -> bool:
         """Whether a loss is wanted."""
@@ -83,13 +102,23 @@ class RoutingContext:
     def uniform(self, like: Tensor) -> Tensor:
         """Independent samples of U(0, 1) in the shape of ``like``, (T, K), and its dtype and device.
 
-        With a ``noise_key`` they depend on that and on the place of a row in the batch of all ranks alone.
+        With a ``noise_key`` they depend on that, the pass, and the place of a row in the batch of all ranks.
         """
         if self.noise_key is None:
             return torch.rand_like(like)
         rows, columns = like.shape
+        key, part = self.noise_key, self.part
+        if part is not None:  # the place of a row is that among all, whoever is in this pass
+            rows, key = part.rows, (*key, "pass", part.number)
         first = self.first_row + self.rows_of_ranks(rows, like.device)[0]
-        return uniform(self.noise_key, first, rows, columns, like.device).to(like.dtype)
+        drawn = uniform(key, first, rows, columns, like.device).to(like.dtype)
+        return drawn if part is None else drawn.index_select(0, part.row_P)
+
+    def of_part(self, part: Part) -> "RoutingContext":
+        """What is told of some of the tokens, in a pass of their own."""
+        of_tokens = {name: getattr(self, name) for name in ("token_T", "embedding_TC", "sequence_T")}
+        selected = {name: x.index_select(0, part.row_P) for name, x in of_tokens.items() if x is not None}
+        return replace(self, part=part, residual_TD=None, **selected)
 
 
 def count_experts(expert_N: Tensor, experts: int) -> Tensor:

@@ -70,6 +70,7 @@ class SpawningLayer(nn.Module):
         loss_weights: weights of auxiliary losses by name; the router's are what it takes by default if not
             given.  Those of the layer are ``penalty`` (HMoE) and ``mutual_distillation`` (MoDE), and 0.
         scaling_factor: of the routed experts' output (DeepSeek-V2, arXiv 2405.04434).
+        output_masking: share of the experts' outputs that training leaves out; see ``mask_outputs``.
         spawner: how the base expert becomes many; ``None``: by ``mask``, or by ``slice`` if experts
             have other widths.
         initialize: ``initialize(experts, e)`` gives expert e its initial weights; ``None``: ``nn.Linear``'s.
@@ -106,6 +107,7 @@ class SpawningLayer(nn.Module):
         hyper_adapter: bool = False,
         loss_weights: Optional[Mapping[str, float]] = None,
         scaling_factor: float = 1.0,
+        output_masking: float = 0.0,
         spawner: Optional[Spawner] = None,
         initialize: Optional[Callable[[Experts, int], None]] = None,
         vocabulary: Optional[Vocabulary] = None,
@@ -142,6 +144,7 @@ class SpawningLayer(nn.Module):
         self.given_loss_weights = dict(loss_weights or {})
         self.loss_weights = dict(self.given_loss_weights)
         self.scaling_factor = scaling_factor
+        self.output_masking = output_masking
         self.vocabulary = vocabulary
         self.of_stack: Dict[str, Any] = {} if shared is None else shared
         self.ranks: Ranks = ALONE

@@ -15,7 +15,8 @@ from ..checkpoints.files import CommandError, load
 from ..checkpoints.observe import batches
 from ..evolution.merge import output_products, weight_similarity
 from ..models.layers import moe_layers
-from ..moe import MoELayer, Router, Routing, RoutingContext, record
+from ..moe import MoELayer, Router, Routing, record
+from ..moe.recorder import open_records
 from .sample import Array, Choices, LayerSample, Sample, Text
 
 ROWS_OF_ALL = 1024
@@ -34,7 +35,7 @@ class _Watch:
         self.compared = torch.zeros(moe.num_experts, moe.num_experts, dtype=torch.float64)
         self.compared_rows = 0
         moe.register_forward_hook(self._read)
-        if moe.router is not None:
+        if moe.router is not None and not moe.router.passes:
             moe.router.register_forward_hook(self._route)
 
     def reset(self) -> None:
@@ -47,7 +48,7 @@ class _Watch:
         self.has_entropy = self.soft = False
 
     def _read(self, moe: MoELayer, inputs: Tuple[Any, ...], output: Tensor) -> None:
-        _, _, padding_mask, tokens, sequences, _ = inputs
+        x, _, padding_mask, tokens, sequences, *_ = inputs
         if tokens is None:
             raise CommandError(
                 "The layers of the checkpoint's model do not see tokens: nothing can be said of them."
@@ -59,8 +60,10 @@ class _Watch:
         )
         self.sequences += tokens.shape[0]
         self.tokens += len(token_T)
+        if moe.router is not None and moe.router.passes:  # what its passes were together is in the record
+            self._route(moe.router, (x[kept].reshape(-1, x.shape[-1]),), open_records()[-1][moe])
 
-    def _route(self, router: Router, inputs: Tuple[Tensor, RoutingContext], routing: Routing) -> None:
+    def _route(self, router: Router, inputs: Tuple[Any, ...], routing: Routing) -> None:
         x_TD = inputs[0]
         row_N, expert_N, weight_N = routing.token_N, routing.expert_N, routing.weight_N
         if routing.slots is not None:

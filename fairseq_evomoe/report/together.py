@@ -21,6 +21,7 @@ def within(choices: Choices) -> Optional[Array]:
         (np.ones(len(choices.row_N)), (choices.row_N, choices.expert_N)),
         shape=(choices.rows, choices.experts),
     )
+    chosen_TE.data[:] = 1  # where tokens pass experts several times, some have one twice
     count_EE = (chosen_TE.T @ chosen_TE).toarray()
     result: Array = count_EE / np.maximum(count_EE.diagonal(), 1)[:, None]
     return result

@@ -191,6 +191,7 @@ def option(name, value):
         (moe("heads.head.weight"), ["topk"], ["--moe-heads"]),
         (moe("shared.w1"), ["topk"], ["--moe-shared-expert"]),
         (moe("hyper_adapter.expert_embedding"), ["topk"], ["--moe-hyper-adapter"]),
+        (moe("router.norms.0.weight"), ["average"], ["LayerNorms of --moe-strata"]),
         (moe("router.free.weight"), ["topk"], ["--moe-zero-experts", "--moe-constant-experts"]),
         (option("moe_expert_activation", "gelu"), ["topk"], ["--moe-expert-activation gelu", "relu"]),
         (option("moe_expert_sizes", "1,1,2,2"), ["average"], ["--method average", "have 32, 64", "use topk"]),

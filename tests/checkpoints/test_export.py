@@ -26,7 +26,11 @@ pytest.importorskip("safetensors")
 
 AUTO = {"language_modeling": "AutoModelForCausalLM", "masked_lm": "AutoModelForMaskedLM"}
 AUTO["translation"] = "AutoModelForSeq2SeqLM"
-OPTIONS = {"stable": {"moe_stable_update": 5}, "soft": {"moe_slots": 3}}
+OPTIONS = {
+    "stable": {"moe_stable_update": 5},
+    "soft": {"moe_slots": 3},
+    "stratified": {"moe_strata": "1,1,2", "moe_output_masking": 0.1},
+}
 PROMPT, MOST = 5, 8
 """Tokens that a language model is given, and tokens that are generated at most."""
 
@@ -55,6 +59,7 @@ MORE = {
     },
     "masked_lm": {"untied": {"untie_weights_roberta": True}},
     "translation": {
+        "strata, norm after": {"moe_router": "stratified", "moe_strata": "2,2"},
         "pre": {"encoder_normalize_before": True, "decoder_normalize_before": True},
         "apart": {"share_all_embeddings": False, "moe_router": "switch"},
     },

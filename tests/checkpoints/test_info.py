@@ -9,8 +9,11 @@ from fairseq import checkpoint_utils
 
 import fairseq_evomoe
 from fairseq_evomoe.checkpoints import versions
+from fairseq_evomoe.checkpoints.cost import experts_of_token
 from fairseq_evomoe.checkpoints.info import info_of
 from fairseq_evomoe.checkpoints.info_text import text
+from fairseq_evomoe.checkpoints.saved_options import SavedOptions
+from fairseq_evomoe.moe import ROUTERS
 from support import golden
 from support.cli import LM, MASKED_LM, TRANSLATION, call, evomoe
 from support.tasks import DENSE, PLAIN, dense
@@ -257,3 +260,10 @@ def test_what_keeps_a_run_from_going_on_is_told(trained, tmp_path):
     for part in ("no architecture of_somebody_else", "no router theirs", "--user-dir", "--reset-optimizer"):
         assert part in told
     assert info.optimizer is None and info.experts_per_token.most == 4 and "theirs" in text(info)
+
+
+@pytest.mark.parametrize("strata, passes", [(None, 2), ("1,1,2", 3), ("4", 1)])
+def test_who_passes_strata_has_experts_in_each(strata, passes):
+    state = {"cfg": {"model": {"moe_router": "stratified", "moe_strata": strata, "moe_experts": 4}}}
+    found = experts_of_token(ROUTERS["stratified"], SavedOptions(state), 4)
+    assert (found.least, found.most, found.expected) == (2, 2 * passes, None)

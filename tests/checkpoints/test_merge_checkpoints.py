@@ -380,6 +380,7 @@ def test_other_checkpoints_are_refused(lm, tmp_path, capsys):
         ({"moe_router": "hash", "moe_hashes": 2}, "--moe-hashes"),
         ({"moe_router": "base"}, "--moe-router base"),
         ({"moe_shared_expert": True}, "--moe-shared-expert"),
+        ({"moe_output_masking": 0.1}, "--moe-output-masking"),
     ):
         state = torch.load(lm)
         state["cfg"]["model"].update(changes)
@@ -392,6 +393,7 @@ def test_other_checkpoints_are_refused(lm, tmp_path, capsys):
 def test_the_router_says_what_merging_must_know(lm, tmp_path, capsys):
     for changes, parts in (
         ({"moe_router": "comet"}, ["--moe-router comet", "cannot be merged"]),
+        ({"moe_router": "stratified"}, ["--moe-router stratified", "cannot be merged"]),
         ({"moe_router": "of-somebody"}, ["--moe-router of-somebody", "--user-dir"]),
     ):
         state = torch.load(lm)

@@ -67,6 +67,18 @@ def refuses(lm_data, tmp_path):
         ),
         ({"moe_router": "soft"}, ["--moe-router soft", "later ones", "evomoe_roberta"]),
         ({"moe_preset": "expert_choice"}, ["--moe-router expert-choice", "later ones", "evomoe_roberta"]),
+        (
+            {"moe_router": "stratified", "moe_hard_update": None, "moe_strata": "2,3"},
+            ["--moe-strata", "sum to the --moe-experts (4)", "2,3"],
+        ),
+        (
+            {"moe_router": "stratified", "moe_hard_update": None, "moe_penalty_weight": 0.1},
+            ["--moe-penalty-weight", "--moe-router stratified has none"],
+        ),
+        (
+            {"moe_router": "stratified", "moe_hard_update": None, "moe_eval_capacity_factor": 1.0},
+            ["--moe-eval-capacity-factor", "a decoder"],
+        ),
         ({"moe_router": "stable", "max_update": 0, "max_epoch": 1}, ["--max-update", "--moe-stable-update"]),
         (
             {"moe_router": "base", "moe_penalty_weight": 0.1},

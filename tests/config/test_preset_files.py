@@ -16,7 +16,7 @@ NAMES = (
     "comet rmoe soft mh_moe mode hypermoe deepseek upcycling drop_upcycling emoe evomoe_hmoe evomoe_context "
     "evomoe_table narrow_hash remoe loss_free quantile_balancing xmoe dtop_p "
     "expert_choice expert_threshold moe_plus_plus evomoe_activation modified_softmax ds_moe default_moe "
-    "evomoe_stages smola m2mkd"
+    "evomoe_stages smola m2mkd stratified"
 ).split()
 RUN = {"max_update": 1000, "ffn_dims": [64]}
 
@@ -103,6 +103,7 @@ WHAT_IS_PUBLISHED = {
     "default_moe": {"router": "default-moe", "top_k": 2, "default_decay": 0.9, "balance_weight": 0.01},
     "smola": {"router": "soft", "rank": 4, "beside": "all", "slots": 1, "freeze": "backbone", "freq": 1},
     "m2mkd": {"router": "topk", "meta_updates": 200, "module_updates": 300, "module_alpha": 0.5},
+    "stratified": {"strata": "8,8", "strata_norm": "every", "top_k": 2, "balance_weight": 0.01},
     "narrow_hash": {"hashes": 4, "experts": 32, "total_ffn_dim": "8x"},
 }
 

@@ -87,6 +87,7 @@ def test_every_option_arrives_where_it_belongs(router, declaration):
             "max_experts": (0, 32),
             "l1_factor": (1.5,),
             "mean_experts": (1.5,),
+            "strata": ("8,8", "4,2,10"),
             "freeze": ("router", "router,backbone"),
         }.get(name, (0.5,) if declaration.type is float else (4,))
     for value in values:
@@ -177,9 +178,8 @@ def test_the_spawn_is_after_a_tenth_of_the_run_and_never_at_its_end(max_update, 
 def test_rivals_have_their_experts_from_the_start(router):
     config = resolve({"router": router}, **RUN)
     assert config.schedule.spawn_update == 0
-    assert config.router_options == (
-        ROUTERS[router].Options() if router != "stable" else ROUTERS[router].Options(stable_update=100)
-    )
+    decided = {"stable": {"stable_update": 100}, "stratified": {"strata": "8,8"}}.get(router, {})
+    assert config.router_options == ROUTERS[router].Options(**decided)
 
 
 def test_the_model_s_own_number_of_experts_is_a_default():
@@ -336,6 +336,25 @@ CONTRADICTIONS = [
     ({"experts": 1, "hyper_adapter": True}, "hyper_adapter", ["--moe-experts 1", "leave it out"]),
     ({"router": "soft", "hyper_adapter": True}, "hyper_adapter", ["--moe-router soft"]),
     ({"router": "dynmoe", "hyper_adapter": True}, "hyper_adapter", ["--moe-dynmoe-window 0"]),
+    ({"router": "stratified", "strata": "4,4"}, "strata", ["sum to the --moe-experts (16), but is 4,4"]),
+    ({"router": "stratified", "strata": "15,1"}, "top_k", ["the last of the --moe-strata", "but is 2"]),
+    ({"router": "stratified", "shared_expert": True}, "shared_expert", ["several times", "leave one"]),
+    ({"router": "stratified", "hyper_adapter": True}, "hyper_adapter", ["--moe-router stratified"]),
+    (
+        {"router": "stratified", "spawn_update": "3:8,6:16", "spawn_select": "load"},
+        "spawn_select",
+        ["--moe-router stratified grow alike", "give one stage"],
+    ),
+    (
+        {"router": "stratified", "spawn_update": "3:8,6:16", "strata": "8,8"},
+        "strata",
+        ["sum to the --moe-experts (8), but is 8,8"],
+    ),
+    ({"router": "stratified", "heads": 2}, "heads", ["--moe-router stratified", "leave one of them out"]),
+    ({"router": "topk", "strata": "8,8"}, "strata", ["no effect with --moe-router topk", "stratified"]),
+    ({"router": "stratified", "balance": "bias"}, "balance", ["no effect with --moe-router stratified"]),
+    ({"router": "soft", "output_masking": 0.1}, "output_masking", ["--moe-router soft", "leave it out"]),
+    ({"output_masking": 1.0}, "output_masking", ["at least 0 and less than 1"]),
 ]  # fmt: skip
 
 

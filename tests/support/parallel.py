@@ -29,6 +29,13 @@ HMOE = {
     "moe_penalty_weight": 0.1,
     "moe_balance_weight": 0.0,
 }
+STRATIFIED = {
+    "moe_router": "stratified",
+    "moe_strata": "1,1,2",
+    "moe_random_second": True,
+    "moe_capacity_factor": 1.0,
+    "moe_output_masking": 0.1,
+}
 # What equals one process on the batches of both ranks.
 EXACT_JOBS = {
     "dts, P=1": {**SENTENCES, "moe_balance_weight": 0.1, "ddp_backend": "legacy_ddp"},
@@ -103,5 +110,7 @@ EXACT_JOBS = {
         "moe_gate_input": "table",
         "moe_renormalize": "straight-through",
     },
+    "stratified, P=1": {**SENTENCES, **STRATIFIED, "ddp_backend": "legacy_ddp"},
+    "stratified": {**SENTENCES, **SHARED, **STRATIFIED},
     "activations recomputed": {**SENTENCES, **SHARED, "checkpoint_activations": True},
 }

@@ -57,6 +57,8 @@ def of_router(router):
         settings.update(moe_anneal_updates=None, moe_hard_update=None)
     if router == "stable":
         settings["moe_stable_update"] = 4
+    if router == "stratified":  # of whose two experts in the first stage each is a stratum
+        settings["moe_top_k"] = 1
     return settings
 
 

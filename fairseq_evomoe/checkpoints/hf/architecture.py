@@ -264,6 +264,7 @@ class Architecture:
             "shared_width": 0 if shared is None else shared.shape[0],
             "hyper_adapter": any(key.startswith("hyper_adapter.") for key in tensors),
             "scaling_factor": layer.scaling_factor,
+            "output_masking": layer.output_masking,
             "router": self._router(side, tensors) if routed else None,
         }
 

@@ -19,6 +19,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from ...moe.experts import Experts, Hidden
 from ...moe.hyper_adapter import HyperAdapter
 from ...moe.multi_head import MultiHead
+from ...moe.output_masking import mask_outputs
 from ...moe.routers import ROUTERS
 from ...moe.routing import Routing, RoutingContext, Vocabulary
 
@@ -45,8 +46,9 @@ class MoE(nn.Module):
     Args:
         dim: D.
         given: ``widths`` of the experts, their ``activation``, whether they are ``gated`` and have a
-            ``norm``, ``heads``, ``shared_width``, ``hyper_adapter``, ``scaling_factor``, and of the
-            ``router`` its name, options, and what it is told of each pass; ``None``: there is one expert.
+            ``norm``, ``heads``, ``shared_width``, ``hyper_adapter``, ``scaling_factor``, ``output_masking``,
+            and of the ``router`` its name, options, and what it is told of each pass; ``None``: there is one
+            expert.
         shared: where the layers of a stack keep what they share.
     """
 
@@ -58,6 +60,7 @@ class MoE(nn.Module):
         self.experts = Experts(dim // heads, widths, hidden, gated)
         self.heads = MultiHead(dim, heads) if heads > 1 else None
         self.scaling_factor = given["scaling_factor"]
+        self.output_masking = given["output_masking"]
         self.router: Any = None
         self.shared: Optional[nn.Module] = None
         self.hyper_adapter: Optional[nn.Module] = None
@@ -74,8 +77,8 @@ class MoE(nn.Module):
         if given["hyper_adapter"]:
             self.hyper_adapter = HyperAdapter(dim // heads, len(widths), shared)
 
-    def forward(self, x_BLD: Tensor, batch: "Batch") -> Tensor:
-        """Apply the layer; padding gets zeros where there is a router."""
+    def forward(self, x_BLD: Tensor, residual_BLD: Tensor, batch: "Batch") -> Tensor:
+        """What is to be added to ``residual_BLD``; padding gets zeros where there is a router."""
         x_TD = x_BLD.flatten(0, 1)
         if self.router is None:
             return self._around(x_TD, lambda rows: self.experts(rows, [len(rows)])).view_as(x_BLD)
@@ -87,6 +90,8 @@ class MoE(nn.Module):
             ],
             "embedding_TC": batch.embedding_BLC.flatten(0, 1)[keep_T],
         }
+        if self.router.passes:
+            of_tokens["residual_TD"] = residual_BLD.flatten(0, 1)[keep_T]
         if self.heads is not None:
             of_tokens = {name: self.heads.repeat(value) for name, value in of_tokens.items()}
         context = RoutingContext(
@@ -95,6 +100,10 @@ class MoE(nn.Module):
         y_TD = self._around(x_TD[keep_T], lambda rows: self._route(rows, context))
         return torch.zeros_like(x_TD).index_copy(0, keep_T, y_TD).view_as(x_BLD)
 
+    def finish(self, x_BLD: Tensor) -> Tensor:
+        """What becomes of the sum of the layer's output and what it was added to."""
+        return x_BLD if self.router is None else self.router.finish(x_BLD)
+
     def _around(self, x_TD: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
         """A function of sub-tokens as one of tokens."""
         if self.heads is None:
@@ -102,7 +111,12 @@ class MoE(nn.Module):
         return self.heads.merge_heads(function(self.heads.split_heads(x_TD)), len(x_TD))
 
     def _route(self, x_TD: Tensor, context: RoutingContext) -> Tensor:
-        routing: Routing = self.router(x_TD, context)
+        if self.router.passes:
+            return self.router.run_passes(x_TD, context, self._apply_experts, False)[0]
+        return self._apply_experts(x_TD, self.router(x_TD, context), context)
+
+    def _apply_experts(self, x_TD: Tensor, routing: Routing, context: RoutingContext) -> Tensor:
+        mask_outputs(routing, self.output_masking, False, context)
         free_TD = self.router.output_of_free(x_TD, routing) if self.router.free_experts else None
         slots = routing.slots
         y_TD = self._sum_of_outputs(x_TD if slots is None else slots.mix(x_TD), routing)
@@ -213,9 +227,10 @@ class Layer(nn.Module):
             y = self._before(self.encoder_attn_layer_norm, x)
             y = self.encoder_attn(y, *self._memory(memory, cache), memory_mask)
             x = self._after(self.encoder_attn_layer_norm, x + y)
-        y = self._feed_forward(self._before(self.final_layer_norm, x), batch)
-        x = x if self.w_resid is None else self.w_resid * x
-        return self._after(self.final_layer_norm, x + y)
+        y = self._feed_forward(self._before(self.final_layer_norm, x), x, batch)
+        x = (x if self.w_resid is None else self.w_resid * x) + y
+        x = x if self.moe is None else self.moe.finish(x)
+        return self._after(self.final_layer_norm, x)
 
     def _before(self, norm: nn.Module, x: Tensor) -> Tensor:
         return norm(x) if self.pre_norm else x
@@ -235,9 +250,9 @@ class Layer(nn.Module):
         layer = cache.cross_attention_cache.layers[self.number]
         return layer.keys, layer.values
 
-    def _feed_forward(self, x: Tensor, batch: Batch) -> Tensor:
+    def _feed_forward(self, x: Tensor, residual: Tensor, batch: Batch) -> Tensor:
         if self.moe is not None:
-            return self.moe(x, batch)
+            return self.moe(x, residual, batch)
         x = self.activation(self.fc1(x))
         return self.fc2(x if self.ffn_layernorm is None else self.ffn_layernorm(x))
 

@@ -17,6 +17,7 @@ from .remoe import ReLURouter
 from .router import Router
 from .soft import SoftRouter
 from .stable import StableRouter
+from .stratified import StratifiedRouter
 from .switch import SwitchRouter
 from .top_p import TopPRouter
 from .topk import TopKRouter
@@ -40,6 +41,7 @@ __all__ = [
     "SoftRouter",
     "StableRouter",
     "SteeredTopPRouter",
+    "StratifiedRouter",
     "SwitchRouter",
     "TopKRouter",
     "TopPRouter",

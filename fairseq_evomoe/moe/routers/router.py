@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, ClassVar, Dict, Iterator, List, Optional, Sequence
+from typing import Any, Callable, ClassVar, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,9 @@ from ..options import OptionError, loss_weight, option
 from ..options import Options as BaseOptions
 from ..routing import Routing, RoutingContext, Vocabulary
 
+ApplyExperts = Callable[[Tensor, Routing, RoutingContext], Tensor]
+"""Gives tokens, (P, D), the outputs of the experts that a routing says."""
+
 
 class Router(nn.Module):
     """Base of all routers: a module that assigns tokens to experts.
@@ -31,6 +34,7 @@ class Router(nn.Module):
         needs_tokens: whether ``RoutingContext.token_T`` is needed.
         needs_whole_sequence: whether a token's output depends on later tokens.
         one_expert: whether a token never has more than one expert.
+        passes: whether tokens pass the layer's experts several times, so that it calls ``run_passes``.
         resizes: whether the number of experts can change while training.
         stages: whether ``RoutingContext.hard`` makes a difference.
         anneals: whether ``RoutingContext.temperature`` does.
@@ -67,6 +71,7 @@ class Router(nn.Module):
     needs_tokens: ClassVar[bool] = False
     needs_whole_sequence: ClassVar[bool] = False
     one_expert: ClassVar[bool] = False
+    passes: ClassVar[bool] = False
     resizes: ClassVar[bool] = False
     stages: ClassVar[bool] = False
     anneals: ClassVar[bool] = False
@@ -199,6 +204,28 @@ class Router(nn.Module):
             (T, D), dtype of ``x_TD``.
         """
         raise NotImplementedError
+
+    def run_passes(
+        self, x_TD: Tensor, context: RoutingContext, apply: ApplyExperts, always: bool
+    ) -> Tuple[Tensor, Routing]:
+        """Let tokens pass the experts as often as a router with ``passes`` says.
+
+        Args:
+            x_TD: the layer's input, shape (T, D).
+            context: see ``forward``.
+            apply: gives the tokens of a pass the outputs of their experts.
+            always: whether also to make passes that no token of this rank is in, as all ranks must if tokens
+                of others may be, or if every parameter must have a gradient.
+
+        Returns:
+            the sum of the outputs of each token's passes, shape (T, D), dtype of ``x_TD``; all pairs of
+            tokens and experts, of whichever pass.
+        """
+        raise NotImplementedError
+
+    def finish(self, x: Tensor) -> Tensor:
+        """What becomes of the sum of the layer's output and what it was added to; shape (..., D)."""
+        return x
 
 
 class GateInput(str, Enum):
