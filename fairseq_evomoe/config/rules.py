@@ -261,13 +261,12 @@ def _distillation(config: MoEConfig) -> Iterator[OptionError]:
     options, router = config.distillation, config.router_class
     if options.teacher is None:
         return
-    for name in ("meta_updates", "module_updates"):
-        if getattr(options, name) == 0:
-            yield OptionError(
-                name,
-                f"`teacher` needs `{name}` of at least 1: give a number of updates, a percentage, or "
-                "`preset` m2mkd, or leave it out.",
-            )
+    if min(options.meta_updates, options.module_updates) == 0:
+        yield OptionError(
+            "teacher",
+            f"`teacher` {options.teacher} needs `meta_updates` and `module_updates` of at least 1: give "
+            "numbers of updates, percentages, or `preset` m2mkd, or leave it out.",
+        )
     spawn, last = config.schedule.spawn_update, options.student_update
     there = config.latest_spawns[-1] == 0
     early = config.spawns_by_itself or (not there and config.latest_spawn < last)

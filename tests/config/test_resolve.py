@@ -73,6 +73,7 @@ def test_every_option_arrives_where_it_belongs(router, declaration):
         "random_second": {"top_k": 2, "renormalize": "always"},
         "balance_rate": {"balance": "bias"},
         "free_balance": {"zero_experts": 1},
+        "teacher": {"meta_updates": 1, "module_updates": 1},
     }
     if declaration.choices:
         values = declaration.choices
@@ -89,6 +90,7 @@ def test_every_option_arrives_where_it_belongs(router, declaration):
             "mean_experts": (1.5,),
             "strata": ("8,8", "4,2,10"),
             "freeze": ("router", "router,backbone"),
+            "teacher": ("dense.pt",),
         }.get(name, (0.5,) if declaration.type is float else (4,))
     for value in values:
         given = {"router": router, **companions.get(name, {}), name: value}
