@@ -43,7 +43,9 @@ def detach(state: Dict[str, Any]) -> Dict[str, Any]:
             "without it: keep the whole checkpoint, or train with `freeze` backbone."
         )
     backbone = _backbone(model)
-    kept = {key: state[key] for key in ("args", "cfg", "criterion", "task_state") if key in state}
+    kept: Dict[str, Any] = {
+        key: state[key] for key in ("args", "cfg", "criterion", "task_state") if key in state
+    }
     dtypes = {tensor.dtype for tensor in backbone.values() if tensor.is_floating_point()}
     return {
         KIND: 1,
@@ -71,17 +73,17 @@ def attach(adapter: Dict[str, Any], state: Dict[str, Any]) -> Dict[str, Any]:
             "`checkpoint` has low-rank experts alone: give that of the model they stand beside."
         )
     backbone = {key: tensor for key, tensor in _backbone(state["model"]).items() if ".moe." not in key}
-    for dtype in (
-        adapter["dtypes"] if len(adapter["dtypes"]) == 1 else ()
-    ):  # a training with --fp16 had rounded it
-        to = getattr(torch, dtype.split(".")[-1])
+    if len(adapter["dtypes"]) == 1:  # a training with --fp16 had rounded it
+        to = getattr(torch, adapter["dtypes"][0].split(".")[-1])
         backbone = {key: x.to(to) if x.is_floating_point() else x for key, x in backbone.items()}
     if _digest(backbone) != adapter["backbone"]:
         raise CommandError(
             "`adapter` was trained beside another model than that of `checkpoint`: give the checkpoint that "
             "its --finetune-from-model named."
         )
-    whole = {key: adapter[key] for key in ("args", "cfg", "criterion", "task_state") if key in adapter}
+    whole: Dict[str, Any] = {
+        key: adapter[key] for key in ("args", "cfg", "criterion", "task_state") if key in adapter
+    }
     volatile = {key: tensor for key, tensor in state["model"].items() if key.endswith(_VOLATILE)}
     whole["model"] = {**volatile, **backbone, **adapter["model"]}
     whole["optimizer_history"] = state.get("optimizer_history", [])

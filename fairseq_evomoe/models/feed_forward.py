@@ -325,7 +325,8 @@ class MoEModel:
 
     def count_from_spawn(self) -> None:
         """Let the layers' schedules count from the spawns that ``plateau`` tells."""
-        for _, layer in moe_layers(self):
+        assert self.plateau is not None, "the options say when the experts spawn"
+        for _, layer in moe_layers(cast(nn.Module, self)):
             layer.schedule = layer.make_schedule(self.plateau.spawned)
 
     def upgrade_state_dict_named(self, state_dict, name: str) -> None:
@@ -364,13 +365,13 @@ class MoEModel:
         module_distillation.fit(self, state_dict, prefix)
         end = ".moe.experts.b2"
         found = {key[: -len(end)] for key in state_dict if key.endswith(end)}
-        expected = {prefix + layer for layer, _ in moe_layers(self)}
+        expected = {prefix + layer for layer, _ in moe_layers(cast(nn.Module, self))}
         if found and found != expected:
             raise CheckpointMismatch(
                 f"The checkpoint has MoE layers at {sorted(found)}, but the model has them at "
                 f"{sorted(expected)}: give the --moe-freq that it was trained with."
             )
-        low_rank.check_state(self, state_dict, prefix)
+        low_rank.check_state(cast(nn.Module, self), state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 

@@ -7,7 +7,7 @@ chosen linear layer has a child ``low_rank``, whose output a hook adds to its ow
 import logging
 from contextvars import ContextVar
 from functools import partial
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
 
 import torch
 from fairseq.modules.checkpoint_activations import unwrap_checkpoint
@@ -66,7 +66,7 @@ class AdaptedEncoderLayer(compat.EncoderLayer):
 
 
 def add_low_rank_experts(
-    cfg: Any, config: MoEConfig, chosen: Dict[str, List[Any]], stacks: Dict[str, Sequence[nn.Module]]
+    cfg: Any, config: MoEConfig, chosen: Dict[str, List[Any]], stacks: Mapping[str, Sequence[nn.Module]]
 ) -> None:
     """Put low-rank experts beside linear layers of the chosen layers of the encoder.
 

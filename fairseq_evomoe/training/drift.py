@@ -1,7 +1,7 @@
 """How many tokens the routers send elsewhere than they once did: it tells a learned gate from a hash."""
 
 from dataclasses import dataclass, field
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Optional, cast
 
 import torch
 from fairseq import metrics, utils
@@ -80,7 +80,7 @@ class Drift:
             return
         for layer in layers:
             layer.set_num_updates(update)  # which a run that goes on is told later than one that resumes
-        now_LT = route(model, utils.move_to_cuda(self.probe) if trainer.cuda else self.probe)
+        now_LT = route(cast(nn.Module, model), utils.move_to_cuda(self.probe) if trainer.cuda else self.probe)
         if first or self.start_LT is None or self.before_LT is None:
             self.experts, self.begun, self.probed = experts, update, 0
             self.start_LT = self.before_LT = now_LT

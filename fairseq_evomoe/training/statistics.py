@@ -1,5 +1,7 @@
 """Statistics of the tokens of each update, summed up over the ranks of a fairseq ``Trainer``."""
 
+from typing import Any
+
 import torch
 from fairseq.distributed import utils as distributed_utils
 from fairseq.trainer import Trainer
@@ -30,7 +32,8 @@ def watch_gradients(trainer: Trainer) -> None:
             if found is not None:
                 rows = found.view(parameter.shape).split(rows_per_expert(name, moe.experts.local_widths))
                 square_E[local] += torch.stack([part.float().square().sum() for part in rows])
-        moe.demand.add(square_E.sqrt())
+        demand: Any = moe.demand  # which these have
+        demand.add(square_E.sqrt())
 
 
 def commit_statistics(trainer: Trainer, updated: bool) -> None:
