@@ -44,8 +44,9 @@ def load_teacher(path: str, task: FairseqTask) -> nn.Module:
             "that has it, or another teacher."
         )
     # not by the task, which may keep what it makes for its own model, such as a generator
-    model: nn.Module = models.build_model(cfg.model, task)
-    model.load_state_dict(state["model"], strict=True, model_cfg=cfg.model)
+    built: Any = models.build_model(cfg.model, task)
+    model: nn.Module = built
+    built.load_state_dict(state["model"], strict=True, model_cfg=cfg.model)
     if has_adaptive_softmax(model):
         raise _error(
             f"{_FLAG} {path} has an adaptive softmax, which gives no logits of all words: give a teacher "

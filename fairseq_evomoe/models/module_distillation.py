@@ -174,7 +174,8 @@ class ModuleDistillation(nn.Module):
         layers, teacher = self._layers(self.meta), self._modules_of_teacher()
         found = []
         for i, module in enumerate(self.modules_to_learn):
-            stitched = [self.stitches[i][0], *module, self.stitches[i][1]] if self.stitches else module
+            pairs: Any = self.stitches
+            stitched = [pairs[i][0], *module, pairs[i][1]] if pairs else module
             student = self._at(layers, i, stitched)(*args, **kwargs)
             logits = None
             if self.training:

@@ -1,7 +1,7 @@
 """Other experts inside a running fairseq ``Trainer``: what is built anew, and what carries over."""
 
 import functools
-from typing import Dict
+from typing import Any, Dict
 
 import torch
 from fairseq.trainer import Trainer
@@ -61,7 +61,7 @@ def _gather_states(states: States, moe: MoELayer) -> None:
     if moe.sharded:
         for name, parameter in moe.experts.named_parameters(recurse=False):
             if parameter in states:
-                gather = functools.partial(moe.gather_rows, name)
+                gather: Any = functools.partial(moe.gather_rows, name)  # to all ranks, so to this one
                 states[parameter] = states[parameter].apply(gather, gather)
 
 
