@@ -16,7 +16,7 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     packages=find_packages(include=["fairseq_evomoe", "fairseq_evomoe.*"]),
-    package_data={"fairseq_evomoe": ["py.typed", "config/presets/*.yaml", "report/template/*"]},
+    package_data={"fairseq_evomoe": ["py.typed", "bin/*.py", "config/presets/*.yaml", "report/template/*"]},
     scripts=["fairseq_evomoe/bin/evomoe"],
     python_requires=">=3.9",
     install_requires=[
