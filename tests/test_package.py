@@ -1,5 +1,6 @@
 """What is installed: the package, the presets, the mark that it is typed, and the command."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -46,3 +47,13 @@ def test_citation_has_what_the_format_asks_for():
 def test_issue_templates_have_a_name(path):
     head = yaml.safe_load(path.read_text(encoding="utf-8").split("---")[1])
     assert head["name"] and head["about"]
+
+
+def test_the_image_has_the_torch_of_the_tests():
+    """README's test line and ``examples/Dockerfile`` install one version."""
+    found = {
+        name: set(re.findall(r"torch==([\d.]+\d)", (ROOT / name).read_text(encoding="utf-8")))
+        for name in ("README.md", "examples/Dockerfile")
+    }
+    assert len(found["examples/Dockerfile"]) == 1
+    assert found["examples/Dockerfile"] <= found["README.md"]
