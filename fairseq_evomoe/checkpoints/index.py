@@ -116,6 +116,11 @@ def is_expert(key: str) -> bool:
     return _EXPERTS_OF in key and "." not in key.split(_EXPERTS_OF)[1]
 
 
+def is_low_rank(key: str) -> bool:
+    """Whether a key of a model is that of a tensor of low-rank experts, which stand beside a linear layer."""
+    return ".low_rank." in key
+
+
 def layer_of(key: str) -> str:
     """The layer that a tensor of experts belongs to."""
     return key.split(_EXPERTS_OF)[0]

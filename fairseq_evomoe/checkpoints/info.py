@@ -29,7 +29,7 @@ from .cost import (
     heads_of,
     layer_parameters,
 )
-from .index import is_expert
+from .index import is_expert, is_low_rank
 from .merge import Layer, moe_layers_of
 from .opening import Opened, open_checkpoint, size_of
 from .saved_options import SPAWNED_BEFORE, SavedOptions
@@ -144,11 +144,14 @@ def info_of(path: str) -> Info:
     opened = open_checkpoint(path)
     state, options = opened.state, SavedOptions(opened.state)
     layers = moe_layers_of(state, one_expert=True) if any(map(is_expert, opened.model)) else []
-    config, unresolved = _resolved(options) if layers else (None, None)
+    low_rank = any(map(is_low_rank, opened.model))
+    config, unresolved = _resolved(options) if layers or low_rank else (None, None)
     update = _update(state)
     spawned = any(not layer.alone for layer in layers)
     most = max((len(layer.widths) for layer in layers), default=0)
-    stage, temperature = _stage(config, state, update, most * spawned) if layers else ("dense model", None)
+    stage, temperature = "low-rank experts beside a dense model" if low_rank else "dense model", None
+    if layers:
+        stage, temperature = _stage(config, state, update, most * spawned)
     parameters, tables = opened.parameters(), _tables(layers, options)
     total, in_tables = _count(parameters), sum(opened.model[key].numel() for key in tables)
     active = _active(options, layers, spawned)
@@ -166,7 +169,7 @@ def info_of(path: str) -> Info:
         criterion=names["criterion"],
         preset=options.given.get("preset"),
         router=options.router if layers else None,
-        options=_words(config.flat() if config is not None else options.given) if layers else {},
+        options=_words(config.flat() if config else options.given) if layers or low_rank else {},
         not_defaults=[] if config is None else _not_defaults(config, options),
         unresolved=unresolved,
         update=update,
@@ -288,7 +291,7 @@ def _parts(opened: Opened) -> Dict[str, int]:
     extra = opened.state.get("extra_state") or {}
     ema = [*(extra.get("ema") or {}).values(), *(extra.get("ema_fp32_params") or {}).values()]
     model = opened.model
-    experts = {key for key in model if is_expert(key)}
+    experts = {key for key in model if is_expert(key) or is_low_rank(key)}
     routers = {key for key in model if ".moe.router." in key}
     shared = {key: x for key, x in model.items() if key not in experts | routers}
     return {

@@ -35,6 +35,8 @@ def _what(info: Info) -> Iterator[Row]:
     yield "model", ", ".join([info.architecture or "?"] + [f"{kind} {name or '?'}" for kind, name in names])
     if info.layers:
         yield "preset", f"{info.preset or '(none)'}, router {info.router}"
+    elif info.preset:
+        yield "preset", info.preset
     epoch = "" if info.epoch is None else f", epoch {info.epoch}"
     best = "" if info.best is None else f", best validation {info.best:g}"
     temperature = "" if info.temperature is None else f", temperature {info.temperature:g}"

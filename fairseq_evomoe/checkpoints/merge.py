@@ -15,6 +15,7 @@ from ..evolution.sizes import expert_widths, size_ratios
 from ..moe.balancing import Balance
 from ..moe.loading import STAGE
 from ..moe.routers import ROUTERS, Router
+from .index import is_low_rank
 from .saved_optimizer import LAYOUT, Layout, find_layout, replace_rows
 from .saved_options import SavedOptions
 
@@ -93,6 +94,11 @@ def moe_layers_of(state: Dict[str, Any], one_expert: bool = False) -> List[Layer
     model, options = state.get("model") or {}, SavedOptions(state)
     names = [key[: -len(_END)] for key in model if key.endswith(_END)]
     if not names or not options.found:
+        if any(map(is_low_rank, model)):
+            raise MergeError(
+                "The checkpoint has low-rank experts beside the linear layers of a dense model, and no MoE "
+                "layers: take them off with evomoe detach for the dense model."
+            )
         raise MergeError("The file is no checkpoint of an EvoMoE model: it has no MoE layers.")
     layers = []
     for name in names:

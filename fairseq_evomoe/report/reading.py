@@ -173,7 +173,8 @@ class Reader:
         self.watches = [_Watch(name, layer.moe) for name, layer in moe_layers(model)]
         if not self.watches:
             raise CommandError(
-                f"{path} has no MoE layers, only dense ones: there are no experts to report on."
+                f"{path} has no MoE layers, only dense ones, perhaps with low-rank experts beside them: "
+                "there is no routing to report on."
             )
 
     @classmethod

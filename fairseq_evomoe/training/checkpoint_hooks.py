@@ -126,7 +126,7 @@ def save_whole_checkpoint(
     checkpoints.note_ranks(trainer, extra_state)
     if RunState.of(trainer).spawned_before:
         extra_state[SPAWNED_BEFORE] = True
-    if any(True for _ in moe_layers(trainer.get_model())):
+    if getattr(trainer.get_model(), "moe_config", None) is not None:  # ours, whatever experts it has
         extra_state[versions.KEY] = versions.here()
     drift = RunState.of(trainer).drift.state()
     if drift:

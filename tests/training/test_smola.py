@@ -251,3 +251,34 @@ def test_options_without_a_rank_are_told(lm_data, tmp_path):
     result = call("fairseq-train", lm_data, save_dir=tmp_path, **settings)
     (line,) = result.lines("no effect without --moe-rank")
     assert line.endswith("--moe-beside")
+
+
+def refusal(capsys, *words):
+    """The sentence with which a command ends."""
+    with pytest.raises(SystemExit) as end:
+        evomoe(*words)
+    assert end.value.code == 2
+    (sentence,) = capsys.readouterr().err.strip().splitlines()
+    return sentence
+
+
+def test_info_tells_of_low_rank_experts(adaptation, capsys):
+    evomoe("info", adaptation.last)
+    lines = capsys.readouterr().out.splitlines()
+    found = {line.split(" ")[0]: line for line in lines if line}
+    assert found["stage"].endswith("low-rank experts beside a dense model")
+    assert "smola" in found["preset"] and "%" in found["experts"]
+    assert found["--moe-rank"].endswith(" 3")
+
+
+def test_what_is_made_for_whole_experts_refuses_them(adaptation, lm_data, tmp_path, capsys):
+    sentence = "low-rank experts beside the linear layers of a dense model, and no MoE layers"
+    densify = ["densify", adaptation.last, "--method", "sum", "--out", tmp_path / "x.pt"]
+    assert sentence in refusal(capsys, *densify)
+    assert sentence in refusal(capsys, "merge", adaptation.last, "--experts", "2", "--out", tmp_path / "y.pt")
+    report = ["report", adaptation.last, "--data", lm_data, "--out", tmp_path / "report"]
+    assert "perhaps with low-rank experts" in refusal(capsys, *report)
+    pytest.importorskip("safetensors")
+    export = ["export", adaptation.last, "--to", "hf", "--out", tmp_path / "hf"]
+    assert "low-rank experts (--moe-rank)" in refusal(capsys, *export)
+    assert not list(tmp_path.iterdir())

@@ -21,6 +21,7 @@ from ...evolution.schedule import Phase
 from ...moe.loading import STAGE
 from ...moe.routers import ROUTERS, Router
 from ..files import CommandError
+from ..index import is_low_rank
 from ..saved_options import SavedOptions
 
 PAD, BOS, EOS = 1, 0, 2
@@ -118,6 +119,14 @@ class Architecture:
         self.update = int(history[-1].get("num_updates", 0))
 
     def _refuse(self) -> None:
+        if any(map(is_low_rank, self.tensors)):
+            raise CommandError(
+                "The model has low-rank experts (`rank`) beside its linear layers: it cannot be exported."
+            )
+        if any(key.startswith("distillation.") for key in self.tensors):
+            raise CommandError(
+                "The model's modules still learn from a `teacher`: export a checkpoint of a later update."
+            )
         for name, what in _REFUSED.items():
             if self.options.of_model(name, None):
                 raise CommandError(
