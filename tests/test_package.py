@@ -1,6 +1,7 @@
 """What is installed: the package, the presets, the mark that it is typed, and the command."""
 
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -26,11 +27,46 @@ def test_what_is_installed_has_all_that_is_read(tmp_path):
     assert done.returncode == 0, done.stderr
     package = ROOT / "fairseq_evomoe"
     modules = {path.relative_to(package) for path in package.rglob("*.py")}
-    presets = {path.relative_to(package) for path in package.rglob("*.yaml")}
-    assert len(presets) > 20
+    data = {
+        path.relative_to(package)
+        for path in package.rglob("*")
+        if path.suffix not in (".py", ".md", ".pyc") and path.is_file() and path.name != "evomoe"
+    }
+    assert {Path("py.typed"), Path("report/template/page.html"), Path("config/presets/evomoe.yaml")} <= data
     found = {path.relative_to(built / "fairseq_evomoe") for path in built.rglob("*") if path.is_file()}
-    assert modules | presets | {Path("py.typed")} <= found
+    assert modules | data <= found
     assert (tmp_path / "bin" / "evomoe").exists()
+
+
+def metadata(monkeypatch, url):
+    """What ``setup.py`` tells of the package that is at home at ``url``."""
+    told = {}
+    monkeypatch.setenv("EVOMOE_URL", url)
+    monkeypatch.setattr("setuptools.setup", told.update)
+    monkeypatch.chdir(ROOT)
+    runpy.run_path(str(ROOT / "setup.py"))
+    return told
+
+
+def test_links_of_the_description_lead_somewhere_from_an_index(monkeypatch):
+    pytest.importorskip("setuptools")
+    told = metadata(monkeypatch, "https://host/evomoe/")
+    text = told["long_description"]
+    targets = [target for target in re.findall(r"\]\(([^)\s]+)\)", text) if not target.startswith("#")]
+    assert all(target.startswith("https://") for target in targets)
+    own = rf"https://host/evomoe/(blob|raw)/v{re.escape(told['version'])}/([^#]+)"
+    paths = [match[2] for match in map(re.compile(own).match, targets) if match]
+    assert paths and all((ROOT / path).exists() for path in paths)
+    assert told["url"] == "https://host/evomoe"
+    assert metadata(monkeypatch, "")["long_description"] == (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_release_is_published_only_after_what_was_built_is_checked():
+    pages = yaml.safe_load((ROOT / ".github" / "workflows" / "release.yml").read_text(encoding="utf-8"))
+    publish = pages["jobs"]["publish"]
+    assert publish["needs"] == "build" and publish["permissions"] == {"id-token": "write"}
+    steps = str(pages["jobs"]["build"]["steps"])
+    assert "twine check --strict" in steps and "evomoe doctor" in steps
 
 
 def test_citation_has_what_the_format_asks_for():

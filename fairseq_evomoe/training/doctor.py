@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 PACKAGE = Path(__file__).resolve().parents[1]
+# what has been tried: from, up to below; and the two of fairseq
 TORCH, HYDRA, FAIRSEQ = ("1.12", "2.14"), ("1.0.7", "1.4"), ("0.12.2", "0.12.3")
 """The versions that setup.py allows, from the first to before the second; of fairseq, the two."""
 OPTIONAL = {"sentencepiece": "--bpe sentencepiece", "sacrebleu": "--scoring sacrebleu"}
@@ -215,7 +216,7 @@ def _told(step: Dict[str, Any]) -> Iterator[Line]:
 
 
 _WAYS_OUT = {
-    "torch": ": pip install 'torch>=1.12,<2.14' (choose the build on pytorch.org)",
+    "torch": ": pip install torch (choose the build on pytorch.org)",
     "fairseq": ": pip install ve-fairseq==0.12.3, or fairseq==0.12.2 below Python 3.11",
     "plugin": ": give this report with the whole command that you use",
     "ranks": ": trainings in one process work all the same",
@@ -238,7 +239,7 @@ def _torch(step: Dict[str, Any]) -> Iterator[Line]:
     if _parts(least) <= _parts(version) < _parts(below):
         yield Line(OK, "torch", f"{version}, {step['threads']} threads")
     else:
-        yield Line(WARN, "torch", f"{version} has not been tried: pip install 'torch>={least},<{below}'")
+        yield Line(WARN, "torch", f"{version} has not been tried: {least} up to below {below} have.")
 
 
 def _gpu(step: Dict[str, Any]) -> Iterator[Line]:

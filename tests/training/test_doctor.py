@@ -66,7 +66,7 @@ def test_all_is_well_here(tmp_path):
     [
         ({"torch": "raise ImportError('libcudart.so.12: no such file')"}, "torch", "libcudart.so.12"),
         ({"torch": "import os; os.abort()"}, "torch", "died of SIGABRT"),
-        ({"torch": "raise SystemExit(3)"}, "torch", "pip install 'torch>=1.12,<2.14'"),
+        ({"torch": "raise SystemExit(3)"}, "torch", "pip install torch (choose"),
         (
             {"fairseq": "raise ValueError('mutable default <class X> for field common is not allowed')"},
             "fairseq",
@@ -188,8 +188,8 @@ def test_what_steps_have_found(step, status, text, monkeypatch):
 
 def test_versions_are_those_of_setup_py():
     text = (ROOT / "setup.py").read_text()
-    assert "torch>={},<{}".format(*doctor.TORCH) in text
-    assert "hydra-core>={},<{}".format(*doctor.HYDRA) in text
+    assert f'"torch>={doctor.TORCH[0]}"' in text
+    assert f'"hydra-core>={doctor.HYDRA[0]}"' in text
     assert all(f"=={version}" in text for version in doctor.FAIRSEQ)
 
 
