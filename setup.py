@@ -39,7 +39,8 @@ setup(
         # the oldest that is tried (tests/existing_setup.sh); no upper bound: no newer one is known to fail
         "torch>=1.12",
         # compat.py mends these two line by line; for another fairseq pip install --no-deps.
-        # PyPI's fairseq cannot be imported on Python 3.11; ve-fairseq is a rebuild that can (see README)
+        # PyPI's fairseq cannot be imported on Python 3.11; ve-fairseq is a rebuild that can
+        # (examples/troubleshooting.md)
         'fairseq==0.12.2; python_version < "3.11"',
         've-fairseq==0.12.3; python_version >= "3.11"',
         # the oldest that fairseq 0.12.2 can be imported with; it sets the upper bound itself

@@ -18,9 +18,13 @@ PLUGIN = ROOT / "tests" / "support" / "plugin_router" / "__init__.py"
 ROUTER = r"(<!-- router: .*? -->\n```python\n)(.*?)(```\n<!-- /router -->)"
 MARKED = r"(<!-- {0} -->\n)(.*?)(<!-- /{0} -->)"
 FOLDERS = (".github", "examples", "fairseq_evomoe", "tests")
+SHORT = [README, *(ROOT / "examples" / name for name in ("README.md", "results.md", "troubleshooting.md"))]
+SHORT += [ROOT / "examples" / name / "README.md" for name in ("ranks", "systems")]
+SHORT += [PACKAGE, OPTIONS, PACKAGE.parent / "checkpoints" / "README.md"]
 PAGES = sorted([*ROOT.glob("*.md"), *(page for name in FOLDERS for page in (ROOT / name).rglob("*.md"))])
 
 FIVE = ("preset", "router", "experts", "freq", "spawn_update")
+GROUPS = ("five", "gate", "one_router", "spawn", "losses", "experts", "teacher", "ranks")
 LOSSES = ("balance", "balance_rate", "balance_form", "balance_choices", "l1_form", "l1_start", "l1_factor")
 
 
@@ -29,18 +33,20 @@ def _groups():
     from fairseq_evomoe.config.config import declarations, owner
 
     routers = _routers()
-    groups = {name: [] for name in ("five", "gate", "spawn", "losses", "experts", "ranks")}
+    groups = {name: [] for name in GROUPS}
     groups["five"] = list(FIVE)
-    of_owner = {"schedule": "spawn", "plateau": "spawn", "spawning": "spawn", "ranks": "ranks"}
+    of_owner = {"schedule": "spawn", "plateau": "spawn", "spawning": "spawn"}
+    of_owner.update({"distillation": "teacher", "ranks": "ranks"})
     for name, declared in declarations().items():
         if name in FIVE:
             continue
-        if owner(name) is None and not any(name in cls.Options.declared() for cls in routers.values()):
+        having = [cls for cls in routers.values() if name in cls.Options.declared()]
+        if owner(name) is None and not having:
             continue  # of a router that a test has registered
         if declared[0].loss or name in LOSSES:
             groups["losses"].append(name)
         elif owner(name) is None:
-            groups["gate"].append(name)
+            groups["gate" if len(having) > 1 else "one_router"].append(name)
         else:
             groups[of_owner.get(owner(name), "experts")].append(name)
     return groups
@@ -98,7 +104,7 @@ def options_table(group):
     return "\n".join(rows) + "\n"
 
 
-@pytest.mark.parametrize("group", ["five", "gate", "spawn", "losses", "experts", "ranks"])
+@pytest.mark.parametrize("group", GROUPS)
 def test_options_tables_match_the_declarations(group):
     found = re.search(MARKED.format(group), OPTIONS.read_text(encoding="utf-8"), re.S)
     assert found, f"{OPTIONS} has no marked table {group}"
@@ -139,12 +145,43 @@ def test_every_option_has_a_help_text_in_full_sentences():
             assert text[0].isupper() and text.endswith("."), field.name
 
 
-def test_files_that_the_readme_names_exist():
-    text = README.read_text(encoding="utf-8")
-    names = set(re.findall(r"\b(?:examples|tests|fairseq_evomoe)/[\w/.-]*[\w]", text))
-    assert names
-    missing = [name for name in names if not (README.parent / name).exists()]
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_that_a_page_names_exist(page):
+    """Files and folders named as one types them in a checkout, but for those that are yet to be made."""
+    if page.is_relative_to(ROOT / "examples" / "benchmark"):
+        return  # it says what was run, with the code of then
+    names = re.findall(r"(?<![\w/.-])(?:examples|tests|fairseq_evomoe)/[\w/.-]*\w", page.read_text("utf-8"))
+    made = re.compile(r"NAME|examples/systems/results/")
+    missing = [name for name in set(names) if not made.search(name) and not (ROOT / name).exists()]
     assert not missing
+
+
+def test_the_first_page_is_for_a_reader_in_a_hurry():
+    text = README.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 150
+    assert len(text.split()) < 1500
+
+
+@pytest.mark.parametrize("page", SHORT, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_paragraph_is_over_five_lines(page):
+    text = re.sub(r"^ *```.*?^ *```$", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    for paragraph in re.split(r"\n\s*\n|\n(?=[#|<]|\s*(?:[-*]|\d+\.) )", text):
+        assert len(paragraph.strip().splitlines()) <= 5, paragraph
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_flags_and_commands_that_a_page_names_are_there(page):
+    from fairseq_evomoe.config.errors import PREFIX, flag
+    from fairseq_evomoe.config.options import MoEOptions
+
+    text = page.read_text(encoding="utf-8")
+    known = {flag(field.name) for field in dataclasses.fields(MoEOptions) if field.name.startswith(PREFIX)}
+    known |= {"--moe-nearest-strength", "--moe-second-expert-policy"}  # of the plugin, and of another fairseq
+    script = (ROOT / "fairseq_evomoe" / "bin" / "arguments.py").read_text(encoding="utf-8")
+    if page.name != "CHANGELOG.md":
+        assert set(re.findall(r"--moe-[a-z][a-z0-9-]*[a-z0-9]", text)) <= known
+    commands = set(re.findall(r"add_parser\(\s*\"([a-z-]+)\"", script))
+    assert set(re.findall(r"(?:^|`)evomoe ([a-z-]+)", text, re.MULTILINE)) <= commands
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))

@@ -11,6 +11,7 @@ from systems import read_all
 
 HERE = Path(__file__).resolve().parent
 MISSING = "Not made yet.\n"
+PAPER, POST = r"(?<![\w/.])\d{4}\.\d{5}\b", r"kexue\.fm/\S+\d"
 
 
 def filled(text: str) -> str:
@@ -23,7 +24,8 @@ def filled(text: str) -> str:
         return f"<!-- {name} -->\n{new}<!-- /{name} -->"
 
     text = re.sub(r"<!-- (results/\S+) -->.*?<!-- /\1 -->", content, text, flags=re.DOTALL)
-    listed = list_of(read_all(["all"]))
+    listed = re.sub(PAPER, r"[\g<0>](https://arxiv.org/abs/\g<0>)", list_of(read_all(["all"])))
+    listed = re.sub(POST, r"[\g<0>](https://\g<0>)", listed)
     start = "<!-- systems: python examples/systems/run.py --list -->"
     end = "<!-- /systems -->"
     return re.sub(f"{start}.*?{end}", lambda _: f"{start}\n{listed}{end}", text, flags=re.DOTALL)

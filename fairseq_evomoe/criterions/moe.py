@@ -121,7 +121,7 @@ def _table_parameters(layers: List[MoELayer]) -> int:
 
 
 def log_statistics(logging_outputs: List[Dict[str, Any]]) -> None:
-    """Report the statistics through fairseq's metrics: see the table in README.md."""
+    """Report the statistics through fairseq's metrics: see the table in ``config/README.md``."""
     logs = [log for log in logging_outputs if "moe_load" in log]
     if not logs:
         return

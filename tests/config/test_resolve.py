@@ -277,7 +277,7 @@ def test_only_durations_may_be_percentages():
     counts = {name for name, declared in declarations().items() if any(d.duration for d in declared)}
     assert counts == {
         "spawn_update", "anneal_updates", "hard_update", "spawn_window", "stable_update", "dynmoe_window",
-        "leaf_search", "gate_warmup",
+        "leaf_search", "gate_warmup", "meta_updates", "module_updates",
     }  # fmt: skip
     options, text = refusals({"experts": "10%"})
     assert options == ["experts"] and "a whole number" in text
