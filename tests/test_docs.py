@@ -19,7 +19,10 @@ ROUTER = r"(<!-- router: .*? -->\n```python\n)(.*?)(```\n<!-- /router -->)"
 MARKED = r"(<!-- {0} -->\n)(.*?)(<!-- /{0} -->)"
 FOLDERS = (".github", "examples", "fairseq_evomoe", "tests")
 SHORT = [README, *(ROOT / "examples" / name for name in ("README.md", "results.md", "troubleshooting.md"))]
-SHORT += [ROOT / "examples" / name / "README.md" for name in ("ranks", "systems")]
+SHORT += [
+    ROOT / "examples" / name / "README.md"
+    for name in ("language_modeling", "masked_lm", "ranks", "systems", "translation")
+]
 SHORT += [PACKAGE, OPTIONS, PACKAGE.parent / "checkpoints" / "README.md"]
 PAGES = sorted([*ROOT.glob("*.md"), *(page for name in FOLDERS for page in (ROOT / name).rglob("*.md"))])
 
