@@ -61,6 +61,13 @@ def test_links_of_the_description_lead_somewhere_from_an_index(monkeypatch):
     assert metadata(monkeypatch, "")["long_description"] == (ROOT / "README.md").read_text(encoding="utf-8")
 
 
+def test_every_extra_is_in_the_table(monkeypatch):
+    pytest.importorskip("setuptools")
+    page = (ROOT / "fairseq_evomoe" / "checkpoints" / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `([a-z]+)` \|", page.split("## `evomoe doctor`")[0], re.MULTILINE)
+    assert sorted(rows) == sorted(metadata(monkeypatch, "")["extras_require"])
+
+
 def test_the_release_is_published_only_after_what_was_built_is_checked():
     pages = yaml.safe_load((ROOT / ".github" / "workflows" / "release.yml").read_text(encoding="utf-8"))
     publish = pages["jobs"]["publish"]
