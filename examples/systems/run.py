@@ -26,7 +26,7 @@ import finished
 import inference
 import jobs
 import report
-import timing
+import step_times
 from jobs import Job
 from plan import plan
 from report import Record, Row
@@ -175,7 +175,7 @@ def train(rows: list[Row], settings: Settings, args: argparse.Namespace) -> None
 
 def write_report(rows: list[Row], reference: str, out: Path) -> str:
     """Write the table and the plot; return the table."""
-    times = timing.read(out)
+    times = step_times.read(out)
     table = report.markdown(rows, reference, times)
     (out / "table.md").write_text(table, encoding="utf-8")
     report.write_csv(out / "table.csv", rows, times)
@@ -248,9 +248,9 @@ def make_further(systems: list[System], settings: Settings, args: argparse.Names
 
 def time_all(systems: list[System], settings: Settings, args: argparse.Namespace) -> int:
     """Time the systems; `--report` then makes the table with their times."""
-    found = timing.measure(systems, settings, args.rounds)
+    found = step_times.measure(systems, settings, args.rounds)
     args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / timing.TIMES
+    path = args.out / step_times.TIMES
     path.write_text(json.dumps(found, indent=1) + "\n")
     for name, seconds in sorted(found["seconds"].items(), key=lambda pair: pair[1]):
         print(f"{name:24} {seconds:.4f} s an update")

@@ -33,8 +33,8 @@ import jobs  # noqa: E402
 import logs  # noqa: E402
 import page  # noqa: E402
 import run  # noqa: E402
+import step_times  # noqa: E402
 import systems  # noqa: E402
-import timing  # noqa: E402
 
 UPDATES, MIDDLE, BEFORE = 100, 81, 9  # an epoch has seven or eight, at the end of which nothing is saved
 SYSTEMS = {system.id: system for system in systems.read_all(["all"])}
@@ -291,20 +291,20 @@ SMALL_LM = systems.Settings(Path("data"), "lm", 12, tuple(SIZES.split()))
 def test_times_are_taken_side_by_side(lm_data):
     settings = dataclasses.replace(SMALL_LM, data=lm_data)
     names = ["switch", "upcycling", "soft"]
-    found = timing.measure([SYSTEMS[name] for name in names], settings, rounds=1)
+    found = step_times.measure([SYSTEMS[name] for name in names], settings, rounds=1)
     seconds = found["seconds"]
     assert seconds.keys() == {"dense", "switch", "upcycling"} == found["rounds"][0].keys()
     assert all(0 < value < 10 for value in seconds.values()) and found["processor"]
 
 
 def test_the_median_is_of_the_same_updates():
-    assert timing._medians([[(5, 1.0), (4, 9.0)], [(5, 2.0), (4, 1.0)], [(5, 9.0), (4, 2.0)]]) == [
+    assert step_times._medians([[(5, 1.0), (4, 9.0)], [(5, 2.0), (4, 1.0)], [(5, 9.0), (4, 2.0)]]) == [
         (5, 2),
         (4, 2),
     ]
-    assert timing._per_update([(5, 2.0), (3, 2.0)]) == 0.5
+    assert step_times._per_update([(5, 2.0), (3, 2.0)]) == 0.5
     seconds = {"dense": 1.0, "upcycling": 3.0}
-    timing._add_dense_part(seconds, SYSTEMS["upcycling"], 40)
+    step_times._add_dense_part(seconds, SYSTEMS["upcycling"], 40)
     assert seconds == {"dense": 1.0, "upcycling": 2.0}
 
 
