@@ -79,6 +79,8 @@ def again(trained, tmp_path):
     """A copy of a run that has ended, and its settings, to start it again."""
     run = trained(LM)
     folder = shutil.copytree(run.folder, tmp_path / "again")
+    for update in (BEFORE, AT, SOFT, HARD):  # whatever the clock did while it was trained
+        os.utime(folder / run.at(update).name, (update, update))
     return Run(folder, run.result), {"save_interval_updates": 3, **LM, "save_dir": folder}
 
 

@@ -15,13 +15,16 @@ FOLDER = Path(__file__).resolve().parents[2] / "examples" / "benchmark"
 def parts(monkeypatch):
     """The benchmark's modules, which are no package."""
     monkeypatch.syspath_prepend(str(FOLDER))
+    names = [file.stem for file in FOLDER.glob("*.py")]
+    others = {name: sys.modules.pop(name) for name in names if name in sys.modules}
     import layer
     import peers
     import report
 
     yield layer, peers, report
-    for name in ("layer", "peers", "programs", "report", "run", "scaling", "timing"):
+    for name in names:
         sys.modules.pop(name, None)
+    sys.modules.update(others)  # of other examples, which have some of these names
 
 
 def test_ratios_are_near_their_targets():
