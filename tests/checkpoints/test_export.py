@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from fairseq_evomoe.checkpoints.hf import folder as folders
 from fairseq_evomoe.checkpoints.hf.architecture import Architecture
 from fairseq_evomoe.checkpoints.hf.code import files_of_model
+from fairseq_evomoe.checkpoints.hf.tokenizer import told
 from fairseq_evomoe.models.layers import moe_layers
 from fairseq_evomoe.moe import ROUTERS
 from support import elsewhere
@@ -426,3 +427,10 @@ def test_without_safetensors(trained, tmp_path, monkeypatch, capsys):
     rest = ["export", trained(LM).last, "--to", "hf", "--out", tmp_path / "hf"]
     assert_refused(capsys, ["safetensors is not installed", "pip install"], *rest)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_dictionary_of_pieces_without_their_model_is_told():
+    pieces = [["<s>", "\u2581the", "s"]]
+    assert "give --sentencepiece" in told(["dict.txt"], pieces, None)
+    assert "--sentencepiece" not in told(["dict.txt"], pieces, "spm.model")
+    assert told(["dict.txt"], [["<s>", "the"]], None) == "tokenizer of dict.txt"

@@ -73,7 +73,20 @@ def write_tokenizer(
         shutil.copyfile(sentencepiece, folder / "sentencepiece.model")
     (folder / CODE).write_text(text_of(CODE), encoding="utf-8")
     write_json(folder / "tokenizer_config.json", _config(architecture))
-    return f"tokenizer of {' and '.join(names)}" + (" and SentencePiece" if sentencepiece else "")
+    return told(names, symbols, sentencepiece)
+
+
+def told(names: List[str], symbols: List[List[str]], sentencepiece: Optional[str]) -> str:
+    """What was written, of dictionaries with these names and entries; and what words would be unknown to."""
+    if sentencepiece is not None:
+        return f"tokenizer of {' and '.join(names)} and SentencePiece"
+    warning = ""
+    if any(entry.startswith("\u2581") for entries in symbols for entry in entries):
+        warning = (
+            ", whose entries are SentencePiece's: give --sentencepiece, the model that has made them, or "
+        )
+        warning += "most words will be <unk>"
+    return f"tokenizer of {' and '.join(names)}{warning}"
 
 
 def _symbols(path: Path, kind: str) -> List[str]:
