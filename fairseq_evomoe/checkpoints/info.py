@@ -18,7 +18,7 @@ from ..evolution.plateau import Plateau
 from ..evolution.schedule import Phase
 from ..moe.routers import ROUTERS
 from . import versions
-from .cost import (
+from .flop import (
     Active,
     Figures,
     Flop,
@@ -87,7 +87,7 @@ class Info:
         table_parameters: rows of which are looked up.
         optimizer: its name; ``None`` if the checkpoint has no state of it.
         optimizer_bytes: of its statistics.
-        flop_per_token: see ``cost.py``.
+        flop_per_token: see ``flop.py``.
         saved_with: versions; empty if the checkpoint does not say it.
         here: versions.
         obstacles: why a run cannot simply go on from it here; empty if nothing is known.

@@ -4,7 +4,7 @@ from typing import Iterator, List, Sequence, Tuple
 
 from ..config.commands import table
 from ..config.errors import PREFIX, flag
-from .cost import Active, Figures
+from .flop import Active, Figures
 from .info import Info, LayerInfo
 
 Row = Tuple[str, ...]

@@ -9,7 +9,7 @@ from fairseq import checkpoint_utils
 
 import fairseq_evomoe
 from fairseq_evomoe.checkpoints import versions
-from fairseq_evomoe.checkpoints.cost import experts_of_token
+from fairseq_evomoe.checkpoints.flop import experts_of_token
 from fairseq_evomoe.checkpoints.info import info_of
 from fairseq_evomoe.checkpoints.info_text import text
 from fairseq_evomoe.checkpoints.saved_options import SavedOptions
