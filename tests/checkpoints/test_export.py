@@ -259,6 +259,17 @@ def test_back_again_to_the_last_bit(settings, trained, request, tmp_path):
         assert torch.equal(loaded(path)(**batch)[0], back(**batch)[0])
 
 
+def test_languages_that_fairseq_inferred_from_the_data(trained, translation_data, tmp_path):
+    """Without -s and -t a checkpoint does not name them."""
+    state = torch.load(trained(TRANSLATION).last)
+    for side in ("source_lang", "target_lang"):
+        state["cfg"]["task"][side] = None
+    torch.save(state, tmp_path / "model.pt")
+    folder = export(tmp_path / "model.pt", tmp_path / "hf", "--data", translation_data)
+    named = export(trained(TRANSLATION).last, tmp_path / "named", "--data", translation_data)
+    assert (folder / "vocabulary.json").read_bytes() == (named / "vocabulary.json").read_bytes()
+
+
 def test_what_is_in_a_folder(trained, lm_data, tmp_path, capsys):
     """Without the network: all that transformers needs, and nothing of this machine."""
     folder = export(trained(LM).last, tmp_path / "hf", "--data", lm_data)

@@ -3,9 +3,10 @@
 import os
 import shutil
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Mapping, Optional, Tuple
 
 from fairseq.data import Dictionary
+from fairseq.data.data_utils import infer_language_pair
 
 from ..files import CommandError
 from .architecture import EOS, Architecture
@@ -40,10 +41,10 @@ def write_tokenizer(
         CommandError: there is no such file, or it does not fit the model.
     """
     task = architecture.task
+    folder_of_data = Path(str(data or task.get("data") or ".").split(os.pathsep)[0])
     names = ["dict.txt"]
     if architecture.kind == "seq2seq":
-        names = [f"dict.{task.get(side)}.txt" for side in ("source_lang", "target_lang")]
-    folder_of_data = Path(str(data or task.get("data") or ".").split(os.pathsep)[0])
+        names = [f"dict.{language}.txt" for language in _languages(task, folder_of_data)]
     if not (folder_of_data / names[0]).is_file() and (folder_of_data / "input0").is_dir():
         folder_of_data = folder_of_data / "input0"  # of a classifier
     missing = [name for name in names if not (folder_of_data / name).is_file()]
@@ -74,6 +75,14 @@ def write_tokenizer(
     (folder / CODE).write_text(text_of(CODE), encoding="utf-8")
     write_json(folder / "tokenizer_config.json", _config(architecture))
     return told(names, symbols, sentencepiece)
+
+
+def _languages(task: Mapping[str, Any], data: Path) -> Tuple[Any, Any]:
+    """Source and target; without -s and -t fairseq infers them from the data, and the checkpoint has none."""
+    source, target = task.get("source_lang"), task.get("target_lang")
+    if (source is None or target is None) and data.is_dir():
+        return infer_language_pair(str(data))
+    return source, target
 
 
 def told(names: List[str], symbols: List[List[str]], sentencepiece: Optional[str]) -> str:
