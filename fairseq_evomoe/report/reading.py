@@ -1,5 +1,6 @@
 """Run a checkpoint's model on text, as in evaluation and on the CPU, and write down what its layers do."""
 
+import re
 from contextlib import contextmanager
 from typing import Any, Dict, Iterable, Iterator, List, Optional, Tuple
 
@@ -150,6 +151,8 @@ def refusals(path: str, data: str) -> Iterator[None]:
         text = " ".join(str(error).split()).rstrip(".") or type(error).__name__
         if "size mismatch" in text:
             text = "its dictionary has another size than that of the data, or the file is of another model"
+        if isinstance(error, FileNotFoundError) and re.search(r"dict(\.[^/]+)?\.txt$", str(error.filename)):
+            text = f"there is no {error.filename}; give the folder that fairseq-preprocess made for it"
         raise CommandError(f"{path} cannot be run on `data` {data}: {text}.") from error
 
 

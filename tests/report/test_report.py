@@ -327,6 +327,7 @@ def test_bad_input_is_refused_in_a_sentence(
         ([last, "--data", "nowhere", "--out", out], "--data nowhere is not a folder"),
         ([last, "--data", translation_data, "--out", out], "cannot be run on --data"),
         ([last, *good, "--subset", "none"], "cannot be run on --data"),
+        ([last, "--data", tmp_path, "--out", out], "dict.txt; give the folder that fairseq-preprocess made"),
         ([last, *good, "--tokens", 0], "--tokens must be at least 1"),
         ([last, *good, "--log", "none.log"], "There is no --log none.log"),
         ([last, *good, "--log", tmp_path / "text"], "has no lines"),
