@@ -36,7 +36,7 @@ setup(
     scripts=["fairseq_evomoe/bin/evomoe"],
     python_requires=">=3.9",
     install_requires=[
-        # the oldest that is tried (tests/existing_setup.sh); no upper bound: no newer one is known to fail
+        # the oldest that is tried (tests/versions.sh); no upper bound: no newer one is known to fail
         "torch>=1.12",
         # compat.py mends these two line by line; for another fairseq pip install --no-deps.
         # PyPI's fairseq cannot be imported on Python 3.11; ve-fairseq is a rebuild that can
