@@ -11,6 +11,7 @@ data=$1 save_dir=$2
 shift 2
 updates=${UPDATES:-4000} subset=${SUBSET:-test}
 plugin=${EVOMOE_USER_DIR:-$(evomoe user-dir)}
+. "$(dirname "$0")/../closing.sh"
 
 fairseq-train "$data" --user-dir "$plugin" \
     --task language_modeling --tokens-per-sample 64 --sample-break-mode none \
@@ -25,6 +26,8 @@ fairseq-train "$data" --user-dir "$plugin" \
     --validate-interval-updates $((updates / 8)) --no-epoch-checkpoints \
     --log-format json --log-interval $((updates / 20)) --save-dir "$save_dir" "$@"
 
-fairseq-eval-lm "$data" --user-dir "$plugin" --path "$save_dir/checkpoint_best.pt" \
+evaluated fairseq-eval-lm "$data" --user-dir "$plugin" --path "$save_dir/checkpoint_best.pt" \
     --gen-subset "$subset" --batch-size 64 --required-batch-size-multiple 1 \
     --tokens-per-sample 64 --context-window 0
+closing "perplexity $(sed -n 's/.*Perplexity: //p' "$save_dir/test.log")" \
+    "language_model.py $save_dir $prepared \"What is the king\""

@@ -13,6 +13,7 @@ data=$1 pretrained=$2 save_dir=$3
 shift 3
 updates=${UPDATES:-1500} subset=${SUBSET:-test}
 plugin=${EVOMOE_USER_DIR:-$(evomoe user-dir)}
+. "$(dirname "$0")/../closing.sh"
 
 fairseq-train "$data" --user-dir "$plugin" --finetune-from-model "$pretrained" \
     --task sentence_prediction --num-classes 2 --init-token 0 --separator-token 2 \
@@ -29,7 +30,8 @@ fairseq-train "$data" --user-dir "$plugin" --finetune-from-model "$pretrained" \
     --no-epoch-checkpoints --no-last-checkpoints \
     --log-format json --log-interval $((updates / 15)) --save-dir "$save_dir" "$@"
 
-fairseq-validate "$data" --user-dir "$plugin" --task sentence_prediction --num-classes 2 \
+evaluated fairseq-validate "$data" --user-dir "$plugin" --task sentence_prediction --num-classes 2 \
     --criterion evomoe_sentence_prediction \
     --init-token 0 --separator-token 2 --path "$save_dir/checkpoint_best.pt" \
     --valid-subset "$subset" --batch-size 64 --required-batch-size-multiple 1 --log-format json
+closing "accuracy $(last accuracy)" "classification.py $save_dir $prepared \"a film to remember\""

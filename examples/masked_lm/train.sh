@@ -11,6 +11,7 @@ data=$1 save_dir=$2
 shift 2
 updates=${UPDATES:-4000} subset=${SUBSET:-test}
 plugin=${EVOMOE_USER_DIR:-$(evomoe user-dir)}
+. "$(dirname "$0")/../closing.sh"
 
 fairseq-train "$data" --user-dir "$plugin" \
     --task masked_lm --tokens-per-sample 64 --sample-break-mode none --mask-prob 0.15 \
@@ -25,6 +26,7 @@ fairseq-train "$data" --user-dir "$plugin" \
     --validate-interval-updates $((updates / 8)) --no-epoch-checkpoints \
     --log-format json --log-interval $((updates / 20)) --save-dir "$save_dir" "$@"
 
-fairseq-validate "$data" --user-dir "$plugin" --task masked_lm --criterion evomoe_masked_lm \
+evaluated fairseq-validate "$data" --user-dir "$plugin" --task masked_lm --criterion evomoe_masked_lm \
     --path "$save_dir/checkpoint_best.pt" \
     --valid-subset "$subset" --batch-size 64 --required-batch-size-multiple 1 --log-format json
+closing "perplexity $(last ppl)" "masked_lm.py $save_dir $prepared \"What is the <mask>\""

@@ -12,6 +12,7 @@ data=$1 save_dir=$2
 shift 2
 updates=${UPDATES:-4000} subset=${SUBSET:-test}
 plugin=${EVOMOE_USER_DIR:-$(evomoe user-dir)}
+. "$(dirname "$0")/../closing.sh"
 
 fairseq-train "$data" --user-dir "$plugin" \
     --task translation --arch evomoe_transformer --share-all-embeddings \
@@ -26,8 +27,9 @@ fairseq-train "$data" --user-dir "$plugin" \
     --validate-interval-updates $((updates / 8)) --no-epoch-checkpoints \
     --log-format json --log-interval $((updates / 20)) --save-dir "$save_dir" "$@"
 
-fairseq-generate "$data" --user-dir "$plugin" --path "$save_dir/checkpoint_best.pt" \
+# no longer than 1.5 times the sentence and ten pieces more: a barely trained model would go on to the limit of 200
+evaluated fairseq-generate "$data" --user-dir "$plugin" --path "$save_dir/checkpoint_best.pt" \
     --gen-subset "$subset" --beam 4 --batch-size 64 --required-batch-size-multiple 1 \
-    --remove-bpe sentencepiece --scoring sacrebleu \
-    > "$save_dir/generated.txt"
-tail -n 1 "$save_dir/generated.txt"
+    --max-len-a 1.5 --max-len-b 10 --remove-bpe sentencepiece --scoring sacrebleu
+closing "$(sed -n 's/.*\(BLEU[^=]* = .*\)/\1/p' "$save_dir/test.log" | tail -n 1)" \
+    "translation.py $save_dir $prepared \"Open the file.\""

@@ -15,7 +15,6 @@ from ..config.config import MoEConfig
 from ..config.errors import ConfigError
 from ..config.resolve import resolve
 from ..evolution.plateau import Plateau
-from ..evolution.schedule import Phase
 from ..moe.routers import ROUTERS
 from . import versions
 from .flop import (
@@ -233,13 +232,8 @@ def _stage(
     since = f", spawned at a plateau before update {', '.join(map(str, spawned))}" if spawned else ""
     if len(config.stages) > 1:
         since += f", stage {stage} of {len(config.stages)}"
-    if not router.stages:
-        return f"experts{since}", None
-    last = schedule.phase(update, stage) == Phase.HARD
-    if not router.anneals:
-        return f"{'last' if last else 'first'} stage of {config.router}{since}", None
-    hard = getattr(config.router_options, "hard_experts", 1)
-    return f"top-{hard} routing{since}" if last else f"dense gate{since}", schedule.temperature(update, stage)
+    words = config.in_words(schedule.phase(update, stage)) + since
+    return words, schedule.temperature(update, stage) if router.stages and router.anneals else None
 
 
 def _spawned_by_itself(config: MoEConfig, model: Mapping[str, Tensor]) -> List[int]:

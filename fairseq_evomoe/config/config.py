@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from ..evolution import stages
 from ..evolution.module_distillation import DistillationOptions
 from ..evolution.plateau import Plateau, PlateauOptions
-from ..evolution.schedule import Schedule, ScheduleOptions, StageTemperature, TemperatureSchedule
+from ..evolution.schedule import Phase, Schedule, ScheduleOptions, StageTemperature, TemperatureSchedule
 from ..evolution.sizes import SizeOptions
 from ..evolution.spawn import Spawn, SpawnMethod, SpawnOptions
 from ..moe.dispatch.compression import LSH
@@ -278,6 +278,17 @@ class MoEConfig:
     def stages(self) -> Tuple[stages.Stage, ...]:
         """The spawns, of which there is at least one."""
         return stages.read(self.schedule.spawn_update, self.experts)
+
+    def in_words(self, phase: Phase) -> str:
+        """What routing does in a phase: ``one expert``, ``dense gate``, ``top-1 routing``, or ``experts``."""
+        if phase == Phase.DIVERSIFY:
+            return "one expert"
+        if not self.router_class.stages:
+            return "experts"
+        if not self.router_class.anneals:
+            return f"{'last' if phase == Phase.HARD else 'first'} stage of {self.router}"
+        hard = getattr(self.router_options, "hard_experts", 1)
+        return f"top-{hard} routing" if phase == Phase.HARD else "dense gate"
 
     @property
     def spawns_by_itself(self) -> bool:

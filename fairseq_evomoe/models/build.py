@@ -4,7 +4,6 @@ A model is built by fairseq itself and then every ``moe_freq``-th layer is given
 over ``fc1`` and ``fc2`` as its base expert.
 """
 
-import logging
 from contextlib import contextmanager
 from typing import Any, Callable, Dict, Iterator, List, Sequence, Tuple
 
@@ -31,8 +30,6 @@ from .feed_forward import MoEDecoderLayer, MoEEncoderLayer, StackInput, identity
 from .layer_drop import MoELayerDrop
 from .low_rank import add_low_rank_experts
 
-logger = logging.getLogger(__name__)
-
 Layer = Any
 """A layer of fairseq's, or a stack of them, that is given other attributes than its class declares."""
 
@@ -42,7 +39,7 @@ def add_experts(
     config: MoEConfig,
     stacks: Dict[str, Layer],
     init: Callable[[nn.Module], Any] = lambda linear: None,
-) -> None:
+) -> str:
     """Give every ``moe_freq``-th layer of each stack an MoE layer, as the options say.
 
     Args:
@@ -51,6 +48,9 @@ def add_experts(
         stacks: the ``encoder``, the ``decoder``, or both, each with its ``layers``, ``embed_tokens`` and
             ``dictionary``.
         init: what the model does to the linear layers that fairseq's layers build.
+
+    Returns:
+        which layers have which experts, in words.
 
     Raises:
         ConfigError: options that contradict each other, or no layer to give an MoE layer to.
@@ -71,8 +71,7 @@ def add_experts(
                 "MoE layer: lower it.",
             )
         if config.low_rank.rank > 0:
-            add_low_rank_experts(cfg, config, chosen, layers)
-            return
+            return add_low_rank_experts(cfg, config, chosen, layers)
         number = 0
         for side, stack in stacks.items():
             _check_side(config, side)
@@ -81,13 +80,13 @@ def add_experts(
                 builder.add_experts(layer, number)
                 number += 1
             compat.remove_encoder_fast_path(layers[side])
-    for side in stacks:
-        if chosen[side]:
-            experts = ", then ".join(str(stage.experts) for stage in config.stages)
-            logger.info(
-                f"{side}: {len(chosen[side])} of {len(layers[side])} layers with {experts} experts of "
-                f"{_listed(chosen[side][0].widths)} hidden units"
-            )
+    experts = ", then ".join(str(stage.experts) for stage in config.stages)
+    return "; ".join(
+        f"{side}: {len(chosen[side])} of {len(layers[side])} layers with {experts} experts of "
+        f"{_listed(chosen[side][0].widths)} hidden units"
+        for side in stacks
+        if chosen[side]
+    )
 
 
 @contextmanager

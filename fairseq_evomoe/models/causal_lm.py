@@ -38,8 +38,8 @@ class EvoMoELanguageModel(MoEModel, TransformerLanguageModel):
         check_task(cls, cfg, task)
         config = resolve_model(cfg, ffn_dims=[cfg.decoder_ffn_embed_dim])
         model = super().build_model(cfg, task)
-        add_experts(cfg, config, {"decoder": model.decoder})
-        return model.with_config(config)
+        words = add_experts(cfg, config, {"decoder": model.decoder})
+        return model.with_config(config, words)
 
 
 @register_model_architecture("evomoe_lm", "evomoe_lm_gpt")

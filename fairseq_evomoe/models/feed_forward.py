@@ -299,6 +299,7 @@ class MoEModel:
 
     Attributes:
         moe_config: what the options were resolved to.
+        experts_in_words: which layers have which experts.
         plateau: decides when the experts spawn, and is part of the model's state; ``None`` if the options
             say when.
         distillation: what the model has besides until its modules have learnt from a teacher's; ``None``
@@ -306,6 +307,7 @@ class MoEModel:
     """
 
     moe_config: MoEConfig
+    experts_in_words: str
     plateau: Optional[Plateau] = None
     distillation: Optional[module_distillation.ModuleDistillation]  # no default, which would hide the module
 
@@ -315,9 +317,10 @@ class MoEModel:
             return self.distillation(*args, **kwargs)
         return super().forward(*args, **kwargs)
 
-    def with_config(self, config: MoEConfig) -> "MoEModel":
-        """The model, which knows what its options were resolved to."""
+    def with_config(self, config: MoEConfig, words: str) -> "MoEModel":
+        """The model, which knows what its options were resolved to, and which experts it has, in words."""
         self.moe_config = config
+        self.experts_in_words = words
         self.plateau = config.make_plateau()
         self.distillation = None
         freeze(cast(nn.Module, self), config.frozen_parts)

@@ -8,7 +8,7 @@ from ..moe import MoELayer
 from ..moe.ranks import ALONE, Ranks
 from .feed_forward import moe_layers
 
-__all__ = ["keep_from_ddp", "moe_layers", "ranks_of", "sharded_parameters"]
+__all__ = ["count_parameters", "keep_from_ddp", "moe_layers", "ranks_of", "sharded_parameters"]
 
 
 def ranks_of(model: nn.Module) -> Ranks:
@@ -28,3 +28,12 @@ def keep_from_ddp(model: nn.Module) -> None:
     """Let torch's DistributedDataParallel leave sharded parameters alone, once it is built around a model."""
     ignored = [key for key, _, _, _ in sharded_parameters(model)]
     setattr(model, "_ddp_params_and_buffers_to_ignore", ignored)  # noqa: B010  (a module's are typed)
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Number of parameters of a model, those of experts on other ranks included."""
+    count = sum(p.numel() for p in model.parameters())
+    for _, layer in moe_layers(model):
+        sizes = layer.moe.experts.parameters_of_each()
+        count += sum(sizes) - sum(sizes[e] for e in layer.moe.experts.local)
+    return count

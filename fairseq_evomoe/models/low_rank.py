@@ -4,7 +4,6 @@ The encoder keeps its own layers, under their own names, so that a dense checkpo
 chosen linear layer has a child ``low_rank``, whose output a hook adds to its own.
 """
 
-import logging
 from contextvars import ContextVar
 from functools import partial
 from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
@@ -20,8 +19,6 @@ from ..moe.low_rank import Beside, LowRankExperts
 from ..moe.noise import seed_of
 from ..moe.options import OptionError
 from .recompute import recomputed
-
-logger = logging.getLogger(__name__)
 
 CHILD = "low_rank"
 """What a linear layer calls the experts beside it."""
@@ -67,7 +64,7 @@ class AdaptedEncoderLayer(compat.EncoderLayer):
 
 def add_low_rank_experts(
     cfg: Any, config: MoEConfig, chosen: Dict[str, List[Any]], stacks: Mapping[str, Sequence[nn.Module]]
-) -> None:
+) -> str:
     """Put low-rank experts beside linear layers of the chosen layers of the encoder.
 
     Args:
@@ -75,6 +72,9 @@ def add_low_rank_experts(
         config: of the experts.
         chosen: the layers of each stack that get some.
         stacks: all layers of each stack.
+
+    Returns:
+        which layers have which experts, in words.
 
     Raises:
         OptionError: there is no encoder, or a rank over the width of a linear layer.
@@ -103,7 +103,7 @@ def add_low_rank_experts(
             _let_projections_be_called(layer.self_attn)
     compat.remove_encoder_fast_path(stacks["encoder"])
     low_rank, names = config.low_rank, ", ".join(LINEARS[config.low_rank.beside])
-    logger.info(
+    return (
         f"encoder: {config.experts} experts of rank {low_rank.rank} beside {names} in "
         f"{len(chosen['encoder'])} of {len(stacks['encoder'])} layers"
         + ("; the decoder has none" if "decoder" in stacks else "")

@@ -61,8 +61,8 @@ class EvoMoERoberta(MoEModel, RobertaModel):
             args.max_positions = positions_of(cfg, task)
         args.checkpoint_activations = args.checkpoint_activations or args.offload_activations
         model = super().build_model(args, task)
-        add_experts(args, config, {"encoder": model.encoder.sentence_encoder}, init=init_bert_params)
-        return model.with_config(config)
+        words = add_experts(args, config, {"encoder": model.encoder.sentence_encoder}, init=init_bert_params)
+        return model.with_config(config, words)
 
 
 @register_model_architecture("evomoe_roberta", "evomoe_roberta_large")

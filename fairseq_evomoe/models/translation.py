@@ -64,8 +64,8 @@ class EvoMoETransformer(MoEModel, TransformerModel):
         config = resolve_model(cfg, ffn_dims=ffn_dims, experts=4)
         args = to_namespace(cfg)
         model = super().build_model(args, task)
-        add_experts(args, config, {"encoder": model.encoder, "decoder": model.decoder})
-        return model.with_config(config)
+        words = add_experts(args, config, {"encoder": model.encoder, "decoder": model.decoder})
+        return model.with_config(config, words)
 
 
 @register_model_architecture("evomoe_transformer", "evomoe_transformer_iwslt_de_en")

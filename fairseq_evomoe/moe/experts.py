@@ -153,10 +153,11 @@ class Experts(nn.Module):
         fc1, fc2 = nn.Linear(dim, width), nn.Linear(width, dim)
         self.set_expert(index, fc1, fc2, nn.Linear(dim, width, bias=False) if self.gated else None)
 
-    def parameters_of_each(self) -> List[int]:
-        """Number of parameters of each expert, on whatever rank it is."""
+    def parameters_of_each(self, widths: Optional[Sequence[int]] = None) -> List[int]:
+        """Number of parameters of each expert, on whatever rank it is, or of one of each width given."""
         matrices = 3 if self.gated else 2
-        return [width * (matrices * self.dim + 1) + self.dim for width in self.widths]
+        widths = self.widths if widths is None else widths
+        return [width * (matrices * self.dim + 1) + self.dim for width in widths]
 
     def forward(self, x_ND: Tensor, counts: Sequence[int]) -> Tensor:
         """Apply each expert to its own rows.

@@ -26,7 +26,7 @@ from ..moe import MoELayer
 from ..moe.options import OptionError
 from ..moe.ranks import ALONE
 from ..patching import Patches, wrap
-from . import growth, ranks
+from . import growth, ranks, telling
 from .drift import Drift
 from .state import RunState
 
@@ -169,6 +169,7 @@ def load_with_experts(
     if ours:
         _refuse_untrained_backbone(trainer, result)
         growth.resume(trainer, result)
+        telling.start(trainer)
         checkpoints.move_to_position(trainer, result)
         if result and not reset_optimizer:  # else another run begins
             RunState.of(trainer).drift.load(result.get(Drift.KEY, {}))

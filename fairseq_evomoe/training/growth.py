@@ -14,6 +14,7 @@ from ..checkpoints.saved_options import SPAWNED_BEFORE
 from ..config.config import MoEConfig
 from ..evolution.plateau import Plateau
 from ..models.feed_forward import MoEFeedForward, moe_layers
+from ..models.layers import count_parameters
 from ..moe import MoELayer
 from ..moe.plan import Plan, resize_plan
 from ..moe.routers.dynmoe import Resize
@@ -201,12 +202,3 @@ def _resize_layer(plan: Plan, change: Resize, moe: MoELayer) -> None:
     moe.apply_plan(plan)
     router: Any = moe.router
     router.resize(change)
-
-
-def count_parameters(model: nn.Module) -> int:
-    """Number of parameters of a model, those of experts on other ranks included."""
-    count = sum(p.numel() for p in model.parameters())
-    for _, layer in moe_layers(model):
-        sizes = layer.moe.experts.parameters_of_each()
-        count += sum(sizes) - sum(sizes[e] for e in layer.moe.experts.local)
-    return count

@@ -25,7 +25,17 @@ from ..models.requirements import check_batch, check_names
 from ..moe import Router, record
 from ..moe.recorder import Record
 from ..patching import Patches, wrap
-from . import checkpoint_hooks, ema, freezing, growth, module_distillation, preemption, ranks, waiting
+from . import (
+    checkpoint_hooks,
+    ema,
+    freezing,
+    growth,
+    module_distillation,
+    preemption,
+    ranks,
+    telling,
+    waiting,
+)
 from .checks import check_before_trainer, check_length, check_optimizer, check_run, settle_options
 from .state import RunState
 from .statistics import commit_statistics, watch_gradients
@@ -124,6 +134,7 @@ def update(
     if growth.spawn_is_due(trainer):
         growth.spawn(trainer)
     growth.resize(trainer)
+    telling.watch(trainer)
     run.drift.probe_if_due(trainer)
     for layer in layers:
         layer.begin_update()

@@ -1,6 +1,7 @@
 """A signal ends a training after the update that is under way, with a checkpoint: SLURM's preemption."""
 
 import logging
+import math
 from typing import Any, Callable, List, Optional, Tuple
 
 import torch
@@ -9,6 +10,7 @@ from fairseq import checkpoint_utils
 from fairseq.trainer import Trainer
 
 from ..models.feed_forward import has_experts
+from . import telling
 from .state import RunState
 
 logger = logging.getLogger(__name__)
@@ -37,6 +39,8 @@ def stop_or_go_on(
         _tell(cfg, listener.received or "a signal to another rank", trainer.get_num_updates())
     if should_stop:
         listener.let_go()
+    if should_stop or (end_of_epoch and epoch_itr.next_epoch_idx > (cfg.optimization.max_epoch or math.inf)):
+        telling.end(trainer)
     return losses, should_stop
 
 

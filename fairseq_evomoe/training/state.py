@@ -6,6 +6,7 @@ from typing import List, Optional
 from fairseq.trainer import Trainer
 
 from ..checkpoints.whole import WholeExperts
+from ..evolution.schedule import Phase
 from ..moe.recorder import Record
 from .drift import Drift
 from .listener import Listener
@@ -28,6 +29,7 @@ class RunState:
         pulse: sign of life of this rank among others; ``None``: it is alone.
         spawned_before: whether the experts have spawned before update 0, in the run whose checkpoint this one
             began with.
+        phase: of the update before; see ``telling.py``.
         drift: how the routing of some tokens has changed.
         trace: writes down what the experts do.
     """
@@ -41,6 +43,7 @@ class RunState:
     spawned_before: bool = False
     listener: Listener = field(default_factory=Listener)
     pulse: Optional[Pulse] = None
+    phase: Optional[Phase] = None
     drift: Drift = field(default_factory=Drift)
     trace: Trace = field(default_factory=Trace)
 

@@ -1,0 +1,28 @@
+# shellcheck shell=sh
+# What the training scripts end with: which checkpoint, how good, in which phase, how long, and what to type next.
+# They read this file, after `data`, `save_dir` and `plugin` are set.
+started=$(date +%s)
+prepared=$(dirname "$data")  # of prepare.py, if it has made the data
+
+# evaluated COMMAND...: what it prints is in SAVE_DIR/test.log, and shown if it fails
+evaluated() {
+    echo "evaluating on $subset: $save_dir/test.log"
+    "$@" > "$save_dir/test.log" 2>&1 || { tail -n 25 "$save_dir/test.log" && exit 1; }
+}
+
+# last NAME: a number of fairseq-validate's JSON
+last() { grep -o "\"$1\": \"[0-9.]*\"" "$save_dir/test.log" | tail -n 1 | grep -o '[0-9.]*'; }
+
+# closing METRIC NEXT: METRIC is that of the test set, NEXT a script of examples/python with its last argument
+closing() {
+    evomoe=$(command -v evomoe || echo "$plugin/bin/evomoe")
+    took=$(($(date +%s) - started))
+    next="evomoe info $save_dir/checkpoint_best.pt"
+    [ ! -e "$prepared/spm.model" ] || next="python examples/python/$2"
+    echo
+    echo "checkpoint    $save_dir/checkpoint_best.pt"
+    "$evomoe" info "$save_dir/checkpoint_best.pt" | grep -E '^(preset|update|stage) '
+    printf '%-13s %s\n' "$subset" "$1"
+    echo "time          $((took / 60)) min $((took % 60)) s"
+    echo "next          $next"
+}
