@@ -21,7 +21,7 @@ closing() {
     [ ! -e "$prepared/spm.model" ] || next="python examples/python/$2"
     echo
     echo "checkpoint    $save_dir/checkpoint_best.pt"
-    "$evomoe" info "$save_dir/checkpoint_best.pt" | grep -E '^(preset|update|stage) '
+    "$evomoe" info "$save_dir/checkpoint_best.pt" 2> /dev/null | grep -E '^(preset|update|stage) '
     printf '%-13s %s\n' "$subset" "$1"
     echo "time          $((took / 60)) min $((took % 60)) s"
     echo "next          $next"

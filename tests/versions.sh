@@ -201,8 +201,9 @@ P
     done
     spawned lm-from-10
     validate lm lm --task language_modeling
+    # ve-fairseq would leave out what is over a multiple of 8
     run eval-lm "$bin/fairseq-eval-lm" lm $plugin --path runs/lm/checkpoint_last.pt --gen-subset valid --batch-size 8 \
-        --tokens-per-sample 32
+        --tokens-per-sample 32 --required-batch-size-multiple 1
     same "$(last_loss lm)" "$(grep -o 'Loss (base 2): [0-9.]*' eval-lm.log | grep -o '[0-9.]*$' |
         xargs printf '%.3f')" "eval-lm"
 

@@ -39,7 +39,7 @@ def stop_or_go_on(
         _tell(cfg, listener.received or "a signal to another rank", trainer.get_num_updates())
     if should_stop:
         listener.let_go()
-    if should_stop or (end_of_epoch and epoch_itr.next_epoch_idx > (cfg.optimization.max_epoch or math.inf)):
+    if should_stop or (end_of_epoch and epoch_itr.epoch >= (cfg.optimization.max_epoch or math.inf)):
         telling.end(trainer)
     return losses, should_stop
 

@@ -115,7 +115,7 @@ def test_widths_are_reported_and_used(translation_data, tmp_path):
     settings = {**TRANSLATION, **PLAIN, **sizes, "max_update": 1}
     result = call("fairseq-train", translation_data, save_dir=tmp_path, **settings)
     assert (
-        len(result.lines("layers with 4 experts of 40, 64, 88, 112 hidden units")) == 2
+        result.output.count("layers with 4 experts of 40, 64, 88, 112 hidden units") == 2
     )  # nearest to 300: 304
     moe = build(translation_data, **settings).model.encoder.layers[1].moe
     assert moe.experts.widths == [40, 64, 88, 112]

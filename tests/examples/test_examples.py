@@ -53,6 +53,16 @@ def shell(script, *arguments, **environment):
     return Result(done.stdout)
 
 
+def closing(result):
+    """The last lines: a word, and what it tells."""
+    told = dict(
+        re.split(r" {2,}", line, maxsplit=1) for line in result.output.rsplit("\n\n", 1)[1].splitlines()
+    )
+    assert Path(told["checkpoint"]).exists() and re.fullmatch(r"\d+ min \d+ s", told["time"])
+    assert re.search(r"(dense gate|top-1 routing), temperature", told["stage"])
+    return told
+
+
 def check_phases(result):
     """All phases were passed, in order."""
     phases = [log["moe_phase"] for log in result.log("train_inner")]
@@ -63,7 +73,9 @@ def check_phases(result):
 def test_language_modeling(corpus, tmp_path):
     result = shell("language_modeling/train.sh", corpus, tmp_path)
     check_phases(result)
-    perplexity = float(result.lines("Perplexity:")[0].rsplit(" ", 1)[1])
+    told = closing(result)
+    perplexity = float(re.fullmatch(r"perplexity ([\d.]+)", told["test"])[1])
+    assert told["next"] == f"evomoe info {told['checkpoint']}"  # the data have no SentencePiece model
     best = min(log["valid_ppl"] for log in result.log("valid"))
     assert perplexity == pytest.approx(best, rel=0.3)  # another split of the same grammar
 
@@ -71,6 +83,7 @@ def test_language_modeling(corpus, tmp_path):
 def test_masked_lm_and_fine_tuning(corpus, classification_data, tmp_path):
     result = shell("masked_lm/train.sh", corpus, tmp_path / "pretrained")
     check_phases(result)
+    assert re.fullmatch(r"perplexity [\d.]+", closing(result)["test"])
     pretrained = tmp_path / "pretrained" / "checkpoint_best.pt"
     result = shell(
         "masked_lm/finetune.sh",
@@ -83,13 +96,14 @@ def test_masked_lm_and_fine_tuning(corpus, classification_data, tmp_path):
     assert result.lines("loading pretrained model from")
     assert all(log["moe_phase"] == 2 for log in result.log("train_inner"))
     accuracies = [float(x) for x in re.findall(r'accuracy": "([\d.]+)"', result.output)]
+    assert re.fullmatch(r"accuracy [\d.]+", closing(result)["valid"])
     assert max(accuracies[-3:]) > 80  # two lists of verbs tell the classes apart
 
 
 def test_translation(translation_data, tmp_path):
     result = shell("translation/train.sh", translation_data, tmp_path)
     check_phases(result)
-    assert re.search(r"BLEU\D* = [\d.]+", result.output.splitlines()[-1])
+    assert re.match(r"BLEU\D* = [\d.]+", closing(result)["test"])
 
 
 @pytest.mark.parametrize(

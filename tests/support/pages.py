@@ -30,7 +30,7 @@ FORK = "another fairseq than this one"
 CANNOT = {
     # page: beginnings of commands, and why
     "README.md": {
-        "python3 -m venv .venv && . .venv/bin/activate && pip install torch==2.13.0 && pip install -e": ".ci/run",
+        "python3 -m venv .venv && . .venv/bin/activate && pip install torch==2.13.0 && pip install -e": "CI",
     },
     "examples/ranks/README.md": {
         "torchrun --nnodes 2": "two machines",
