@@ -4,6 +4,13 @@
 started=$(date +%s)
 prepared=$(dirname "$data")  # of prepare.py, if it has made the data
 
+# without a test set it is the validation set
+has_test=
+for file in "$data"/test* "$data"/*/test*; do
+    [ ! -e "$file" ] || has_test=yes
+done
+[ -n "${SUBSET:-}$has_test" ] || subset=valid
+
 # evaluated COMMAND...: what it prints is in SAVE_DIR/test.log, and shown if it fails
 evaluated() {
     echo "evaluating on $subset: $save_dir/test.log"

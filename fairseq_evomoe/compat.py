@@ -78,8 +78,8 @@ def allow_fairseq_checkpoints() -> None:
     add_safe_globals = getattr(torch.serialization, "add_safe_globals", None)
     if add_safe_globals is None:  # torch < 2.4 loads everything
         return
-    multiarray = getattr(np, "_core", None) or np.core
-    scalar = multiarray.multiarray.scalar
+    multiarray = getattr(getattr(np, "_core", None), "multiarray", None)  # numpy 1.26 has an empty _core
+    scalar = (multiarray or np.core.multiarray).scalar
     dtypes = {type(np.dtype(t)) for t in (np.bool_, np.int32, np.int64, np.float32, np.float64)}
     add_safe_globals([argparse.Namespace, np.dtype, scalar, *dtypes])
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -62,6 +63,24 @@ def test_checkpoints_may_hold_namespaces_and_numpy_scalars(tmp_path):
         assert torch.load(tmp_path / "checkpoint.pt", weights_only=True) == state
     finally:
         torch.serialization.add_safe_globals(allowed)
+
+
+def test_scalars_of_numpy_1_26_are_allowed(monkeypatch):
+    """Its ``numpy._core`` is there, and empty."""
+    multiarray = getattr(np, "_core", None) or np.core
+
+    class Numpy126:
+        _core = SimpleNamespace()
+        core = SimpleNamespace(multiarray=multiarray.multiarray)
+
+        def __getattr__(self, name):
+            return getattr(np, name)
+
+    allowed = []
+    monkeypatch.setattr(compat, "np", Numpy126())
+    monkeypatch.setattr(torch.serialization, "add_safe_globals", allowed.extend, raising=False)
+    compat.allow_fairseq_checkpoints()
+    assert multiarray.multiarray.scalar in allowed
 
 
 def test_torchrun_needs_no_gpu(monkeypatch, no_gpu):

@@ -224,6 +224,8 @@ def write_own_text(folder: Path) -> None:
         ]
         german = [" ".join(word[::-1] for word in line.split()) for line in lines]
         classes = [f"{('neg', 'pos')[len(line) % 2]}\t{line}" for line in lines]
+        if split == "train":
+            (folder / "my.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
         for suffix, content in ((".txt", lines), (".en", lines), (".de", german), (".tsv", classes)):
             (folder / (split + suffix)).write_text("\n".join(content) + "\n", encoding="utf-8")
 
