@@ -18,7 +18,7 @@ evaluated() {
 }
 
 # last NAME: a number of fairseq-validate's JSON
-last() { grep -o "\"$1\": \"[0-9.]*\"" "$save_dir/test.log" | tail -n 1 | grep -o '[0-9.]*'; }
+last() { grep -o "\"[a-z0-9_]*$1\": \"[0-9.]*\"" "$save_dir/test.log" | tail -n 1 | grep -o "[0-9.]*\"$" | tr -d "\""; }
 
 # closing METRIC NEXT: METRIC is that of the test set, NEXT a script of examples/python with its last argument
 closing() {
