@@ -12,16 +12,20 @@ from torch.nn import functional as F
 
 from fairseq_evomoe.criterions.moe import statistics
 from fairseq_evomoe.moe import ROUTERS, Hidden, MoELayer, Routing, RoutingContext, Vocabulary, record
+from fairseq_evomoe.moe.assignment import balanced_assignment
+from fairseq_evomoe.moe.device_assignment import nearly_best_assignment
 from fairseq_evomoe.moe.dispatch import kernels
 from fairseq_evomoe.moe.dispatch import local as ways
 from fairseq_evomoe.moe.dispatch.kernels import launch
 from fairseq_evomoe.moe.dispatch.local import dispatch
+from support.assignments import check_loads
 from support.cli import LM, TRANSLATION, build, call, parameters, run
 from support.dispatching import make_experts as made
 from support.dispatching import routing_of, slow
 from support.evaluation import EVALUATION, hypotheses, scores
 from support.experts import make_experts, random_routing, slow_dispatch
 from support.models import with_router
+from support.resume import check_resume
 from support.tasks import DATA, PLAIN, TASKS, check_phases
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
@@ -297,6 +301,34 @@ def test_it_goes_on_where_it_was_interrupted(lm_data, tmp_path):
         assert [step["num_updates"] for step in again] == list(range(stop + 1, 15))
         ours, theirs = ([step["loss"] for step in each] for each in (again, whole[stop:]))
         assert ours == pytest.approx(theirs, rel=2e-3)
+
+
+@pytest.mark.parametrize("router", ["dts", "topk", "top-p"])
+def test_a_deterministic_training_resumes_bit_for_bit(router, lm_data, tmp_path, monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it PyTorch refuses products
+    torch.use_deterministic_algorithms(True)
+    try:
+        settings = LM if router == "dts" else {**LM, "moe_router": router, "moe_hard_update": None}
+        settings = {**settings, "moe_anneal_updates": None if router != "dts" else 3}
+        check_resume(lm_data, tmp_path, settings, stops=[3, 9])
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("tokens, experts", [(4096, 16), (5000, 8)])
+def test_tokens_are_assigned_on_the_gpu_without_waiting(tokens, experts):
+    score = torch.randn(tokens, experts, device="cuda")
+    nearly_best_assignment(score)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        expert = nearly_best_assignment(score)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    best = balanced_assignment(score.cpu())
+    got, most = (score.cpu().gather(1, e.cpu().unsqueeze(1)).sum() for e in (expert, best))
+    check_loads(expert.cpu(), tokens, experts)
+    assert got >= 0.99 * most
 
 
 def test_a_checkpoint_of_a_gpu_is_one_of_the_cpu(lm_data, tmp_path):

@@ -61,17 +61,20 @@ def ffn_of(size: Size, hidden: int | None = None) -> nn.Sequential:
     return nn.Sequential(*layers).to(**size.like)
 
 
-def experts_of(size: Size, widths: list[int]) -> Experts:
-    experts = Experts(size.dim, widths).to(**size.like)
+def experts_of(size: Size, widths: list[int], bias: bool = True) -> Experts:
+    experts = Experts(size.dim, widths, bias=bias).to(**size.like)
     for parameter in experts.parameters():
-        nn.init.normal_(parameter, std=0.02)
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, std=0.02)
     return experts
 
 
-def sparse(size: Size, mask: torch.Tensor, widths: list[int] | None = None) -> Callable[[], None]:
+def sparse(
+    size: Size, mask: torch.Tensor, widths: list[int] | None = None, bias: bool = True
+) -> Callable[[], None]:
     """Dispatch, experts and weighted sum for a T x E mask of active pairs."""
     token, expert = mask.to(size.device).nonzero(as_tuple=True)
-    experts = experts_of(size, widths or [size.hidden] * mask.shape[1])
+    experts = experts_of(size, widths or [size.hidden] * mask.shape[1], bias)
     x = torch.randn(mask.shape[0], size.dim, **size.like, requires_grad=True)
     weight = torch.rand(len(token), device=size.device, requires_grad=True)
     routing = Routing(token, expert, weight, *mask.shape)

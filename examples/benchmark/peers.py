@@ -69,11 +69,12 @@ class Problem:
         return self.weight_TK.gather(1, k.view(tokens, -1)).view_as(mask) * mask
 
 
-def ours(p: Problem, gated: bool) -> Callable[[], None]:
+def ours(p: Problem, gated: bool, bias: bool = True) -> Callable[[], None]:
     hidden = Hidden(nn.functional.silu) if gated else None
-    experts = Experts(p.size.dim, [p.size.hidden] * p.experts, hidden, gated=gated).to(**p.size.like)
+    experts = Experts(p.size.dim, [p.size.hidden] * p.experts, hidden, gated, bias).to(**p.size.like)
     for parameter in experts.parameters():
-        nn.init.normal_(parameter, std=0.02)
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, std=0.02)
     token_N = torch.arange(p.size.tokens).repeat_interleave(p.expert_TK.shape[1]).to(p.size.device)
 
     def forward() -> torch.Tensor:

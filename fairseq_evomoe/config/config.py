@@ -37,6 +37,13 @@ GATED: Dict[str, Callable] = {"swiglu": F.silu, "geglu": F.gelu, "reglu": F.relu
 PLAIN: Dict[str, Callable] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
 
 
+class ExpertBias(str, Enum):
+    """Whether experts have biases."""
+
+    model = "model"
+    none = "none"
+
+
 class TransportType(str, Enum):
     """The precision in which tokens travel."""
 
@@ -73,6 +80,11 @@ class LayerOptions(Options):
         "model",
         "Activation function of the experts; model is that of the other layers, and the gated ones (swiglu, "
         "geglu, reglu) have a third matrix.",
+    )
+    expert_bias: ExpertBias = option(
+        "model",
+        "Biases of the experts, and of the feed-forward network that they come from: model has those of the "
+        "model's other layers; none leaves them out.",
     )
     scaling_factor: float = option(
         1.0,

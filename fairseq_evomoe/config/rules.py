@@ -212,7 +212,7 @@ def _layer(config: MoEConfig) -> Iterator[OptionError]:
 
 OF_FEED_FORWARD = {
     "layer": (
-        "expert_activation scaling_factor shared_expert heads hyper_adapter penalty_weight "
+        "expert_activation expert_bias scaling_factor shared_expert heads hyper_adapter penalty_weight "
         "mutual_distillation_weight"
     ),
     "training": "trace",

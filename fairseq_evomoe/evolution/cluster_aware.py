@@ -19,6 +19,7 @@ from typing import List
 import torch
 from torch import Tensor
 
+from ..moe.running_sums import running_sums
 from .clustering import balanced_kmeans
 
 ENERGY = 0.9
@@ -70,5 +71,6 @@ def find_clusters(x_ND: Tensor, experts: int, generator: torch.Generator) -> Clu
 def _principal(x_ND: Tensor) -> Tensor:
     """The fewest directions that have ``ENERGY`` of the squares of tokens: (R, D)."""
     _, value_R, direction_RD = torch.linalg.svd(x_ND, full_matrices=False)
-    share_R = value_R.square().cumsum(0) / value_R.square().sum().clamp(min=1e-300)
+    square_R = value_R.square()
+    share_R = running_sums(square_R / square_R.sum().clamp(min=1e-300))
     return direction_RD[: int((share_R < ENERGY).sum()) + 1]

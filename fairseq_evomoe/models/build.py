@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .. import compat
-from ..config.config import MoEConfig
+from ..config.config import ExpertBias, MoEConfig
 from ..config.errors import ConfigError
 from ..moe import Experts, Hidden, MoELayer, RoutingContext, Vocabulary
 from ..moe.gate_warmup import GateWarmup
@@ -173,6 +173,7 @@ class _StackBuilder:
             widths=layer.widths,
             between=hidden,
             gated=gated,
+            bias=config.layer.expert_bias != ExpertBias.none,
             heads=config.layer.heads,
             shared_expert=config.layer.shared_expert,
             hyper_adapter=config.layer.hyper_adapter,

@@ -5,6 +5,9 @@ from typing import Callable, Dict, List, Optional, Sequence, Tuple
 import torch
 from torch import Tensor, nn
 
+BIASES = ("b1", "b2")
+"""The tensors of ``Experts`` that are zero where there are no biases."""
+
 ROWS_BY_EXPERT = "b2"
 """The tensor of ``Experts`` with one row for each expert; the others have one for each hidden unit."""
 
@@ -50,7 +53,9 @@ class Hidden(nn.Module):
 class Experts(nn.Module):
     """E feed-forward networks ``W2_e f(W1_e x + b1_e) + b2_e``, their hidden units laid end to end.
 
-    Gated ones, such as SwiGLU (arXiv 2002.05202), are ``W2_e (f(W1_e x + b1_e) * W3_e x) + b2_e``.
+    Gated ones, such as SwiGLU (arXiv 2002.05202), are ``W2_e (f(W1_e x + b1_e) * W3_e x) + b2_e``.  Experts
+    without biases have zeros in their place, which nothing adds and nothing trains, so that states have the
+    same tensors.
 
     Expert ``e`` owns rows ``sum(widths[:e]) .. sum(widths[:e+1])`` of ``w1``, ``b1`` and ``w2`` and row
     ``e`` of ``b2``, so experts of any widths lie in four tensors and one expert is a dense FFN:
@@ -71,6 +76,7 @@ class Experts(nn.Module):
         widths: hidden units of each expert.
         hidden: what happens between the two products; ReLU if not given.
         gated: whether there is a third matrix.
+        bias: whether there are biases.
     """
 
     w1: nn.Parameter
@@ -80,11 +86,17 @@ class Experts(nn.Module):
     w3: Optional[nn.Parameter]
 
     def __init__(
-        self, dim: int, widths: Sequence[int], hidden: Optional[Hidden] = None, gated: bool = False
+        self,
+        dim: int,
+        widths: Sequence[int],
+        hidden: Optional[Hidden] = None,
+        gated: bool = False,
+        bias: bool = True,
     ) -> None:
         super().__init__()
         self.dim = dim
         self.gated = gated
+        self.bias = bias
         self.hidden = Hidden() if hidden is None else hidden
         self.widths: List[int] = []
         self.allocate(widths)
@@ -114,12 +126,19 @@ class Experts(nn.Module):
         for name, shape in shapes.items():
             old = self._parameters.get(name)
             new = nn.Parameter(torch.empty(shape) if old is None else old.new_empty(shape))
+            if not self.bias and name in BIASES:
+                new.requires_grad_(False).zero_()
             if old is not None:
                 take_settings(new, old)
                 new.__dict__.pop("expert", None)
             if self.sharded:
                 new.expert = True  # type: ignore[attr-defined]  # tells fairseq that other ranks have others
             self.register_parameter(name, new)
+
+    @property
+    def biases(self) -> Tuple[Optional[Tensor], Optional[Tensor]]:
+        """``b1`` and ``b2``, or what stands for them in a product without a bias."""
+        return (self.b1, self.b2) if self.bias else (None, None)
 
     def tensors(self) -> Dict[str, Tensor]:
         """The tensors of the experts that are here, by name, without gradient; not copied."""
@@ -138,12 +157,13 @@ class Experts(nn.Module):
 
     @torch.no_grad()
     def set_expert(self, index: int, fc1: nn.Linear, fc2: nn.Linear, fc3: Optional[nn.Linear] = None) -> None:
-        """Copy a dense FFN, given as its linear layers, into expert ``index``."""
+        """Copy a dense FFN, given as its linear layers, into expert ``index``; biases if it has any."""
         rows = self.rows_of(index)
         self.w1[rows] = fc1.weight
-        self.b1[rows] = fc1.bias
         self.w2[rows] = fc2.weight.t()
-        self.b2[index] = fc2.bias
+        if self.bias:
+            self.b1[rows] = fc1.bias
+            self.b2[index] = fc2.bias
         if self.w3 is not None and fc3 is not None:
             self.w3[rows] = fc3.weight
 
@@ -155,9 +175,9 @@ class Experts(nn.Module):
 
     def parameters_of_each(self, widths: Optional[Sequence[int]] = None) -> List[int]:
         """Number of parameters of each expert, on whatever rank it is, or of one of each width given."""
-        matrices = 3 if self.gated else 2
+        matrices, bias = 3 if self.gated else 2, int(self.bias)
         widths = self.widths if widths is None else widths
-        return [width * (matrices * self.dim + 1) + self.dim for width in widths]
+        return [width * (matrices * self.dim + bias) + self.dim * bias for width in widths]
 
     def forward(self, x_ND: Tensor, counts: Sequence[int]) -> Tensor:
         """Apply each expert to its own rows.
@@ -186,11 +206,14 @@ class Experts(nn.Module):
         self, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, w3: Optional[Tensor]
     ) -> Tensor:
         factor = None if w3 is None else x @ w3.t()
+        if not self.bias:
+            return self.hidden(x @ w1.t(), factor) @ w2
         return torch.addmm(b2, self.hidden(torch.addmm(b1, x, w1.t()), factor), w2)
 
     def extra_repr(self) -> str:
         """Sizes, for ``print(model)``."""
-        return f"dim={self.dim}, widths={self.widths}" + (f", local={self.local}" * self.sharded)
+        more = f", local={self.local}" * self.sharded + ", bias=False" * (not self.bias)
+        return f"dim={self.dim}, widths={self.widths}{more}"
 
 
 def rows_per_expert(name: str, widths: Sequence[int]) -> List[int]:

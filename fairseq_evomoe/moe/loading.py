@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Dict, List, Optional
 import torch
 from torch import Tensor, nn
 
+from .experts import BIASES
 from .gate_warmup import fill_gate
 from .options import OptionError
 from .routers import Router
@@ -48,6 +49,7 @@ def fit(moe: "SpawningLayer", state_dict: Dict[str, Any], prefix: str) -> None:
     w1, b2 = (state_dict.get(f"{prefix}experts.{name}") for name in ("w1", "b2"))
     if w1 is None or b2 is None:
         return  # PyTorch names the missing keys
+    _check_biases(moe, state_dict, prefix)
     if _tensors_of(state_dict, prefix + "router.") or b2.shape[0] > 1:
         _fit_spawned(moe, state_dict, prefix, stage)
     else:
@@ -159,6 +161,19 @@ def _check_units(expected: int, found: int, prefix: str) -> None:
             f"The checkpoint's experts in {_name(prefix)} have {found} hidden units in all, but the model's "
             f"{expected}: give the `widths` that it was trained with.",
         )
+
+
+def _check_biases(moe: "SpawningLayer", state_dict: Dict[str, Any], prefix: str) -> None:
+    """Refuse biases that a layer without them would leave out."""
+    if moe.experts.bias:
+        return
+    for key in [f"{prefix}{module}.{name}" for module in ("experts", "shared") for name in BIASES]:
+        if key in state_dict and bool(state_dict[key].any()):
+            raise StateMismatch(
+                "expert_bias",
+                f"The checkpoint's experts in {_name(prefix)} have biases, and with `expert_bias` none there "
+                "are none: leave it out.",
+            )
 
 
 def _check_router(moe: "SpawningLayer", router: Router, found: Dict[str, Tensor], prefix: str) -> None:

@@ -42,7 +42,7 @@ class Histogram:
         Returns:
             float32, shape (E,).
         """
-        below_EB = counts_EB.double().cumsum(1)
+        below_EB = counts_EB.long().cumsum(1).double()  # whole numbers: the same on every run
         wanted_E1 = (1 - share.double()) * below_EB[:, -1:]
         bin_E1 = (below_EB < wanted_E1).sum(1, keepdim=True).clamp(max=self.bins - 1)
         count_E1 = counts_EB.double().gather(1, bin_E1)

@@ -64,6 +64,7 @@ class SpawningLayer(nn.Module):
             ``None``: as the spawner makes them, or ``hidden`` each if they are there from the start.
         between: what happens between the two products of an expert; ReLU if not given.
         gated: whether experts have a third matrix, as SwiGLU's have.
+        bias: whether experts have biases.
         heads: h, a divisor of D: each token is routed as h sub-tokens of width D / h (MH-MoE).
         shared_expert: whether there is an always-on expert once the experts have spawned.
         hyper_adapter: whether there is HyperMoE's adapter once the experts have spawned.
@@ -102,6 +103,7 @@ class SpawningLayer(nn.Module):
         widths: Optional[Sequence[int]] = None,
         between: Optional[Hidden] = None,
         gated: bool = False,
+        bias: bool = True,
         heads: int = 1,
         shared_expert: bool = False,
         hyper_adapter: bool = False,
@@ -128,7 +130,7 @@ class SpawningLayer(nn.Module):
             method = "slice" if uneven else "mask"
             spawner = make_spawner(experts=experts, layer=number, seed=seed, widths=widths, method=method)
         self.spawner = spawner
-        self.experts = Experts(dim // heads, [hidden], between, gated)
+        self.experts = Experts(dim // heads, [hidden], between, gated, bias)
         self.base_width = hidden
         self.first_widths = [hidden]
         # registered before it exists, so that parameters have one order in spawned and loaded models
@@ -346,7 +348,7 @@ class SpawningLayer(nn.Module):
         experts, like = self.experts, self.experts.w1
         self.router = router
         if self.has_shared_expert:
-            self.shared = Experts(experts.dim, [self.base_width], experts.hidden, experts.gated)
+            self.shared = Experts(experts.dim, [self.base_width], experts.hidden, experts.gated, experts.bias)
         if self.has_hyper_adapter:
             self.hyper_adapter = HyperAdapter(experts.dim, self.num_experts, self.of_stack)
         for module in (self.router, self.shared, self.hyper_adapter):

@@ -10,6 +10,7 @@ from torch import nn
 from ..config.config import MoEConfig
 from ..config.errors import ConfigError
 from ..models.feed_forward import MoEModel, moe_layers, parameters_of
+from ..moe.experts import BIASES
 from ..moe.options import OptionError
 
 logger = logging.getLogger(__name__)
@@ -53,7 +54,7 @@ def check_state(optimizer: FairseqOptimizer, state_dict: Dict[str, Any]) -> None
     if groups and found != own:
         text = (
             f"The checkpoint's optimizer knows {found} parameters, and {own} are trained now: give the "
-            "`freeze` that it was trained with, or add --reset-optimizer."
+            "`freeze` and `expert_bias` that it was trained with, or add --reset-optimizer."
         )
         raise ConfigError([OptionError("freeze", text)])
 
@@ -62,7 +63,8 @@ def _frozen(moe: nn.Module) -> List[str]:
     """The modules of a layer that are not trained, or else the parameters, by their names in the layer."""
     names: List[str] = []
     for module_name, module in moe.named_children():
-        parameters = dict(module.named_parameters())
+        absent = () if getattr(module, "bias", True) else BIASES
+        parameters = {name: p for name, p in module.named_parameters() if name not in absent}
         frozen = [name for name, parameter in parameters.items() if not parameter.requires_grad]
         whole = len(frozen) == len(parameters) > 0
         names += [module_name] if whole else [f"{module_name}.{name}" for name in frozen]

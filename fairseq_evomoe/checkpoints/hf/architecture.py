@@ -13,7 +13,7 @@ import torch
 from fairseq.models import ARCH_MODEL_NAME_REGISTRY
 from torch import Tensor
 
-from ...config.config import MoEConfig, declarations
+from ...config.config import ExpertBias, MoEConfig, declarations
 from ...config.errors import ConfigError
 from ...config.resolve import resolve
 from ...evolution.plateau import Plateau
@@ -267,6 +267,7 @@ class Architecture:
         return {
             "widths": self._widths(side, name, tensors),
             "gated": "experts.w3" in tensors,
+            "bias": layer.expert_bias != ExpertBias.none,
             "activation": of_gated.get(activation, activation),
             "norm": "experts.hidden.norm.weight" in tensors,
             "heads": layer.heads,

@@ -45,10 +45,10 @@ class MoE(nn.Module):
 
     Args:
         dim: D.
-        given: ``widths`` of the experts, their ``activation``, whether they are ``gated`` and have a
-            ``norm``, ``heads``, ``shared_width``, ``hyper_adapter``, ``scaling_factor``, ``output_masking``,
-            and of the ``router`` its name, options, and what it is told of each pass; ``None``: there is one
-            expert.
+        given: ``widths`` of the experts, their ``activation``, whether they are ``gated``, have a
+            ``bias`` and a ``norm``, ``heads``, ``shared_width``, ``hyper_adapter``, ``scaling_factor``,
+            ``output_masking``, and of the ``router`` its name, options, and what it is told of each pass;
+            ``None``: there is one expert.
         shared: where the layers of a stack keep what they share.
     """
 
@@ -57,7 +57,8 @@ class MoE(nn.Module):
         widths, gated, heads = given["widths"], given["gated"], given["heads"]
         norm = nn.LayerNorm(widths[0]) if given["norm"] else None
         hidden = Hidden(ACTIVATIONS[given["activation"]], None, norm)
-        self.experts = Experts(dim // heads, widths, hidden, gated)
+        bias = given.get("bias", True)  # folders of before 0.2 do not say it
+        self.experts = Experts(dim // heads, widths, hidden, gated, bias)
         self.heads = MultiHead(dim, heads) if heads > 1 else None
         self.scaling_factor = given["scaling_factor"]
         self.output_masking = given["output_masking"]
@@ -73,7 +74,7 @@ class MoE(nn.Module):
         cls, options = ROUTERS[router["name"]], router["options"]
         self.router = cls(dim // heads, len(widths), vocabulary=vocabulary, shared=shared, **options)
         if given["shared_width"]:
-            self.shared = Experts(dim // heads, [given["shared_width"]], hidden, gated)
+            self.shared = Experts(dim // heads, [given["shared_width"]], hidden, gated, bias)
         if given["hyper_adapter"]:
             self.hyper_adapter = HyperAdapter(dim // heads, len(widths), shared)
 

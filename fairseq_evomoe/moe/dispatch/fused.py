@@ -70,9 +70,9 @@ def fused_experts(
     x_TD: Tensor,
     weight_N: Tensor,
     w1: Tensor,
-    b1: Tensor,
+    b1: Optional[Tensor],
     w2: Tensor,
-    b2: Tensor,
+    b2: Optional[Tensor],
     token_N: Tensor,
     counts: List[int],
     widths: List[int],
@@ -87,9 +87,9 @@ def fused_experts(
         x_TD: tokens, (T, D).
         weight_N: factor of each pair, sorted by expert, (N,), float32 or the dtype of ``x_TD``.
         w1: (H, D).
-        b1: (H,).
+        b1: (H,); ``None``: there is no bias.
         w2: (H, D).
-        b2: (E, D).
+        b2: (E, D); ``None``: there is no bias.
         token_N: int64, token of each pair, sorted by expert.
         counts: pairs of each expert.
         widths: hidden units of each expert.
@@ -112,9 +112,9 @@ class _FusedExperts(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         w1: Tensor,
-        b1: Tensor,
+        b1: Optional[Tensor],
         w2: Tensor,
-        b2: Tensor,
+        b2: Optional[Tensor],
         w3: Optional[Tensor],
         token: Tensor,
         counts: List[int],
@@ -157,10 +157,9 @@ class _FusedExperts(torch.autograd.Function):
             expert = torch.arange(len(ctx.counts)).repeat_interleave(
                 torch.tensor(ctx.counts, dtype=torch.long)
             )
-        grad_w1, grad_b1, grad_w2, grad_b2 = (
-            memory.empty(*p.shape, like=p, reuse=True) for p in (w1, b1, w2, b2)
+        grad_w1, grad_b1, grad_w2, grad_b2, grad_w3 = (
+            None if p is None else memory.empty(*p.shape, like=p, reuse=True) for p in (w1, b1, w2, b2, w3)
         )
-        grad_w3 = None if w3 is None else memory.empty(*w3.shape, like=w3, reuse=True)
         scratch = _Scratch(x)
         for group in _groups(token, ctx.counts, ctx.widths, x.shape[0]):
             rows, width = group.shape
@@ -174,11 +173,14 @@ class _FusedExperts(torch.autograd.Function):
             # d loss / d hidden before the weight, from which the weight's own gradient follows
             g_hidden = group.rows_by_expert(None, g, w2, scratch.get("g_hidden", rows, width))
             if grad_weight is not None:
-                grad_weight[group.pairs] = _row_dots(g_hidden, hidden).add_(group.dot_own(g, b2, expert))
+                grad_weight[group.pairs] = _row_dots(g_hidden, hidden)
+                if b2 is not None:
+                    grad_weight[group.pairs] += group.dot_own(g, b2, expert)
             own_weight = weight[group.pairs].to(x.dtype).unsqueeze(1)
             g = torch.mul(g, own_weight, out=scratch.get("g", *g.shape))
             group.outer(hidden, g, grad_w2)
-            group.sum(g, grad_b2[group.experts])
+            if grad_b2 is not None:
+                group.sum(g, grad_b2[group.experts])
             g_hidden.mul_(own_weight)
             own_x, g_x = group.gather(x, scratch), scratch.get("out", *g.shape)
             if grad_w3 is not None:
@@ -188,7 +190,8 @@ class _FusedExperts(torch.autograd.Function):
                 g_hidden.mul_(factor)
             activation.backward(g_hidden, kept)
             group.outer(g_hidden, own_x, grad_w1)
-            group.sum(g_hidden, grad_b1[group.units].view(-1, width))
+            if grad_b1 is not None:
+                group.sum(g_hidden, grad_b1[group.units].view(-1, width))
             group.scatter(grad_x, group.rows_by_unit(None, g_hidden, w1, g_x))
         grads = grad_x, grad_weight, grad_w1, grad_b1, grad_w2, grad_b2, grad_w3
         return (*grads, None, None, None, None, None)

@@ -21,7 +21,7 @@ def sum_of_experts(
     x_TD: Tensor,
     pairs: Pairs,
     weight_N: Tensor,
-    bias_ED: Tensor,
+    bias_ED: Optional[Tensor],
     rows: Callable[[Tensor], Tensor],
     dtype: torch.dtype,
 ) -> Tensor:
@@ -31,7 +31,7 @@ def sum_of_experts(
         x_TD: tokens, shape (T, D).
         pairs: the routing, sorted.
         weight_N: float32, weight of each pair.
-        bias_ED: what is added to each expert's outputs.
+        bias_ED: what is added to each expert's outputs; ``None``: nothing.
         rows: the experts without it, from and to rows sorted by expert.
         dtype: of the result.
     """
@@ -41,7 +41,7 @@ def sum_of_experts(
 def products(
     x_SD: Tensor,
     w1_EMD: Tensor,
-    b1_EM: Tensor,
+    b1_EM: Optional[Tensor],
     w2_EMD: Tensor,
     w3_EMD: Optional[Tensor],
     end_E: Tensor,
@@ -52,7 +52,7 @@ def products(
     Args:
         x_SD: rows, shape (N, D).
         w1_EMD: weights, in the rows' dtype.
-        b1_EM: bias, in any dtype.
+        b1_EM: bias, in any dtype; ``None``: there is none.
         w2_EMD: as ``w1_EMD``.
         w3_EMD: as ``w1_EMD``; ``None``: the experts are not gated.
         end_E: int32, where each expert's rows end.
@@ -83,7 +83,12 @@ class _AddUp(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, row_SD: Tensor, weight_N: Tensor, bias_ED: Tensor, pairs: Pairs, dtype: torch.dtype
+        ctx: Any,
+        row_SD: Tensor,
+        weight_N: Tensor,
+        bias_ED: Optional[Tensor],
+        pairs: Pairs,
+        dtype: torch.dtype,
     ) -> Tensor:
         ctx.pairs = pairs
         ctx.save_for_backward(row_SD if ctx.needs_input_grad[1] else row_SD[:0], weight_N, bias_ED)
@@ -112,7 +117,7 @@ class _Products(torch.autograd.Function):
         ctx: Any,
         x_SD: Tensor,
         w1_EMD: Tensor,
-        b1_EM: Tensor,
+        b1_EM: Optional[Tensor],
         w2_EMD: Tensor,
         w3_EMD: Optional[Tensor],
         end_E: Tensor,
@@ -136,7 +141,7 @@ class _Products(torch.autograd.Function):
         grad_SM, sum_EPM, factor_grad = kernels.activate_backward(
             grad_SM, before_SM, b1_EM, end_E, ctx.activation, factor_SM
         )
-        grad_b1 = sum_EPM.sum(1).to(b1_EM.dtype)
+        grad_b1 = None if sum_EPM is None else sum_EPM.sum(1).to(b1_EM.dtype)
         grad_w1 = product(grad_SM.t(), x_SD, end_E) if of_w1 else None
         grad_x = product(grad_SM, w1_EMD, end_E) if of_x else None
         grad_w3 = None

@@ -83,7 +83,8 @@ def sum_of_outputs(
     token_N, weight_N = token_N[order_N], weight_N[order_N]
     if _can_fuse(x_TD, experts):
         counts = _counts(expert_N, experts)
-        weights = (experts.w1, experts.b1, experts.w2, experts.b2)
+        b1, b2 = experts.biases
+        weights = (experts.w1, b1, experts.w2, b2)
         activation = experts.hidden.activation
         widths, w3 = experts.local_widths, experts.w3
         return fused_experts(x_TD, weight_N, *weights, token_N, counts, widths, activation, w3)
@@ -113,12 +114,13 @@ def _counts(expert_N: Tensor, experts: Experts) -> List[int]:
 
 
 def _one_token(x_TD: Tensor, expert_N: Tensor, weight_N: Tensor, experts: Experts) -> Tensor:
-    y_TD = None
+    y_TD, (b1, b2) = None, experts.biases
     for expert, weight in zip(expert_N.tolist(), weight_N.tolist()):
         units = experts.rows_of(expert)
         factor = None if experts.w3 is None else F.linear(x_TD, experts.w3[units])
-        hidden = experts.hidden(F.linear(x_TD, experts.w1[units], experts.b1[units]), factor)
-        out_TD = torch.addmm(experts.b2[expert], hidden, experts.w2[units])
+        hidden = experts.hidden(F.linear(x_TD, experts.w1[units], None if b1 is None else b1[units]), factor)
+        w2 = experts.w2[units]
+        out_TD = hidden @ w2 if b2 is None else torch.addmm(b2[expert], hidden, w2)
         # a product with a number, unlike one with a tensor, keeps the dtype; sums are in float32
         out_TD = (out_TD if out_TD.dtype == torch.float64 else out_TD.float()) * weight
         y_TD = out_TD if y_TD is None else y_TD + out_TD
@@ -176,17 +178,19 @@ def _by_kernels(
 ) -> Tensor:
     """``sum_of_outputs``, in ``dtype``, where ``_can_use_kernels`` holds."""
     count, like = len(experts.local), _autocast_dtype(x_TD) or x_TD.dtype
-    name = _name_of_activation(experts)
+    name, (b1, b2) = _name_of_activation(experts), experts.biases
     x_TD, token_N, expert_N, weight_N = x_TD.to(like), *map(Tensor.contiguous, (token_N, expert_N, weight_N))
     few = token_N.shape[0] <= _FEW and not torch.is_grad_enabled() and like == experts.w1.dtype
     if few and name is not None:
-        weights = experts.w1, experts.b1, experts.w2, experts.b2, experts.w3
-        return kernels.few_pairs(x_TD.contiguous(), token_N, expert_N, weight_N, weights, name).to(dtype)
+        weights = experts.w1, b1, experts.w2, b2, experts.w3
+        return kernels.few_pairs(x_TD.contiguous(), token_N, expert_N, weight_N, weights, count, name).to(
+            dtype
+        )
     pairs = kernels.sort_pairs(token_N, expert_N, x_TD.shape[0], count)
     if "one_function" in candidates and name is not None:
         w1, w2, w3 = experts.w1.to(like), experts.w2.to(like), experts.w3
-        cast = w1, experts.b1, w2, experts.b2, None if w3 is None else w3.to(like)
-        return one_function.sum_of_experts(x_TD, pairs, weight_N, cast, name, dtype)
+        cast = w1, b1, w2, b2, None if w3 is None else w3.to(like)
+        return one_function.sum_of_experts(x_TD, pairs, weight_N, cast, count, name, dtype)
 
     def rows(x_SD: Tensor) -> Tensor:
         if name is None:  # dropout, a normalisation or another function is between the products
@@ -194,9 +198,10 @@ def _by_kernels(
             return grouped_experts(x_SD, expert_S, experts, with_b2=False)
         w1, w2 = (w.view(count, -1, experts.dim).to(like) for w in (experts.w1, experts.w2))
         w3 = None if experts.w3 is None else experts.w3.view(count, -1, experts.dim).to(like)
-        return grouped.products(x_SD, w1, experts.b1.view(count, -1), w2, w3, pairs.end_E, name)
+        bias_EM = None if b1 is None else b1.view(count, -1)
+        return grouped.products(x_SD, w1, bias_EM, w2, w3, pairs.end_E, name)
 
-    return grouped.sum_of_experts(x_TD, pairs, weight_N, experts.b2, rows, dtype)
+    return grouped.sum_of_experts(x_TD, pairs, weight_N, b2, rows, dtype)
 
 
 def _name_of_activation(experts: Experts) -> Optional[str]:
@@ -230,11 +235,14 @@ def grouped_experts(x_ND: Tensor, expert_N: Tensor, experts: Experts, with_b2: b
     # a bias is added as a product with a row of zeros and a one: the gradient of one that is looked up is
     # many additions to a few places, which on a GPU wait for each other
     one_NE = (expert_N.unsqueeze(1) == torch.arange(count, device=expert_N.device)).to(dtype)
-    b1, b2 = (b.view(count, -1).to(dtype) for b in (experts.b1, experts.b2))
+
+    def add(rows: Tensor, bias: Optional[Tensor]) -> Tensor:
+        return rows if bias is None else torch.addmm(rows, one_NE, bias.view(count, -1).to(dtype))
+
+    b1, b2 = experts.biases
     factor = None if experts.w3 is None else product(x_ND, experts.w3, True)
-    hidden = experts.hidden(torch.addmm(product(x_ND, experts.w1, True), one_NE, b1), factor)
-    out_ND = product(hidden, experts.w2, False)
-    return torch.addmm(out_ND, one_NE, b2) if with_b2 else out_ND
+    hidden = experts.hidden(add(product(x_ND, experts.w1, True), b1), factor)
+    return add(product(hidden, experts.w2, False), b2 if with_b2 else None)
 
 
 def _autocast_dtype(x: Tensor) -> Optional[torch.dtype]:

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from ..losses import active_balance_loss
 from ..options import like, loss_weight, option
 from ..routing import Routing, RoutingContext, at_pairs
+from ..running_sums import running_sums
 from .balanced import BalancedRouter
 from .registry import register_router
 from .router import BALANCE, RENORMALIZE, LinearRouter, Renormalize, divisor
@@ -64,7 +65,7 @@ class TopPRouter(BalancedRouter):
         sorted_TE, expert_TE = choice_TE.sort(dim=-1, descending=True)
         if self.balancing is not None:
             sorted_TE = probability_TE.gather(1, expert_TE)
-        before_TE = F.pad(sorted_TE.detach().cumsum(-1)[:, :-1], (1, 0))
+        before_TE = F.pad(running_sums(sorted_TE)[:, :-1], (1, 0))
         chosen_TE = before_TE < self.top_p
         if self.balancing is not None:
             mask_TE = torch.zeros_like(chosen_TE).scatter(1, expert_TE, chosen_TE)

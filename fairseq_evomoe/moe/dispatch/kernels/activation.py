@@ -14,18 +14,22 @@ ACTIVATIONS: Dict[Any, str] = {torch.relu: "relu", F.relu: "relu", F.gelu: "gelu
 
 
 def activate(
-    before_SM: Tensor, bias_EM: Tensor, end_E: Tensor, activation: str, factor_SM: Optional[Tensor] = None
+    before_SM: Tensor,
+    bias_EM: Optional[Tensor],
+    end_E: Tensor,
+    activation: str,
+    factor_SM: Optional[Tensor] = None,
 ) -> Tensor:
-    """``f(before + bias)``, times ``factor`` if given; with ReLU in place of ``before``."""
+    """``f(before + bias)``, times ``factor``, where there are any; with ReLU in place of ``before``."""
     out_SM = before_SM if activation == "relu" and factor_SM is None else torch.empty_like(before_SM)
-    experts, columns = bias_EM.shape
+    experts, columns = end_E.shape[0], before_SM.shape[1]
     parts = parts_of(experts)
     launch(
         _activate,
         (cdiv(columns, COLUMNS), experts * parts),
         (before_SM, bias_EM, factor_SM, end_E, out_SM),
         (columns, parts),
-        (activation, factor_SM is not None, ROWS, COLUMNS),
+        (activation, bias_EM is not None, factor_SM is not None, ROWS, COLUMNS),
     )
     return out_SM
 
@@ -33,11 +37,11 @@ def activate(
 def activate_backward(
     grad_SM: Tensor,
     saved_SM: Tensor,
-    bias_EM: Tensor,
+    bias_EM: Optional[Tensor],
     end_E: Tensor,
     activation: str,
     factor_SM: Optional[Tensor] = None,
-) -> Tuple[Tensor, Tensor, Optional[Tensor]]:
+) -> Tuple[Tensor, Optional[Tensor], Optional[Tensor]]:
     """The gradients of `activate`.
 
     Args:
@@ -49,18 +53,20 @@ def activate_backward(
         factor_SM: as there.
 
     Returns:
-        of ``before``, of the bias (its parts, for `sum_of_parts`) and, if there is one, of the factor.
+        of ``before``, of the bias (its parts, for `sum_of_parts`) and of the factor, if there are any.
     """
-    experts, columns = bias_EM.shape
+    experts, columns = end_E.shape[0], grad_SM.shape[1]
     parts = parts_of(experts)
-    sum_EPM = torch.empty(experts, parts, columns, dtype=torch.float32, device=grad_SM.device)
+    sum_EPM = None
+    if bias_EM is not None:
+        sum_EPM = torch.empty(experts, parts, columns, dtype=torch.float32, device=grad_SM.device)
     factor_grad = None if factor_SM is None else torch.empty_like(grad_SM)
     launch(
         _activate_backward,
         (cdiv(columns, COLUMNS), experts * parts),
         (grad_SM, saved_SM, bias_EM, factor_SM, end_E, factor_grad, sum_EPM),
         (columns, parts),
-        (activation, factor_SM is not None, ROWS, COLUMNS),
+        (activation, bias_EM is not None, factor_SM is not None, ROWS, COLUMNS),
     )
     return grad_SM, sum_EPM, factor_grad
 
@@ -95,11 +101,14 @@ if triton is not None:
     @triton.jit
     def _activate(
         before, bias, factor, end, out, columns, parts,
-        KIND: tl.constexpr, FACTOR: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+        KIND: tl.constexpr, BIAS: tl.constexpr, FACTOR: tl.constexpr, ROWS: tl.constexpr,
+        COLUMNS: tl.constexpr,
     ):  # fmt: skip
         e, first, last = part_of_rows(end, parts)
         c = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-        b = tl.load(bias + e * columns + c, mask=c < columns, other=0).to(tl.float32)
+        b = tl.zeros([COLUMNS], tl.float32)
+        if BIAS:
+            b = tl.load(bias + e * columns + c, mask=c < columns, other=0).to(tl.float32)
         for i in range(first, last, ROWS):
             r = i + tl.arange(0, ROWS)
             inside = (r < last)[:, None] & (c < columns)[None, :]
@@ -112,11 +121,14 @@ if triton is not None:
     @triton.jit
     def _activate_backward(
         grad, saved, bias, factor, end, grad_factor, sums, columns, parts,
-        KIND: tl.constexpr, FACTOR: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+        KIND: tl.constexpr, BIAS: tl.constexpr, FACTOR: tl.constexpr, ROWS: tl.constexpr,
+        COLUMNS: tl.constexpr,
     ):  # fmt: skip
         e, first, last = part_of_rows(end, parts)
         c = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-        b = tl.load(bias + e * columns + c, mask=c < columns, other=0).to(tl.float32)
+        b = tl.zeros([COLUMNS], tl.float32)
+        if BIAS:
+            b = tl.load(bias + e * columns + c, mask=c < columns, other=0).to(tl.float32)
         total = tl.zeros([COLUMNS], tl.float32)
         for i in range(first, last, ROWS):
             r = i + tl.arange(0, ROWS)
@@ -133,4 +145,5 @@ if triton is not None:
             g *= _slope(x, KIND)
             tl.store(grad + at, g, mask=inside)
             total += tl.sum(g, 0)  # 0 where the gradient is masked out
-        tl.store(sums + tl.program_id(1).to(tl.int64) * columns + c, total, mask=c < columns)
+        if BIAS:
+            tl.store(sums + tl.program_id(1).to(tl.int64) * columns + c, total, mask=c < columns)

@@ -13,7 +13,8 @@ def few_pairs(
     token_N: Tensor,
     expert_N: Tensor,
     weight_N: Tensor,
-    weights: Tuple[Tensor, Tensor, Tensor, Tensor, Optional[Tensor]],
+    weights: Tuple[Tensor, Optional[Tensor], Tensor, Optional[Tensor], Optional[Tensor]],
+    experts: int,
     activation: str,
 ) -> Tensor:
     """The weighted sum of the experts' outputs for a handful of pairs, as in generation, without gradients.
@@ -25,14 +26,16 @@ def few_pairs(
         token_N: int64, token of each pair.
         expert_N: int64, its expert.
         weight_N: float32, its weight.
-        weights: ``w1`` (E M, D), ``b1`` (E M,), ``w2`` (E M, D), ``b2`` (E, D) and ``w3`` or ``None``.
+        weights: ``w1`` (E M, D), ``b1`` (E M,) or ``None``, ``w2`` (E M, D), ``b2`` (E, D) or ``None``, and
+            ``w3`` or ``None``.
+        experts: E.
         activation: ``relu``, ``gelu`` or ``silu``.
 
     Returns:
         shape (T, D), dtype of ``x_TD``; sums are in float32.
     """
     w1, b1, w2, b2, w3 = weights
-    (tokens, dim), pairs, width = x_TD.shape, token_N.shape[0], w1.shape[0] // b2.shape[0]
+    (tokens, dim), pairs, width = x_TD.shape, token_N.shape[0], w1.shape[0] // experts
     hidden_NM = torch.empty(pairs, width, dtype=torch.float32, device=x_TD.device)
     y_TD = torch.empty_like(x_TD)
     launch(
@@ -40,14 +43,14 @@ def few_pairs(
         (pairs, cdiv(width, 16)),
         (x_TD, token_N, expert_N, w1, b1, w3, hidden_NM),
         (dim, width),
-        (activation, w3 is not None, 16, 256),
+        (activation, b1 is not None, w3 is not None, 16, 256),
     )
     launch(
         _few_outputs,
         (tokens, cdiv(dim, 16)),
         (hidden_NM, token_N, expert_N, weight_N, w2, b2, y_TD),
         (pairs, dim, width),
-        (256, 16),
+        (b2 is not None, 256, 16),
     )
     return y_TD
 
@@ -60,7 +63,8 @@ if triton is not None:
     @triton.jit
     def _few_hidden(
         x, token, expert, w1, b1, w3, hidden, dim, width,
-        KIND: tl.constexpr, FACTOR: tl.constexpr, UNITS: tl.constexpr, COLUMNS: tl.constexpr,
+        KIND: tl.constexpr, BIAS: tl.constexpr, FACTOR: tl.constexpr, UNITS: tl.constexpr,
+        COLUMNS: tl.constexpr,
     ):  # fmt: skip
         n = tl.program_id(0)
         t, e = tl.load(token + n), tl.load(expert + n)
@@ -77,7 +81,9 @@ if triton is not None:
             total += tl.load(w1 + at, mask=inside, other=0).to(tl.float32) * row[None, :]
             if FACTOR:
                 factor += tl.load(w3 + at, mask=inside, other=0).to(tl.float32) * row[None, :]
-        y = tl.sum(total, 1) + tl.load(b1 + unit, mask=of_expert, other=0).to(tl.float32)
+        y = tl.sum(total, 1)
+        if BIAS:
+            y += tl.load(b1 + unit, mask=of_expert, other=0).to(tl.float32)
         y = f(y, KIND)
         if FACTOR:
             y *= tl.sum(factor, 1)
@@ -86,7 +92,7 @@ if triton is not None:
     @triton.jit
     def _few_outputs(
         hidden, token, expert, weight, w2, b2, y, pairs, dim, width,
-        UNITS: tl.constexpr, COLUMNS: tl.constexpr,
+        BIAS: tl.constexpr, UNITS: tl.constexpr, COLUMNS: tl.constexpr,
     ):  # fmt: skip
         t = tl.program_id(0)
         d = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
@@ -102,6 +108,8 @@ if triton is not None:
                     at = (e * width + m)[:, None] * dim + d[None, :]
                     unit = tl.load(hidden + n * width + m, mask=m < width, other=0)
                     total += tl.load(w2 + at, mask=inside, other=0).to(tl.float32) * unit[:, None]
-                out = tl.sum(total, 0) + tl.load(b2 + e * dim + d, mask=of_token, other=0).to(tl.float32)
+                out = tl.sum(total, 0)
+                if BIAS:
+                    out += tl.load(b2 + e * dim + d, mask=of_token, other=0).to(tl.float32)
                 result += tl.load(weight + n).to(tl.float32) * out
         tl.store(y + t * dim + d, result, mask=of_token)

@@ -48,7 +48,12 @@ def add_up(
 
 
 def spread(
-    grad_TD: Tensor, pairs: Pairs, row_SD: Tensor, weight_N: Tensor, bias_ED: Tensor, of_weight: bool
+    grad_TD: Tensor,
+    pairs: Pairs,
+    row_SD: Tensor,
+    weight_N: Tensor,
+    bias_ED: Optional[Tensor],
+    of_weight: bool,
 ) -> Tuple[Tensor, Optional[Tensor]]:
     """The gradients of `add_up`, but for that of the bias: of the rows, and of the weights if wanted."""
     rows, dim = row_SD.shape
@@ -56,7 +61,7 @@ def spread(
     grad_N = torch.empty_like(weight_N) if of_weight else None
     block = min(power_of_2(dim), _CHUNK)
     tensors = grad_TD, row_SD, weight_N, bias_ED, pairs.expert_N, pairs.pair_S, pairs.token_S
-    launch(_spread, (rows, 1), (*tensors, grad_SD, grad_N), (dim,), (of_weight, block))
+    launch(_spread, (rows, 1), (*tensors, grad_SD, grad_N), (dim,), (of_weight, bias_ED is not None, block))
     return grad_SD, grad_N
 
 
@@ -118,7 +123,7 @@ if triton is not None:
     @triton.jit
     def _spread(
         grad, rows, weight, bias, expert, pair, token, grad_rows, grad_weight, dim,
-        OF_WEIGHT: tl.constexpr, COLUMNS: tl.constexpr,
+        OF_WEIGHT: tl.constexpr, BIAS: tl.constexpr, COLUMNS: tl.constexpr,
     ):  # fmt: skip
         """A row's gradient: that of its token times its weight; the weight's: both rows' product."""
         s = tl.program_id(0).to(tl.int64)
@@ -132,7 +137,8 @@ if triton is not None:
             g = tl.load(grad + t * dim + d, mask=inside, other=0).to(tl.float32)
             if OF_WEIGHT:
                 out = tl.load(rows + s * dim + d, mask=inside, other=0).to(tl.float32)
-                out += tl.load(bias + e * dim + d, mask=inside, other=0).to(tl.float32)
+                if BIAS:
+                    out += tl.load(bias + e * dim + d, mask=inside, other=0).to(tl.float32)
                 dot += g * out
             tl.store(grad_rows + s * dim + d, g * w, mask=inside)
         if OF_WEIGHT:
