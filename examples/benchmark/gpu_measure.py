@@ -25,8 +25,11 @@ class Results:
     def __init__(self, folder: Path, seconds: float) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / "gpu.jsonl"
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
-        self.known = {line["key"]: line for line in _whole(lines)}
+        text = self.path.read_text() if self.path.exists() else ""
+        if not text.endswith("\n") and text:  # a cut has left the last line half written
+            text = text[: text.rfind("\n") + 1]
+            self.path.write_text(text)
+        self.known = {line["key"]: line for line in map(json.loads, text.splitlines())}
         self.end = time.monotonic() + seconds
 
     def measure(self, key: str, part: str, function: Callable[[], dict[str, Any]]) -> None:
@@ -48,15 +51,6 @@ class Results:
         clean_up()
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
-
-
-def _whole(lines: list[str]) -> Iterator[dict[str, Any]]:
-    """The lines, but for one that a cut has left half written."""
-    for line in lines:
-        try:
-            yield json.loads(line)
-        except ValueError:
-            continue
 
 
 @contextmanager

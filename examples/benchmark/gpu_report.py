@@ -72,7 +72,8 @@ def _targets(known: Known) -> list[str]:
         add("memory, of the floor's, the most of them", MEMORY, most)
     for key, row in _measured(known, "routers"):
         if key.startswith("router, "):
-            add(key, row["target"], _in_floors(row, "in training"))
+            way = "in training" if "in training" in row["ms"] else "router"
+            add(key, row["target"], _in_floors(row, way))
     for row in _peer_rows(known):
         rows.append(
             [row["case"], "1.00", f"{row['ours']:.2f}", "ahead" if row["ours"] <= 1 else "**behind**"]

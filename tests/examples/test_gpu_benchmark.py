@@ -43,11 +43,17 @@ def measured(lm_data, tmp_path_factory):
 
 def test_all_of_it_in_small(measured):
     found = records(measured / "gpu.jsonl")
-    assert {line["part"] for line in found} == {"machine", "profile", "layer", "routers", "peers"}
+    assert {line["part"] for line in found} == {
+        *("machine", "profile", "layer", "routers", "router sizes", "peers"),
+    }
     assert not [line for line in found if "error" in line and "grouped_mm" not in line["error"]]
     layer = next(line for line in found if line["key"] == "layer, T = 64, top-1, E = 8, balanced")
     assert layer["ratio"]["floor"]["median"] == 1 and layer["ratio"]["layer"]["median"] > 0
-    assert {"one function", "looked up"} < layer["ratio"].keys()
+    assert {"one function", "looked up", "no biases"} < layer["ratio"].keys()
+    base = next(line for line in found if line["key"] == "router, base")
+    assert base["ratio"].keys() == {"router", "in training", "on device", "floor"}
+    peers = [line["rows"] for line in found if line["part"] == "peers"]
+    assert all(rows[-1]["name"] == "torch's grouped_mm, bare" for rows in peers)
     update = next(line for line in found if "whole update" in line["key"])
     assert update["ratio"]["layer"]["median"] > 0 and update["profiles"].keys() == {
         "layer",
@@ -60,7 +66,9 @@ def test_all_of_it_in_small(measured):
         "passed" in (measured / "tests.txt").read_text() or "skipped" in (measured / "tests.txt").read_text()
     )
     page = (measured / "gpu.md").read_text()
-    assert "## Layer" in page and "## Routers" in page and "## Profiles" in page
+    titles = ("Targets", "Layer", "Routers", "Routers by size", "Profiles")
+    assert [line[3:] for line in page.splitlines() if line.startswith("## ")] == list(titles)
+    assert "**missed**" in page and "| memory, of the floor's, the most of them | 1.20 |" in page
 
     quality = records(measured / "quality.jsonl")[1:]
     labels = {line["label"] for line in quality}
@@ -95,3 +103,27 @@ def test_training_goes_on_from_its_checkpoints(measured, lm_data, tmp_path):
     whole = without_times(measured)
     assert train("--save", "--stop", "10") == [line for line in whole if line.get("update", 0) <= 10]
     assert train("--save") == whole
+
+
+def test_the_page_tells_which_targets_are_met(monkeypatch):
+    """The figures that an H200 gave."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import gpu_report
+
+    known = {line["key"]: line for line in records(FOLDER / "gpu_results" / "h200.jsonl")}
+    page = gpu_report.report(known).split("## Layer")[0]
+    assert "| T = 16384, top-1, E = 8, balanced | 1.20 | 1.69 | **missed** |" in page
+    assert "| T = 16384, single expert | 1.03 | 1.02 | met |" in page
+    assert "| memory, of the floor's, the most of them | 1.20 | 1.00 | met |" in page
+    assert "| peers, top-1 of 8, fairseq_evomoe, ReLU | 1.00 | 0.26 | ahead |" in page
+
+
+def test_a_line_that_a_cut_has_left_half_written_is_measured_again(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import gpu_measure
+
+    (tmp_path / "gpu.jsonl").write_text('{"key": "a", "part": "layer"}\n{"key": "b", "pa')
+    results = gpu_measure.Results(tmp_path, 60)
+    assert list(results.known) == ["a"]
+    results.measure("b", "layer", lambda: {"ms": 1})
+    assert list(gpu_measure.Results(tmp_path, 60).known) == ["a", "b"]

@@ -1,4 +1,4 @@
-"""Under ``torch.use_deterministic_algorithms`` nothing is asked of a GPU that has no deterministic form there."""
+"""Under ``torch.use_deterministic_algorithms`` nothing is asked of a GPU that it refuses then."""
 
 import pytest
 import torch
