@@ -145,7 +145,9 @@ def measure_sizes(results: Results, size: Size, args: argparse.Namespace) -> Non
 
 
 def router_steps(name: str, options: dict[str, Any], size: Size) -> dict[str, Step]:
-    """A router as it is, and as in training; BASE with its candidate."""
+    """A router as it is, and as in training; BASE with its candidate, SMoLA with its experts."""
+    if name == "smola":
+        return {"in training": routers.low_rank(size)}
     router = routers.make(name, size, **options)
     trained = routers.learning(router, routers.deciding(router, size, True))
     functions = {"router": routers.deciding(router, size), "in training": trained}
@@ -154,8 +156,8 @@ def router_steps(name: str, options: dict[str, Any], size: Size) -> dict[str, St
 
 def all_routers(quick: bool) -> dict[str, tuple[str, dict[str, Any]]]:
     """Each router, and options that have a row of their own: name -> router, options."""
-    every = {**{name: (name, {}) for name in ROUTERS}, **routers.VARIANTS}
-    return {name: every[name] for name in (("base", "switch, bias") if quick else every)}
+    every = {**{name: (name, {}) for name in ROUTERS}, **routers.VARIANTS, "smola": ("smola", {})}
+    return {name: every[name] for name in (("base", "dts, DS-MoE", "smola") if quick else every)}
 
 
 def measure_routers(results: Results, size: Size, args: argparse.Namespace) -> None:

@@ -12,9 +12,10 @@ from typing import Callable
 
 import torch
 from layer import Size, dense
-from timing import clean_up, interleave, ratios
+from timing import clean_up, interleave, ratios, step
 
 from fairseq_evomoe.moe import MoELayer
+from fairseq_evomoe.moe.low_rank import LowRankExperts
 from fairseq_evomoe.moe.routers import ROUTERS, Router
 from fairseq_evomoe.moe.routing import RoutingContext, Vocabulary
 from fairseq_evomoe.moe.statistics import Collector
@@ -28,6 +29,7 @@ VARIANTS: dict[str, tuple[str, dict]] = {
     "topk, MoE++": ("topk", {"zero_experts": 1, "copy_experts": 1, "constant_experts": 2}),
     "topk, GELU": ("topk", {"gate_activation": "gelu"}),
     "comet, searching": ("comet", {"leaf_search": 1000000}),
+    "dts, DS-MoE": ("dts", {"threshold": 0.0, "hard_experts": 2, "mutual_information_weight": 0.01}),
 }
 """Rows beside those of the routers as they are: a router and its options."""
 
@@ -80,6 +82,17 @@ def deciding(router: Router, size: Size, trained: bool = False) -> Callable[[], 
             total.backward()
 
     return run
+
+
+def low_rank(size: Size, rank: int = 4) -> Callable[[], None]:
+    """A function that goes forward and back through SMoLA's experts beside a linear layer, without that."""
+    experts = LowRankExperts(size.dim, size.hidden, EXPERTS, rank)
+    experts.initialize(torch.Generator().manual_seed(0))
+    experts.to(**size.like)
+    x = torch.randn(size.tokens, size.dim, **size.like, requires_grad=True)
+    sequence_T = torch.arange(size.tokens, device=size.device) % SEQUENCES
+    grad = torch.randn(size.tokens, size.hidden, **size.like)
+    return step(lambda: experts(x, sequence_T), [x, *experts.parameters()], grad)
 
 
 def learning(modules: torch.nn.Module, function: Callable[[], None]) -> Callable[[], None]:
