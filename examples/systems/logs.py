@@ -41,6 +41,7 @@ class Run:
         seconds: of all updates, without validation.
         flops: of all updates.
         drift: shares of tokens whose expert has changed, by the name that the log has for each.
+        rises: of the training loss; see `_rises`.
     """
 
     curve: list[Point]
@@ -52,6 +53,7 @@ class Run:
     seconds: float
     flops: float
     drift: dict[str, float] = field(default_factory=dict)
+    rises: list[list[float]] = field(default_factory=list)
 
 
 def read(path: Path, validation: str, looked_up: int = 0) -> Run:
@@ -102,6 +104,7 @@ def read(path: Path, validation: str, looked_up: int = 0) -> Run:
         seconds=seconds,
         flops=flops,
         drift=_drift(records),
+        rises=_rises(records),
     )
 
 
@@ -126,6 +129,32 @@ def _drift(records: list[dict[str, Any]]) -> dict[str, float]:
             name = name[len("valid_") :] if name.startswith("valid_") else name
             if name.startswith("moe_drift") and isinstance(value, float):
                 found[name] = value
+    return found
+
+
+RISE, BEFORE = 0.02, 5
+"""What counts as a rise: so much over the mean of so many intervals before."""
+
+
+def _rises(records: list[dict[str, Any]]) -> list[list[float]]:
+    """Update, and how far the training loss is over the mean of the five intervals before, as a share of it.
+
+    Those of 2% and more, of which neighbours are one: the highest.
+    """
+    losses = [(r["num_updates"], r["loss"]) for r in records if r["tag"] == "train_inner" and "loss" in r]
+    found: list[list[float]] = []
+    last = -2
+    for place in range(BEFORE, len(losses)):
+        update, loss = losses[place]
+        mean = statistics.mean(value for _, value in losses[place - BEFORE : place])
+        if loss < (1 + RISE) * mean:
+            continue
+        rise = [update, round(loss / mean - 1, 4)]
+        if last != place - 1:
+            found.append(rise)
+        elif rise[1] > found[-1][1]:
+            found[-1] = rise
+        last = place
     return found
 
 

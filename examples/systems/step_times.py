@@ -10,8 +10,6 @@ from __future__ import annotations
 import json
 import statistics
 import tempfile
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,52 +25,6 @@ def read(folder: Path) -> dict[str, float]:
     """The seconds per update of each system, if they have been timed."""
     path = folder / TIMES
     return json.loads(path.read_text())["seconds"] if path.exists() else {}
-
-
-class Training:
-    """A training in this process, which goes on when it is asked to.
-
-    Args:
-        command: of `fairseq-train`, with the program itself.
-    """
-
-    def __init__(self, command: list[str]) -> None:
-        import numpy
-        from fairseq import checkpoint_utils, options, tasks
-        from fairseq import utils as fairseq_utils
-        from fairseq.dataclass.utils import convert_namespace_to_omegaconf
-        from fairseq.trainer import Trainer
-
-        args = options.parse_args_and_arch(options.get_training_parser(), command[1:])
-        cfg = convert_namespace_to_omegaconf(args)
-        numpy.random.seed(cfg.common.seed)
-        fairseq_utils.set_torch_seed(cfg.common.seed)
-        task = tasks.setup_task(cfg.task)
-        model, criterion = task.build_model(cfg.model), task.build_criterion(cfg.criterion)
-        self.trainer = Trainer(cfg, task, model, criterion)
-        _, self.epochs = checkpoint_utils.load_checkpoint(cfg.checkpoint, self.trainer)
-        self.batches = self._batches()
-
-    def _batches(self) -> Iterator[Any]:
-        while True:
-            self.trainer.begin_epoch(self.epochs.next_epoch_idx)
-            yield from self.epochs.next_epoch_itr()
-
-    def update(self, times: int) -> float:
-        """Make some updates; return the seconds that they took."""
-        from fairseq import metrics
-
-        batches = [next(self.batches) for _ in range(times)]
-        with metrics.aggregate(new_root=True):
-            start = time.perf_counter()
-            for batch in batches:
-                self.trainer.train_step([batch])
-            return time.perf_counter() - start
-
-    def save(self, path: Path) -> None:
-        """Write a checkpoint."""
-        self.trainer.consolidate_optimizer()  # as fairseq does before it saves
-        self.trainer.save_checkpoint(str(path), {"train_iterator": self.epochs.state_dict()})
 
 
 def measure(systems: list[System], settings: Settings, rounds: int) -> dict[str, Any]:
@@ -116,6 +68,8 @@ Blocks = list[tuple[int, float]]
 
 def _round(systems: list[System], settings: Settings, folder: Path) -> dict[str, Blocks]:
     """Train all, in turn; the first update of each is not timed."""
+    from fairseq_evomoe.training.in_process import Training
+
     trainings = {}
     for system in systems:
         updates, dense = settings.updates, None
@@ -123,7 +77,7 @@ def _round(systems: list[System], settings: Settings, folder: Path) -> dict[str,
             updates -= share(system.dense_updates, settings.updates)
             dense = _dense_checkpoint(settings, settings.updates - updates, folder)
         command = settings.train(system, 1, folder / system.id, dense)
-        trainings[system.id] = Training(command), updates
+        trainings[system.id] = Training(command[1:]), updates
     blocks: dict[str, Blocks] = {name: [] for name in trainings}
     for training, _ in trainings.values():
         training.update(1)
@@ -131,16 +85,18 @@ def _round(systems: list[System], settings: Settings, folder: Path) -> dict[str,
         for name, (training, updates) in trainings.items():
             more = min(BLOCK, updates - made)
             if more > 0:
-                blocks[name].append((more, training.update(more)))
+                blocks[name].append((more, training.update(more).seconds))
     return blocks
 
 
 def _dense_checkpoint(settings: Settings, updates: int, folder: Path) -> Path:
     """A dense model after some updates, made once."""
+    from fairseq_evomoe.training.in_process import Training
+
     path = folder / f"dense-{updates}.pt"
     if not path.exists():
         short = Settings(settings.data, settings.task, updates, settings.more)
-        training = Training(short.train(DENSE, 1, folder / "dense-first"))
+        training = Training(short.train(DENSE, 1, folder / "dense-first")[1:])
         training.update(updates)
         training.save(path)
     return path

@@ -1,23 +1,21 @@
 """Seconds of an update, measured with fairseq's own Trainer, and what the model has in it."""
 
-import itertools
 import statistics
 import tempfile
-import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Iterator, List, Sequence
+from typing import Any, List, Sequence
 
 import torch
 from fairseq import options, tasks
 from fairseq.data import Dictionary
 from fairseq.data.indexed_dataset import make_builder
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
-from fairseq.trainer import Trainer
 
 from ..config.config import MoEConfig
 from ..evolution.cost import Layer
 from ..models.feed_forward import moe_layers
+from .in_process import Training
 
 WARM_UP = 2
 """Updates before those that are timed."""
@@ -116,37 +114,14 @@ def measure(flags: Sequence[str], seconds: float, least: int = 3) -> Measured:
         seconds: for how long updates are timed.
         least: how many are at least.
     """
-    args = options.parse_args_and_arch(options.get_training_parser(), input_args=list(flags))
-    cfg = convert_namespace_to_omegaconf(args)
-    torch.manual_seed(cfg.common.seed)
-    task = tasks.setup_task(cfg.task)
-    task.load_dataset(cfg.dataset.train_subset)
-    model, criterion = task.build_model(cfg.model), task.build_criterion(cfg.criterion)
-    trainer = Trainer(cfg, task, model, criterion)
-    trainer.begin_epoch(1)
+    training = Training(flags, load=False)
+    log = training.update(WARM_UP).logs[-1]
     found: List[float] = []
-    log: Any = None
-    for number, batches in enumerate(_updates(cfg, task, trainer)):
-        start = _now()
-        log = trainer.train_step(batches) or log
-        if number >= WARM_UP:
-            found.append(_now() - start)
-        if len(found) >= least and sum(found) > seconds:
-            break
-    return _measured(model, found, log or {})
-
-
-def _updates(cfg: Any, task: Any, trainer: Trainer) -> Iterator[List[Any]]:
-    """The batches of each update, epoch after epoch."""
-    accumulated = cfg.optimization.update_freq[0]
-    for epoch in itertools.count(1):
-        iterator = trainer.get_train_iterator(epoch=epoch, load_dataset=False)
-        batches = iterator.next_epoch_itr(shuffle=True)
-        yield from _grouped(batches, accumulated)
-
-
-def _grouped(batches: Iterator[Any], size: int) -> Iterator[List[Any]]:
-    return iter(lambda: list(itertools.islice(batches, size)), [])
+    while len(found) < least or sum(found) <= seconds:
+        made = training.update()
+        found.append(made.seconds)
+        log = made.logs[-1] or log
+    return _measured(training.model, found, log)
 
 
 def _measured(model: Any, seconds: List[float], log: Any) -> Measured:
@@ -160,12 +135,6 @@ def _measured(model: Any, seconds: List[float], log: Any) -> Measured:
     others = sum(p.numel() for p in model.parameters()) - experts
     tokens = float(log.get("sample_size", 0) or log.get("ntokens", 0))
     return Measured(seconds, experts, others, layers, tokens, float(log.get("moe_experts", 1) or 1))
-
-
-def _now() -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 def temporary_data(sizes: Sizes, updates: int) -> "tempfile.TemporaryDirectory[str]":

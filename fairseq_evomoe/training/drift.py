@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..models.feed_forward import MoEModel, moe_layers
 from ..moe import record
-from ..moe.routing import Routing
+from .probe import beginning, evaluated, first_choices
 
 TOKENS = 256
 """How many tokens of the first batch are probed, if its first sequence is no longer than that."""
@@ -64,7 +64,7 @@ class Drift:
         """Take the probe from the first batch of the data, unless there is one."""
         inputs = batch.get("net_input") if isinstance(batch, dict) else None
         if self.probe is None and inputs and torch.is_tensor(inputs.get("src_tokens")):
-            self.probe = _beginning(inputs)
+            self.probe = beginning(inputs, TOKENS)
 
     def probe_if_due(self, trainer: Trainer) -> None:
         """Between two updates: route the probe, if experts are there and it is time."""
@@ -107,14 +107,9 @@ class Drift:
 
 def route(model: nn.Module, inputs: Dict[str, Any]) -> Tensor:
     """The expert of each token in each layer: int64, on the CPU, shape (L, T)."""
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad(), record() as routings:
-            model(**inputs, features_only=True)
-    finally:
-        model.train(training)
-    found = [main_experts(routing) for routing in routings.values() if routing.slots is None]
+    with evaluated(model), torch.no_grad(), record() as routings:
+        model(**inputs, features_only=True)
+    found = [first_choices(routing)[1] for routing in routings.values() if routing.slots is None]
     sizes = {len(expert_T) for expert_T in found}  # an encoder's tokens are others than a decoder's
     rows = [
         nn.functional.pad(expert_T, (0, max(sizes) - len(expert_T)), value=_NO_TOKEN) for expert_T in found
@@ -125,33 +120,7 @@ def route(model: nn.Module, inputs: Dict[str, Any]) -> Tensor:
 _NO_TOKEN = -2
 
 
-def main_experts(routing: Routing) -> Tensor:
-    """The expert with the greatest weight for each token, the first of several; -1: it has none.
-
-    Args:
-        routing: whose weights are at least 0.
-
-    Returns:
-        int64, shape (T,).
-    """
-    weight_TE = routing.weight_N.new_full((routing.tokens, routing.experts), -1.0)
-    weight_TE.view(-1)[routing.token_N * routing.experts + routing.expert_N] = routing.weight_N
-    best_T, expert_T = weight_TE.max(1)
-    return expert_T.masked_fill(best_T < 0, -1)
-
-
 def _changed(one_LT: Tensor, other_LT: Tensor) -> float:
     """The share of the tokens whose experts differ."""
     count = int((other_LT != _NO_TOKEN).sum())
     return int((one_LT != other_LT).sum()) / max(count, 1)
-
-
-def _beginning(inputs: Dict[str, Any]) -> Dict[str, Any]:
-    """The first sequences of a batch, on the CPU."""
-    rows, length = inputs["src_tokens"].shape[:2]
-    kept = min(rows, max(TOKENS // length, 1))
-    return {
-        # copies, since a view would be saved with all that it is a view of
-        name: value[:kept].cpu().clone() if torch.is_tensor(value) and value.shape[:1] == (rows,) else value
-        for name, value in inputs.items()
-    }

@@ -1,7 +1,7 @@
 """A batch whose routing is looked at again and again while a model trains: how far it drifts."""
 
 from contextlib import contextmanager
-from typing import Any, Dict, Iterator, List, Optional
+from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 import torch
 from fairseq import utils
@@ -29,9 +29,7 @@ class Probe:
     """
 
     def __init__(self, net_input: Dict[str, Any], pad: int) -> None:
-        source = net_input["src_tokens"]
-        rows = max(_TOKENS // source.shape[1], 1)
-        self.net_input = {name: _first(value, rows, len(source)) for name, value in net_input.items()}
+        self.net_input = beginning(net_input, _TOKENS)
         looked_up = {name: self.net_input.get(name) for name in ("src_tokens", "prev_output_tokens")}
         self.tokens = {name: x[x.ne(pad)].tolist() for name, x in looked_up.items() if torch.is_tensor(x)}
 
@@ -64,7 +62,7 @@ class Probe:
         All ranks that share experts must call this.
         """
         batch = utils.move_to_cuda(self.net_input) if next(model.parameters()).is_cuda else self.net_input
-        with _evaluated(model), record() as routings:
+        with evaluated(model), record() as routings:
             model(**batch)
         return {
             name: _choices(routings[layer.moe]) if layer.moe in routings else None
@@ -89,20 +87,44 @@ def drift(before: Optional[List[int]], now: List[int]) -> Optional[float]:
     return sum(a != b for a, b in zip(before, now)) / len(now)
 
 
-def _first(value: Any, rows: int, batch: int) -> Any:
-    is_of_sentences = torch.is_tensor(value) and value.dim() > 0 and len(value) == batch
-    return value[:rows].cpu() if is_of_sentences else value
+def beginning(inputs: Dict[str, Any], tokens: int) -> Dict[str, Any]:
+    """The first sequences of a batch, on the CPU: of so many tokens at most, but at least one.
+
+    Args:
+        inputs: ``net_input`` of a batch of fairseq's.
+        tokens: padding counts.
+    """
+    batch, length = inputs["src_tokens"].shape[:2]
+    kept = min(batch, max(tokens // length, 1))
+    return {
+        # copies, since a view would be saved with all that it is a view of
+        name: value[:kept].cpu().clone() if torch.is_tensor(value) and value.shape[:1] == (batch,) else value
+        for name, value in inputs.items()
+    }
+
+
+def first_choices(routing: Routing) -> Tuple[Tensor, Tensor]:
+    """The expert with the greatest weight for each token, the first of several, and that weight.
+
+    Args:
+        routing: whose weights are at least 0.
+
+    Returns:
+        float32, shape (T,): the weight, -1 where a token has no expert; int64, (T,): the expert, or -1.
+    """
+    weight_TE = torch.full((routing.tokens, routing.experts), -1.0, device=routing.weight_N.device)
+    weight_TE.view(-1)[routing.token_N * routing.experts + routing.expert_N] = routing.weight_N.float()
+    weight_T, expert_T = weight_TE.max(1)
+    return weight_T, expert_T.masked_fill(weight_T < 0, -1)
 
 
 def _choices(routing: Routing) -> Optional[Dict[str, Any]]:
     if routing.phase == 0 or routing.slots is not None:
         return None
-    weight_TE = torch.full((routing.tokens, routing.experts), -1.0, device=routing.weight_N.device)
-    weight_TE[routing.token_N, routing.expert_N] = routing.weight_N.float()
-    weight_T, expert_T = weight_TE.max(1)
-    none_T = weight_T < 0
-    mean = weight_T[~none_T].mean().item() if not none_T.all() else 0.0
-    return {"expert": _numbers(expert_T.masked_fill(none_T, -1)), "weight": round(mean, 4)}
+    weight_T, expert_T = first_choices(routing)
+    some_T = weight_T >= 0
+    mean = weight_T[some_T].mean().item() if some_T.any() else 0.0
+    return {"expert": _numbers(expert_T), "weight": round(mean, 4)}
 
 
 def _numbers(x: Tensor) -> List[int]:
@@ -110,7 +132,7 @@ def _numbers(x: Tensor) -> List[int]:
 
 
 @contextmanager
-def _evaluated(model: nn.Module) -> Iterator[None]:
+def evaluated(model: nn.Module) -> Iterator[None]:
     """The model in evaluation mode, and afterwards each of its modules as before."""
     training = [module for module in model.modules() if module.training]
     model.eval()

@@ -72,7 +72,7 @@ def test_all_of_it_in_small(measured):
 
     quality = records(measured / "quality.jsonl")[1:]
     labels = {line["label"] for line in quality}
-    assert len(labels) == 4 and {line["update"] for line in quality} == {5, 10, 15, 20}
+    assert len(labels) == 7 and {line["update"] for line in quality} == {5, 10, 15, 20}
     dense = [line["bits"] for line in quality if line["label"] == "dense"]
     assert dense[-1] < dense[0]
     assert "| dense |" in (measured / "quality.md").read_text()

@@ -19,11 +19,14 @@ QUALITY = Path(__file__).resolve().parents[2] / "examples" / "benchmark" / "qual
 sys.path.insert(0, str(QUALITY))
 
 import bootstrap  # noqa: E402
+import claims  # noqa: E402
 import evaluate  # noqa: E402
 import gap  # noqa: E402
+import growth_tables  # noqa: E402
 import protocol  # noqa: E402
 import recorded  # noqa: E402
 import records  # noqa: E402
+import results_page  # noqa: E402
 import tables  # noqa: E402
 
 KNOWN = records.read(QUALITY / "results")
@@ -176,7 +179,7 @@ def test_a_command_names_what_was_a_default_when_the_results_were_made():
     assert "--moe-balance-choices first" in command("equal experts, Top-K")[1]
 
 
-@pytest.mark.parametrize("path", sorted((QUALITY / "results").glob("*.jsonl")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted((QUALITY / "results").glob("*/*.jsonl")), ids=lambda path: path.stem)
 def test_results_are_whole(path):
     seen = set()
     for line in path.read_text().splitlines():
@@ -190,23 +193,27 @@ def test_results_are_whole(path):
         assert bits / tokens == pytest.approx(record["test"]["loss"], abs=1e-4)
 
 
-def test_the_readme_is_what_the_results_say(tmp_path):
-    """Every table of the README is made again, and has the same rows."""
+def test_the_pages_are_what_the_results_say():
+    """The page of results and the tables of the README are made again, and are the same."""
+    assert (QUALITY / "results.md").read_text(encoding="utf-8") == results_page.page(QUALITY / "results")
     text = (QUALITY / "README.md").read_text(encoding="utf-8")
-    for experiment in protocol.EXPERIMENTS.values():
-        shown = re.search(f"<!-- {experiment.id} -->\n(.*?)<!-- /{experiment.id} -->", text, re.DOTALL)
-        assert shown, experiment.id
-        assert shown.group(1) == tables.section(experiment, KNOWN), experiment.id
-    speed, gaps = (
-        records.read_speed(QUALITY / "results" / "speed"),
-        records.read_gap(QUALITY / "results" / "gap"),
+    steps = records.read_steps(QUALITY / "results" / "2" / "steps")
+    shown = {
+        marker: re.search(f"<!-- {marker} -->\n(.*?)<!-- /{marker} -->", text, re.DOTALL).group(1)
+        for marker in ("claims", "growth")
+    }
+    assert shown["claims"] == claims.claims_table(KNOWN)
+    assert shown["growth"] == growth_tables.verdict(KNOWN, steps)
+    assert len(text.splitlines()) <= 120
+
+
+def test_a_claim_is_linked_to_its_table():
+    headings = re.findall(
+        r"^#+ (.*)$", (QUALITY / "results.md").read_text(encoding="utf-8"), flags=re.MULTILINE
     )
-    for marker, expected in (
-        ("speed", tables.speed_table(speed, protocol.EXPERIMENTS["systems"], KNOWN)),
-        ("gap", tables.gap_table(gaps)),
-    ):
-        shown = re.search(f"<!-- {marker} -->\n(.*?)<!-- /{marker} -->", text, re.DOTALL)
-        assert shown.group(1) == expected
+    anchors = {claims.anchor(heading) for heading in headings}
+    links = re.findall(r"results\.md#([^)]*)\)", claims.claims_table(KNOWN))
+    assert links and set(links) <= anchors
 
 
 @pytest.mark.parametrize("page, systems", [("README.md", 5), ("examples/results.md", 8)])

@@ -5,7 +5,8 @@ import torch
 
 from fairseq_evomoe.moe import record
 from fairseq_evomoe.moe.routing import Routing
-from fairseq_evomoe.training.drift import TOKENS, Drift, main_experts
+from fairseq_evomoe.training.drift import TOKENS, Drift
+from fairseq_evomoe.training.probe import first_choices
 from support.cli import LM, MASKED_LM, TRANSLATION, Run, assert_equal, build, call, parameters
 from support.rank_jobs import patched
 from support.resume import check_resume
@@ -131,9 +132,10 @@ def test_the_expert_with_the_greatest_weight_and_the_first_of_several():
         tokens=4,
         experts=3,
     )
-    assert main_experts(routing).tolist() == [1, 0, -1, 1]
+    weight_T, expert_T = first_choices(routing)
+    assert expert_T.tolist() == [1, 0, -1, 1] and weight_T[2] == -1
     nothing = torch.zeros(0, dtype=torch.long)
-    assert main_experts(Routing(nothing, nothing, torch.zeros(0), 0, 3)).tolist() == []
+    assert first_choices(Routing(nothing, nothing, torch.zeros(0), 0, 3))[1].tolist() == []
 
 
 def test_what_has_no_tokens_is_no_probe():

@@ -168,6 +168,8 @@ def evaluate(folder: Path, data: Path, references: Path | None = None) -> dict[s
         "peak_mib": json.loads((folder / "train.json").read_text())["peak_mib"],
         "curve": [[p.update, round(p.seconds, 2), p.flops, p.loss] for p in log.curve],
         "valid_loss": log.curve[-1].loss,
+        "drift": log.drift,
+        "rises": log.rises,
         "test": test,
     }
     if "--moe-router dts" in " ".join(run["arguments"]):

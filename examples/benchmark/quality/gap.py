@@ -37,7 +37,12 @@ def parser() -> argparse.ArgumentParser:
     add("--labels", nargs="+", metavar="LABEL", help="only the systems with these labels")
     add("--updates", type=int, default=UPDATES, help=f"length of a run ({UPDATES})")
     add("--work", type=Path, default=Path("quality"), help="folder for data, logs and checkpoints (quality)")
-    add("--results", type=Path, default=HERE / "results" / "gap", help="folder of results (results/gap)")
+    add(
+        "--results",
+        type=Path,
+        default=HERE / "results/1/gap",
+        help="folder of results (results/1/gap)",
+    )
     return result
 
 

@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
-"""Train a dense model, Switch and EvoMoE side by side on one GPU, in a few minutes.
+"""Train dense, Switch and EvoMoE, from the start and in stages, side by side on one GPU in eight minutes.
 
-    python examples/benchmark/quality/gpu.py DATA --out FOLDER
+    python examples/data/prepare.py domains data/domains
+    python examples/benchmark/quality/gpu.py data/domains/bin --out FOLDER
 
-DATA is what fairseq reads (examples/data/prepare.py makes it). All systems take turns, some updates each, so
-that a run that is cut has curves of the same updates. Each figure is a JSON line of FOLDER/quality.jsonl as
-soon as it is there, and FOLDER/quality.md a table of them; with --save the same command goes on where it was
-cut. With --quick everything is small, also on a CPU.
+All systems take turns, some updates each, so that a run that is cut has curves of the same updates, and the
+seconds of all are of the same minutes. Each figure is a JSON line of FOLDER/quality.jsonl as soon as it is
+there, and FOLDER/quality.md a table of them; with --save the same command goes on where it was cut. With
+--quick everything is small, also on a CPU.
 """
 
 from __future__ import annotations
@@ -22,33 +23,44 @@ import math
 import sys
 import time
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Any, Callable, Sequence
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent.parent / "systems"), str(HERE.parents[2])]
 
 import torch  # noqa: E402
-from fairseq import options, tasks  # noqa: E402
-from fairseq.dataclass.utils import convert_namespace_to_omegaconf  # noqa: E402
-from fairseq.trainer import Trainer  # noqa: E402
-from protocol import read  # noqa: E402
+from growth import START, stages  # noqa: E402
+from protocol import BOTH, read  # noqa: E402
 from systems import Settings, System  # noqa: E402
 
-SPAWN = {"moe_spawn_update": "10%"}
-# name -> file of the system, what is changed of it, and with how many experts it is trained
-SYSTEMS: dict[str, tuple[str, dict[str, Any], tuple[int, ...]]] = {
-    "dense": ("dense", {}, (1,)),
-    "Switch": ("switch", {}, (16, 64)),
-    "EvoMoE, one spawn at 10%": ("evomoe_confident", SPAWN, (16, 64)),
-    "EvoMoE, published": ("evomoe_published", {}, (16, 64)),
+from fairseq_evomoe.training.growth import count_parameters  # noqa: E402
+from fairseq_evomoe.training.in_process import Training  # noqa: E402
+
+Changes = Callable[[int], dict[str, Any]]
+"""Options of a system that are changed, by its number of experts."""
+
+
+def _in_stages(experts: int) -> dict[str, Any]:
+    return next(way for name, way in stages(experts).items() if name.startswith("stages"))
+
+
+# name -> file of the system, and what is changed of it; each with every number of experts, but dense
+SYSTEMS: dict[str, tuple[str, Changes]] = {
+    "dense": ("dense", lambda experts: {}),
+    "Switch from the start": ("switch", lambda experts: START),
+    "Switch in stages": ("switch", _in_stages),
+    "EvoMoE, published": ("evomoe_published", lambda experts: {}),
+    "context from the start": ("evomoe_confident", lambda experts: {**BOTH, **START}),
+    "context, one spawn at 10%": ("evomoe_confident", lambda experts: {**BOTH, "moe_spawn_update": "10%"}),
+    "context in stages": ("evomoe_stages", lambda experts: {}),
 }
+"""``context`` is the preset ``evomoe_context`` at top-1 from the spawn on, in stages ``evomoe_stages``."""
 MODEL = (
     "--decoder-layers 8 --decoder-embed-dim 512 --decoder-input-dim 512 --decoder-output-dim 512 "
     "--decoder-ffn-embed-dim 2048 --decoder-attention-heads 8 --dropout 0.1 "
     "--tokens-per-sample 128 --batch-size 64 --lr 0.0007"
 )
 SMALL = "--decoder-layers 2 --tokens-per-sample 16 --batch-size 4"
-BATCHES: dict[tuple[str, int, int], list[Any]] = {}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -57,7 +69,7 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = result.add_argument
-    add("data", type=Path, help="folder that fairseq reads")
+    add("data", type=Path, help="folder that fairseq reads: domains")
     add("--out", type=Path, required=True, help="folder for quality.jsonl and quality.md")
     add("--updates", type=int, default=500, help="length of each run (500)")
     add("--piece", type=int, default=50, help="updates of one system before it is the next one's turn (50)")
@@ -71,69 +83,39 @@ def parser() -> argparse.ArgumentParser:
     return result
 
 
-class Contestant:
-    """A system in training, as `fairseq-train` would build it."""
+class Contestant(Training):
+    """A system in training, as `fairseq-train` would build it.
+
+    Attributes:
+        label: what to call it.
+        seconds: of its updates, spawns among them.
+        valid: the batches that it is validated with.
+    """
 
     def __init__(self, label: str, system: System, args: argparse.Namespace, sizes: Sequence[str]) -> None:
         cuda = torch.cuda.is_available()
         settings = Settings(args.data, "lm", args.updates, (*sizes, *(() if cuda else ("--cpu",))))
-        self.folder = args.out / "checkpoints" / "".join(c if c.isalnum() else "-" for c in label)
-        flags = settings.train(system, args.seed, self.folder)[1:]
-        known = options.parse_args_and_arch(options.get_training_parser(), input_args=flags)
-        cfg = convert_namespace_to_omegaconf(known)
-        cfg.common.bf16 = cuda  # the flag asks for a TPU, too
-        self.label, self.updates_in_all, self.epoch = label, args.updates, 0
-        torch.manual_seed(args.seed)
-        self.cfg, self.task = cfg, tasks.setup_task(cfg.task)
-        for split in ("train", "valid"):
-            self.task.load_dataset(split)
-        model, criterion = self.task.build_model(cfg.model), self.task.build_criterion(cfg.criterion)
-        self.trainer = Trainer(cfg, self.task, model, criterion)
-        self.seconds = 0.0
-        self.valid = self._batches("valid", 1, args.batches)
-
-    @property
-    def updates(self) -> int:
-        """How many there were."""
-        return self.trainer.get_num_updates()
-
-    def _batches(self, split: str, epoch: int, most: int) -> list[Any]:
-        """The batches of an epoch, the same for all systems, which take them one from the other."""
-        key = split, epoch, most
-        if key not in BATCHES:
-            iterator = self.task.get_batch_iterator(
-                self.task.dataset(split),
-                max_sentences=self.cfg.dataset.batch_size,
-                seed=self.cfg.common.seed,
-                epoch=epoch,
-            )
-            BATCHES[key] = list(itertools.islice(iterator.next_epoch_itr(shuffle=split == "train"), most))
-        return BATCHES[key]
-
-    def _batch(self, update: int) -> Any:
-        per_epoch = len(self._batches("train", 1, self.updates_in_all))
-        epoch = update // per_epoch + 1
-        if epoch != self.epoch:
-            self.epoch = epoch
-            self.trainer.begin_epoch(epoch)
-        return self._batches("train", epoch, self.updates_in_all)[update % per_epoch]
+        folder = args.out / "checkpoints" / "".join(c if c.isalnum() else "-" for c in label)
+        self.label, self.path = label, folder / "checkpoint_last.pt"
+        flags = settings.train(system, args.seed, folder)[1:]
+        super().__init__(flags, common={"bf16": cuda})  # whose flag asks for a TPU, too
+        self.seconds = float(self.restored.get("seconds", 0.0))
+        self.task.load_dataset("valid")
+        valid = self.task.get_batch_iterator(
+            self.task.dataset("valid"), max_sentences=self.cfg.dataset.batch_size, seed=args.seed
+        )
+        self.valid = list(itertools.islice(valid.next_epoch_itr(shuffle=False), args.batches))
 
     def train(self, updates: int) -> float:
         """Make so many updates; the mean of the training loss, as the criterion logs it."""
-        batches = [self._batch(self.updates + i) for i in range(updates)]
-        found = []
-        _wait()
-        start = time.perf_counter()
-        for batch in batches:
-            output = self.trainer.train_step([batch])
-            found.append(float((output or {}).get("loss", math.nan)))
-        _wait()
-        self.seconds += time.perf_counter() - start
-        return sum(found) / max(len(found), 1)
+        made = self.update(updates)
+        self.seconds += made.seconds
+        losses = [float(log.get("loss", math.nan)) for log in made.logs]
+        return sum(losses) / max(len(losses), 1)
 
     def validate(self) -> float:
         """Bits of each token of the valid part."""
-        model, criterion = self.trainer.get_model(), self.trainer.get_criterion()
+        model, criterion = self.model, self.trainer.get_criterion()
         model.eval()
         bits = tokens = 0.0
         with torch.no_grad():
@@ -145,40 +127,32 @@ class Contestant:
         model.train()
         return bits / tokens
 
-    def save(self) -> None:
-        """Write a checkpoint, to go on from."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.trainer.consolidate_optimizer()
-        state = {"train_iterator": {"epoch": self.epoch}, "seconds": self.seconds}
-        self.trainer.save_checkpoint(str(self.folder / "last.pt"), state)
-
-    def load(self) -> None:
-        """Go on from a checkpoint, if there is one."""
-        path = self.folder / "last.pt"
-        if path.exists():
-            self.seconds = self.trainer.load_checkpoint(str(path))["seconds"]
+    def line(self, update: int, train_loss: float) -> dict[str, Any]:
+        """What is known of it at an update."""
+        return {
+            "label": self.label,
+            "update": update,
+            "seconds": round(self.seconds, 3),
+            "train_loss": round(train_loss, 4),
+            "bits": round(self.validate(), 5),
+            "parameters": count_parameters(self.model),
+        }
 
 
 def contestants(args: argparse.Namespace) -> list[Contestant]:
     """All systems, built and perhaps loaded."""
     made = []
-    for name, (file, changes, sizes) in SYSTEMS.items():
-        for experts in (4,) if args.quick else [size for size in sizes if size in (1, *args.experts)]:
-            system = read(file)
-            label = name if system.dense else "{}, {} experts".format(name, experts)
-            more = {} if system.dense else {"moe_experts": experts}
-            system = dataclasses.replace(system, options={**system.options, **changes, **more})
+    for name, (file, changes) in SYSTEMS.items():
+        base = read(file)
+        for experts in args.experts[:1] if base.dense else args.experts:
+            label = name if base.dense else "{}, {} experts".format(name, experts)
+            more = {} if base.dense else {"moe_experts": experts, **changes(experts)}
+            system = dataclasses.replace(base, options={**base.options, **more})
             start = time.monotonic()
             with contextlib.redirect_stdout(io.StringIO()):
                 made.append(Contestant(label, system, args, (SMALL if args.quick else MODEL).split()))
-                made[-1].load()
             print("{}: built in {:.1f} s".format(label, time.monotonic() - start), flush=True)
     return made
-
-
-def _wait() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def table(lines: list[dict]) -> str:
@@ -196,24 +170,38 @@ def table(lines: list[dict]) -> str:
     text = [
         "After {} updates of {} ({}); one seed.".format(last, header.get("updates"), header.get("machine"))
     ]
-    text += ["", "| system | valid perplexity | against dense | seconds | of dense's |"]
-    text += ["| --- | --: | --: | --: | --: |"]
+    text += [
+        "",
+        "| system | valid perplexity | against dense | seconds | of dense's | memory x time, of dense's |",
+    ]
+    text += ["| --- | --: | --: | --: | --: | --: |"]
+    used = {label: memory_seconds(points[label], last) for label in points}
+    dense_used = next(value for label, value in used.items() if label.startswith("dense"))
     for label, of in points.items():
         point = of[last]
         text.append(
-            "| {} | {:.2f} | {:+.1f}% | {:.1f} | {:.2f} |".format(
+            "| {} | {:.2f} | {:+.1f}% | {:.1f} | {:.2f} | {:.2f} |".format(
                 *(label, 2 ** point["bits"], 100 * (2 ** (point["bits"] - dense["bits"]) - 1)),
-                *(point["seconds"], point["seconds"] / dense["seconds"]),
+                *(point["seconds"], point["seconds"] / dense["seconds"], used[label] / dense_used),
             )
         )
     return "\n".join(text) + "\n"
+
+
+def memory_seconds(points: dict[int, dict], last: int) -> float:
+    """Parameters times the seconds for which they were there, up to an update."""
+    total = before = 0.0
+    for _, point in sorted((update, point) for update, point in points.items() if update <= last):
+        total += point["parameters"] * (point["seconds"] - before)
+        before = point["seconds"]
+    return total
 
 
 def main() -> int:
     """Train in turn; 0 if all was trained or time was up."""
     args = parser().parse_args()
     if args.quick:
-        args.updates, args.piece, args.batches = 20, 5, 2
+        args.updates, args.piece, args.batches, args.experts = 20, 5, 2, [8]
     end = time.monotonic() + args.seconds
     logging.disable(logging.INFO)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -236,17 +224,13 @@ def main() -> int:
         for system in systems:
             if system.updates >= update or time.monotonic() > end:
                 continue
-            loss = system.train(update - system.updates)
-            line = {"label": system.label, "update": update, "seconds": round(system.seconds, 3)}
-            line.update(train_loss=round(loss, 4), bits=round(system.validate(), 5))
-            if torch.cuda.is_available():
-                line["mib"] = round(torch.cuda.memory_allocated() / 2**20)
+            line = system.line(update, system.train(update - system.updates))
             if (system.label, update) not in known:
                 add(line)
         (args.out / "quality.md").write_text(table(lines))
     if args.save:
         for system in systems:
-            system.save()
+            system.save(system.path, seconds=system.seconds)
     return 0
 
 

@@ -6,6 +6,7 @@ order. What differs is when the experts come. `run.py` trains them, as it does a
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from protocol import BOTH, Experiment, Variant
@@ -67,8 +68,63 @@ def _when() -> tuple[Variant, ...]:
     )
 
 
+_CONTEXT = {"moe_experts": 16, **BOTH, "moe_spawn_update": "10%"}
+
+
+def _soft(length: str) -> dict[str, Any]:
+    """A soft stage of so many updates, at whose end the temperature is the lowest."""
+    return {"moe_anneal_updates": length, "moe_hard_update": length}
+
+
+_PIECES = {
+    "top-1 at once": {},
+    "a soft stage of 2%": _soft("2%"),
+    "a soft stage of 10%": _soft("10%"),
+    "a soft stage of 40%": _soft("40%"),
+    "noise once routing is top-1": {"moe_gate_noise": "always"},
+    "weights are probabilities": {"moe_renormalize": "never"},
+    "no entropy loss": {"moe_entropy_weight": 0},
+    "no balance loss": {"moe_balance_weight": 0},
+    "gate on the state alone": {"moe_gate_input": "hidden"},
+    "tanh of the gate's logits": {"moe_gate_activation": "tanh"},
+}
+"""What EvoMoE's gate is made of, one piece changed in each row."""
+_ALL = {"moe_experts": 64}
+_TABLE: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
+    "dense, active parameters": ("dense", {}, ()),
+    "dense, all parameters": ("dense", {}, ("--decoder-ffn-embed-dim", "4160")),
+    "Switch": ("switch", {**_ALL, **START}, ()),
+    "BASE": ("base", {**_ALL, **START}, ()),
+    "Hash": ("hash_random", {**_ALL, **START}, ()),
+    "StableMoE": ("stable", {**_ALL, **START}, ()),
+    "EvoMoE, published": ("evomoe_published", _ALL, ()),
+    "EvoMoE in stages": ("evomoe_stages", _ALL, ()),
+}
+"""The systems of the paper's table, and our best one."""
+RATES = ("0.002", "0.004", "0.008")
+
+
+def _rates() -> tuple[Variant, ...]:
+    """Each system with each learning rate, the best of which counts."""
+    return tuple(
+        Variant(f"{name}, lr {rate}", system, options, (*flags, "--lr", rate), group=name)
+        for name, (system, options, flags) in _TABLE.items()
+        for rate in RATES
+    )
+
+
+def _steadiness() -> tuple[Variant, ...]:
+    """Systems whose routing may wander, with a log that is fine enough to see the loss rise."""
+    return tuple(
+        Variant(f"{name}, lr {rate}", system, options, ("--lr", rate, "--log-interval", "10"))
+        for name in ("Switch", "EvoMoE, published", "StableMoE")
+        for system, options, _ in (_TABLE[name],)
+        for rate in ("0.004", "0.008")
+    )
+
+
 GROWTH = {
-    experiment.id: experiment
+    experiment.id: dataclasses.replace(experiment, protocol=2)
     for experiment in (
         Experiment(
             "growth_dense",
@@ -116,6 +172,28 @@ GROWTH = {
             "How late a spawn may be",
             "The share of updates with one expert that loses nothing, by length, experts and learning rate.",
             _when(),
+            tasks=("domains",),
+        ),
+        Experiment(
+            "growth_soft",
+            "What the Dense-To-Sparse gate is made of",
+            "16 experts, one spawn at 10%, the preset evomoe_context at top-1 at once, one piece changed in "
+            "each row.",
+            tuple(Variant(label, "evomoe_confident", {**_CONTEXT, **o}) for label, o in _PIECES.items()),
+            tasks=("domains",),
+        ),
+        Experiment(
+            "growth_steadiness",
+            "How steady routing and loss are",
+            "64 experts, at two learning rates.",
+            _steadiness(),
+            tasks=("domains",),
+        ),
+        Experiment(
+            "growth_table",
+            "The paper's table",
+            "64 experts, each system at its own best learning rate, which one seed of the causal LM chooses.",
+            _rates(),
             tasks=("domains",),
         ),
     )

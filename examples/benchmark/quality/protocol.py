@@ -1,6 +1,7 @@
 """What is trained and how: tasks, systems, the grid of each system and the ablations, as data.
 
-`README.md` says it in words. Change it only with a reason, in the changelog.
+`protocol.md` says it in words; the experiments of its second version are in `growth.py`. Change it only
+with a reason, in the changelog.
 """
 
 from __future__ import annotations
@@ -159,6 +160,7 @@ class Variant:
         flags: further flags of `fairseq-train`.
         share: length, as a share of the others' updates.
         wider: whether it is as wide as `Task.wider` says.
+        group: of the rows of which the best one counts; empty: there are none.
     """
 
     label: str
@@ -167,6 +169,7 @@ class Variant:
     flags: tuple[str, ...] = ()
     share: float = 1.0
     wider: bool = False
+    group: str = ""
 
     def run(self, task: Task, seed: int, updates: int = UPDATES) -> Run:
         """The run of it."""
@@ -184,7 +187,7 @@ class Experiment:
     """Variants that are compared.
 
     Attributes:
-        id: its name, for the command line, the markers in README.md and the plots.
+        id: its name, for the command line and the plots.
         title: a heading.
         text: what is asked, in a sentence or two.
         variants: the rows.
@@ -197,6 +200,7 @@ class Experiment:
         main: labels of the rows that tasks have whose rows are not all.
         compares_systems: whether the rows are systems, of which more is reported, and not variants of one.
         least: number of rows from which on there is something to show.
+        protocol: version of the protocol that it is part of, which its results are kept under.
     """
 
     id: str
@@ -212,6 +216,7 @@ class Experiment:
     main: dict[str, tuple[str, ...]] = field(default_factory=dict)
     compares_systems: bool = False
     least: int = 2
+    protocol: int = 1
 
     def rows(self, task: Task) -> tuple[Variant, ...]:
         """The rows of a task."""

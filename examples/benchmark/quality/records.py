@@ -1,4 +1,4 @@
-"""The results: one JSON line for each run."""
+"""The results: one JSON line for each run, in a folder for each version of the protocol."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from pathlib import Path
 
 
 def read(folder: Path) -> dict[str, dict]:
-    """What is in the results, by the key of its run."""
-    lines = [line for path in sorted(folder.glob("*.jsonl")) for line in path.read_text().splitlines()]
+    """What is in the results, of any version of the protocol, by the key of its run."""
+    lines = [line for path in sorted(folder.glob("*/*.jsonl")) for line in path.read_text().splitlines()]
     return {record["key"]: record for record in map(json.loads, lines)}
 
 
@@ -29,6 +29,15 @@ def read_gap(folder: Path) -> dict[str, list[dict]]:
         for line in map(json.loads, path.read_text().splitlines()):
             found.setdefault(line["label"], []).append(line)
     return {label: sorted(points, key=lambda point: point["update"]) for label, points in found.items()}
+
+
+def read_steps(folder: Path) -> dict[str, dict[int, dict]]:
+    """What `stage_times.py` has timed: by experiment and number of experts, the last line of each."""
+    found: dict[str, dict[int, dict]] = {}
+    for path in sorted(folder.glob("*.jsonl")):
+        for line in map(json.loads, path.read_text().splitlines()):
+            found.setdefault(line["experiment"], {})[line["experts"]] = line
+    return found
 
 
 def differences(known: dict[str, dict], again: dict[str, dict]) -> list[str]:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent / "systems"))
 
+import choosing
 import jobs
 from growth import GROWTH
 from jobs import Job
@@ -52,32 +53,33 @@ def parser() -> argparse.ArgumentParser:
     return result
 
 
-def chosen(args: argparse.Namespace) -> list[Run]:
-    """The runs that are asked for, each once, first seeds first."""
+def chosen(args: argparse.Namespace, known: dict[str, dict]) -> dict[str, tuple[Run, Path]]:
+    """The runs that are asked for, first seeds first, and the file that each is recorded in, by key."""
     if args.smoke:
         args.experiments, args.labels, args.seeds = ["systems"], args.labels or ["EvoMoE", "Switch"], [1]
-    found: dict[str, Run] = {}
+    found: dict[str, tuple[Run, Path]] = {}
     updates = 20 if args.smoke else UPDATES
     for name in args.experiments:
         experiment = EXPERIMENTS[name]
         for seed in args.seeds or SEEDS:
             for task in (TASKS[task] for task in experiment.tasks if task in args.tasks):
                 for variant in experiment.rows(task):
-                    if not args.seeds and seed not in experiment.seeds_of(variant, task):
+                    if not args.seeds and seed not in choosing.seeds(experiment, variant, task, known):
                         continue
                     if args.labels is None or variant.label in args.labels:
                         run = variant.run(task, seed, updates)
-                        found[run.key] = run
-    return list(found.values())
+                        file = args.results / str(experiment.protocol) / f"{task.id}.jsonl"
+                        found.setdefault(run.key, (run, file))
+    return found
 
 
-def plan(run: Run, data: Path, args: argparse.Namespace) -> list[Job]:
-    """The jobs of a run: to train, with translation to generate, and to evaluate."""
-    folder = args.work / "runs" / run.key
+def plan(run: Run, data: Path, work: Path, file: Path) -> list[Job]:
+    """The jobs of a run: to train, with translation to generate, and to evaluate into a file."""
+    folder = work / "runs" / run.key
     title = f"{run.task.id}, {run.key}"
     result = [Job(title, run.command(data / "bin", folder), folder / "train.log", run.updates)]
     evaluate = [sys.executable, str(HERE / "evaluate.py"), str(folder), str(data)]
-    evaluate += ["--results", str(args.results / f"{run.task.id}.jsonl")]
+    evaluate += ["--results", str(file)]
     if run.task.translates:
         settings = Settings(data / "bin", run.task.kind, run.updates)
         generate = settings.generate(folder / "checkpoint_last.pt")
@@ -107,16 +109,16 @@ def main() -> int:
     args = parser().parse_args()
     args.work, args.results = args.work.resolve(), args.results.resolve()
     known = read(args.results)
-    runs = [run for run in chosen(args) if run.key not in known]
+    runs = [(run, file) for key, (run, file) in chosen(args, known).items() if key not in known]
     if args.list:
-        print("\n".join(f"{run.task.id} {run.key} {' '.join(run.arguments)}" for run in runs))
+        print("\n".join(f"{run.task.id} {run.key} {' '.join(run.arguments)}" for run, _ in runs))
         return 0
     if not runs:
         print("run.py: the results have all of it already.")
         return 0
     make = prepared_small if args.smoke else prepared
-    data = make({run.task.corpus: None for run in runs}, args.work)
-    every = [job for run in runs for job in plan(run, data[run.task.corpus], args)]
+    data = make({run.task.corpus: None for run, _ in runs}, args.work)
+    every = [job for run, file in runs for job in plan(run, data[run.task.corpus], args.work, file)]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that running jobs are ended
     try:
         jobs.run(every, args.jobs, threads=1)

@@ -32,7 +32,12 @@ def parser() -> argparse.ArgumentParser:
     add("--rounds", type=int, default=5, help="how often each is timed (5)")
     add("--updates", type=int, default=200, help="length of a run (200)")
     add("--work", type=Path, default=Path("quality"), help="folder for data (quality)")
-    add("--results", type=Path, default=HERE / "results" / "speed", help="folder of results (results/speed)")
+    add(
+        "--results",
+        type=Path,
+        default=HERE / "results/1/speed",
+        help="folder of results (results/1/speed)",
+    )
     return result
 
 
