@@ -26,7 +26,7 @@ SCHEDULE = (
     "stage_temperature",
 )
 PLATEAU = ("spawn_window", "spawn_plateau")
-SPAWNING = ("spawn_statistics", "gate_warmup")
+SPAWNING = ("spawn_statistics", "spawn_rescale", "gate_warmup")
 STAGES = ("spawn_select", "spawn_gate_noise", "stage_temperature")
 DISTILLATION = ("module_alpha", "module_temperature", "stitch")
 
@@ -51,6 +51,7 @@ def contradictions(config: MoEConfig) -> Iterator[OptionError]:
         yield from options.contradictions(config.experts)
     yield from _stages(config)
     yield from _gate_warmup(config)
+    yield from _rescale(config)
     yield from _stable(config)
     yield from _layer(config)
     yield from _low_rank(config)
@@ -127,6 +128,23 @@ def _gate_warmup(config: MoEConfig) -> Iterator[OptionError]:
         yield OptionError(
             "gate_warmup",
             f"{text} trains a gate that `spawn_method` {method} would make anew: leave one of them out.",
+        )
+
+
+def _rescale(config: MoEConfig) -> Iterator[OptionError]:
+    if not config.spawning.spawn_rescale or config.latest_spawn == 0:
+        return
+    if config.layer.shared_expert:
+        yield OptionError(
+            "spawn_rescale",
+            "`spawn_rescale` lets experts that spawn give together what the base expert gave, and with "
+            "`shared_expert` a copy of it goes on beside them: leave one of them out.",
+        )
+    if _method(config) == "split":
+        yield OptionError(
+            "spawn_rescale",
+            "`spawn_rescale` is for experts that each do what the base expert did, and `spawn_method` split "
+            "divides it: leave one of them out.",
         )
 
 

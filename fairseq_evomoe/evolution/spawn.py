@@ -76,6 +76,11 @@ class SpawnOptions(Options):
         "Weights for which the optimizer's statistics of the base expert carry over to each of its copies: "
         "all, those that the spawn leaves unchanged (not a masked one, say), or none.",
     )
+    spawn_rescale: bool = option(
+        False,
+        "Multiply the output of experts that spawn by what their weights are less than before, so that the "
+        "layer gives as much as before (weight scaling); for gates whose probabilities are weights.",
+    )
     spawn_select: Select = option(
         "even",
         "With several stages in moe-spawn-update, how many children an expert has: as many as any other "

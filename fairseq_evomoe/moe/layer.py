@@ -77,6 +77,41 @@ class MoELayer(SpawningLayer):
             count = x.numel() // x.shape[-1] if keep_T is None else keep_T.shape[0]
             return self._single_expert(x, count, context)
 
+        kept_TD, context = self._without_padding(x, context, keep_T, tokens, sequences, embeddings, residual)
+        y_TD = self._all_experts(kept_TD, context)
+        if keep_T is not None:
+            y_TD = torch.zeros_like(x.reshape(-1, x.shape[-1])).index_copy(0, keep_T, y_TD)
+        return y_TD.view_as(x)
+
+    def router_input(
+        self,
+        x: Tensor,
+        context: RoutingContext,
+        padding_mask: Optional[Tensor] = None,
+        tokens: Optional[Tensor] = None,
+        sequences: Optional[Tensor] = None,
+        embeddings: Optional[Tensor] = None,
+        residual: Optional[Tensor] = None,
+    ) -> Tuple[Tensor, RoutingContext]:
+        """What a router of this layer is given for these arguments of ``forward``: rows, (R, D), and context.
+
+        There need not be a router yet.
+        """
+        keep_T = None if padding_mask is None else (~padding_mask.reshape(-1)).nonzero().squeeze(1)
+        x_TD, context = self._without_padding(x, context, keep_T, tokens, sequences, embeddings, residual)
+        return x_TD if self.heads is None else self.heads.split_heads(x_TD), context
+
+    def _without_padding(
+        self,
+        x: Tensor,
+        context: RoutingContext,
+        keep_T: Optional[Tensor],
+        tokens: Optional[Tensor],
+        sequences: Optional[Tensor],
+        embeddings: Optional[Tensor],
+        residual: Optional[Tensor],
+    ) -> Tuple[Tensor, RoutingContext]:
+        """The tokens that are routed, and what is told of them."""
         x_TD = x.reshape(-1, x.shape[-1])
         context = self._complete(
             context,
@@ -87,11 +122,7 @@ class MoELayer(SpawningLayer):
             ),
             residual_TD=_select(None if residual is None else residual.reshape(x_TD.shape), keep_T),
         )
-        kept_TD = x_TD if keep_T is None else x_TD.index_select(0, keep_T)
-        y_TD = self._all_experts(kept_TD, context)
-        if keep_T is not None:
-            y_TD = torch.zeros_like(x_TD).index_copy(0, keep_T, y_TD)
-        return y_TD.view_as(x)
+        return x_TD if keep_T is None else x_TD.index_select(0, keep_T), context
 
     @property
     def in_passes(self) -> bool:

@@ -13,6 +13,9 @@ from .options import OptionError
 from .routers import Router
 from .routers.registry import name_of
 
+OUTPUT = ("w2", "b2")
+"""The tensors that an expert's output is linear in."""
+
 
 @dataclass(frozen=True)
 class Origin:
@@ -57,6 +60,8 @@ class Plan:
             in the old expert; ``none`` lets the optimizer begin as if the parameters were new.
         offspring: who is whose child, where many experts become more; ``None``: there was one, or experts
             come and go.
+        output_scale: factor of what each new expert gives, that is of its ``w2`` and ``b2``.  An optimizer's
+            statistics do not change by it.
     """
 
     origins: Sequence[Origin]
@@ -64,6 +69,7 @@ class Plan:
     gate_ED: Optional[Tensor] = None
     inherit: Inherit = Inherit.all
     offspring: Optional[Offspring] = None
+    output_scale: float = 1.0
 
     @property
     def widths(self) -> List[int]:
@@ -91,7 +97,8 @@ class Plan:
             rows of all new experts, one after another; dtype and device of ``old``.
         """
         parts = [self._changed(e, name, part) for e, part in enumerate(self._taken(name, old))]
-        return torch.cat(parts) if parts else old[:0]
+        rows = torch.cat(parts) if parts else old[:0]
+        return rows * self.output_scale if name in OUTPUT and self.output_scale != 1 else rows
 
     def statistics(self, name: str, old: Tensor, weights: Tensor) -> Tensor:
         """The optimizer's statistics of the new experts.

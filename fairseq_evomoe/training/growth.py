@@ -4,6 +4,7 @@ import functools
 import logging
 import math
 import time
+from dataclasses import replace
 from typing import Any, Dict, List, Optional
 
 from fairseq import metrics
@@ -21,6 +22,7 @@ from ..moe.routers.dynmoe import Resize
 from . import freezing
 from .change import Change
 from .rebuild import change_experts
+from .rescaling import output_scales
 from .state import RunState
 
 logger = logging.getLogger(__name__)
@@ -151,12 +153,13 @@ def spawn(trainer: Trainer) -> None:
         model.count_from_spawn()
     parameters = count_parameters(model)
     before = next(len(layer.moe.experts.widths) for _, layer in moe_layers(model))
-    changes: Dict[str, Change] = {}
-    for name, layer in moe_layers(model):
-        plan = layer.moe.plan_spawn()
-        changes[name] = Change(plan, functools.partial(MoELayer.spawn, plan=plan))
-        moe = layer.moe
+    plans = {name: layer.moe.plan_spawn() for name, layer in moe_layers(model)}
+    if getattr(model, "moe_config", None) is not None and model.moe_config.spawning.spawn_rescale:
+        scales = output_scales(trainer, plans)
+        plans = {name: replace(plan, output_scale=scales[name]) for name, plan in plans.items()}
+    changes = {name: Change(p, functools.partial(MoELayer.spawn, plan=p)) for name, p in plans.items()}
     change_experts(trainer, changes)
+    moe = [layer.moe for _, layer in moe_layers(model)][-1]
     logger.info(
         f"spawned experts before update {update}: {before} -> {moe.num_experts} experts, "
         f"{parameters:,} -> {count_parameters(model):,} parameters, {_method(moe)}, "

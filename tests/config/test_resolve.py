@@ -341,6 +341,16 @@ CONTRADICTIONS = [
     ({"router": "stratified", "strata": "4,4"}, "strata", ["sum to the --moe-experts (16), but is 4,4"]),
     ({"router": "stratified", "strata": "15,1"}, "top_k", ["the last of the --moe-strata", "but is 2"]),
     ({"router": "stratified", "shared_expert": True}, "shared_expert", ["several times", "leave one"]),
+    (
+        {"router": "switch", "spawn_update": 5, "spawn_rescale": True, "shared_expert": True},
+        "spawn_rescale",
+        ["--moe-shared-expert a copy of it goes on beside them", "leave one of them out"],
+    ),
+    (
+        {"router": "topk", "spawn_update": 5, "spawn_rescale": True, "spawn_method": "split"},
+        "spawn_rescale",
+        ["--moe-spawn-method split divides it"],
+    ),
     ({"router": "stratified", "hyper_adapter": True}, "hyper_adapter", ["--moe-router stratified"]),
     (
         {"router": "stratified", "spawn_update": "3:8,6:16", "spawn_select": "load"},

@@ -1,6 +1,7 @@
 """Layers whose experts spawn several times, with every router that there is."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from fairseq_evomoe.moe.multiplying import try_routers
 from fairseq_evomoe.moe.offspring import Offspring
 from fairseq_evomoe.moe.options import OptionError
 from fairseq_evomoe.moe.plan import make_spawner
+from fairseq_evomoe.moe.rescaling import next_router, weights_now_and_then
 from fairseq_evomoe.moe.routers.dynmoe import Resize
 from fairseq_evomoe.moe.routers.router import Router, fill_uniform, linear32, top1_routing
 from support.router_checks import end_update
@@ -293,3 +295,112 @@ def test_demand_is_a_running_mean_of_shares():
         assert torch.allclose(layer.demand.share_E, share)
     layer.demand.commit(torch.zeros(2)), layer.demand.commit(torch.tensor([1.0, torch.inf]))
     assert torch.allclose(layer.demand.share_E, share)
+
+
+def inputs_of(layer):
+    """Arguments of a pass, as ``run`` gives them."""
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(3, 7, DIM, dtype=torch.float64, generator=generator)
+    tokens = torch.randint(VOCABULARY, (3, 7), generator=generator)
+    embeddings = torch.randn(VOCABULARY, 5, dtype=torch.float64, generator=generator)[tokens]
+    sequences = torch.arange(3).unsqueeze(1).expand(3, 7)
+    return x, RoutingContext(hard=layer.router_class.anneals), None, tokens, sequences, embeddings
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_the_next_router_is_the_one_to_come(system):
+    layer = make(noise=0.1, **SYSTEMS[system])
+    for _ in STAGES:
+        run(layer)
+        plan = layer.plan_spawn()
+        expected = next_router(layer, plan).state_dict()
+        layer.spawn(plan=plan)
+        found = layer.router.state_dict()
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(x, expected[name]) for name, x in found.items())
+
+
+STRAIGHT = {"renormalize": "straight-through"}
+# the weights of a token's experts sum to 1, whatever there is of them
+UNIT = {
+    "hash": {"router": "hash"},
+    "dynmoe": {"router": "dynmoe"},
+    "switch, straight-through": {"router": "switch", **STRAIGHT},
+    "dts, straight-through": {"router": "dts", **STRAIGHT},
+    "dts, soft": {"router": "dts", "eval_routing": "adaptive", "threshold": 0.0},
+}
+# a child's weight is an m-th of its parent's
+PROBABLE = {
+    "switch": {"router": "switch"},
+    "switch, scaled": {"router": "switch", "scaling_factor": 2.0},
+    "switch, two heads": {"router": "switch", "heads": 2},
+    "dts": {"router": "dts"},
+    "dts, both": {"router": "dts", "gate_input": "both"},
+}
+# ... or as great; what the experts of a token weigh after the first spawn
+LASTING = {
+    "base": ({"router": "base"}, 0.3, 0.8),
+    "stable": ({"router": "stable"}, 0.3, 0.8),
+    "hash, two": (OTHERS["hash, two"], 2, 2),
+}
+
+
+def spawned(layer, rescale):
+    """The output before and after a spawn, and the weights of both."""
+    inputs = inputs_of(layer)
+    layer.eval()
+    if layer.router is not None:
+        torch.nn.init.normal_(layer.experts.w1, generator=torch.Generator().manual_seed(layer.num_experts))
+    before, plan = layer(*inputs), layer.plan_spawn()
+    now, then = weights_now_and_then(layer, plan, *inputs).tolist()
+    layer.spawn(plan=replace(plan, output_scale=now / then) if rescale else plan)
+    return before, layer(*inputs), now, then
+
+
+@pytest.mark.parametrize("system", UNIT)
+def test_weights_that_sum_to_one_leave_the_function_as_it_was(system):
+    layer = make(**UNIT[system])
+    for _ in STAGES:
+        before, after, now, then = spawned(layer, rescale=False)
+        assert torch.allclose(before, after, rtol=1e-9, atol=1e-12) and now == pytest.approx(then)
+
+
+@pytest.mark.parametrize("system", PROBABLE)
+def test_a_gate_of_probabilities_leaves_it_if_the_output_is_scaled(system):
+    """On average at the first spawn, and exactly when experts multiply."""
+    for rescale in (False, True):
+        layer = make(**PROBABLE[system])
+        before, after, now, then = spawned(layer, rescale)
+        change = (after.norm() / before.norm()).item()
+        assert change == pytest.approx(1 if rescale else then / now, rel=0.1)
+        factor = PROBABLE[system].get("scaling_factor", 1)
+        assert then < 0.95 * factor * now and then > 0.5 * factor * now  # the best of two
+        for _ in STAGES[1:]:
+            before, after, now, then = spawned(layer, rescale)
+            assert then == pytest.approx(now / 2)
+            assert torch.allclose(after, before if rescale else before / 2, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("system", LASTING)
+def test_other_weights_change_at_the_first_spawn_alone(system):
+    options, low, high = LASTING[system]
+    layer = make(**options)
+    _, _, now, then = spawned(layer, rescale=True)
+    assert low * now <= then <= high * now
+    for _ in STAGES[1:]:
+        before, after, now, then = spawned(layer, rescale=False)
+        assert now == pytest.approx(then) and torch.allclose(before, after, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("system", [name for name in SYSTEMS if name not in ("soft", "stratified")])
+def test_every_router_says_what_its_experts_weigh(system):
+    """``then`` is what the router to come gives; experts of its own do not count."""
+    layer = make(**SYSTEMS[system]).eval()
+    for _ in STAGES:
+        inputs, plan = inputs_of(layer), layer.plan_spawn()
+        expected = weights_now_and_then(layer, plan, *inputs)[1].item()
+        layer.spawn(plan=plan)
+        rows, context = layer.router_input(*inputs)
+        routing = layer.router(rows, context)
+        own_N = routing.expert_N < layer.num_experts
+        assert expected == pytest.approx(routing.weight_N[own_N].sum().item()), system

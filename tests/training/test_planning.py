@@ -1,10 +1,13 @@
 """``evomoe plan``: what schedules of spawns cost, with updates that are timed here."""
 
+import time
+from pathlib import Path
+
 import pytest
 
 from fairseq_evomoe.evolution.budget import Stage, Step, cost
-from fairseq_evomoe.training import planning
-from support.cli import LM, evomoe, flags
+from fairseq_evomoe.training import calibration, in_process, planning
+from support.cli import LM, USER_DIR, evomoe, flags
 
 TINY = "--layers 2 --dim 16 --ffn-dim 16 --vocabulary 50 --tokens 32 --sequence 8 --seconds 0.1".split()
 
@@ -35,8 +38,8 @@ def test_a_model_of_these_sizes(capsys):
     stages = [{16: 100}, {1: 10, 16: 90}, {1: 5, 4: 5, 16: 90}]
     times = [sum(n * seconds[e] for e, n in run.items()) for run in stages]
     used = [sum(n * seconds[e] * memory[e] for e, n in run.items()) for run in stages]
-    for row, time, bytes_ in zip(schedules, times, used):
-        assert float(row[2]) == pytest.approx(time / times[0], abs=0.06)  # steps are printed in milliseconds
+    for row, spent, bytes_ in zip(schedules, times, used):
+        assert float(row[2]) == pytest.approx(spent / times[0], abs=0.06)  # steps are printed in milliseconds
         assert float(row[3]) == pytest.approx(bytes_ / used[0], abs=0.06)
         assert float(row[5]) == 0
 
@@ -82,3 +85,23 @@ def test_shares_are_of_the_first_schedule():
     _, row = tables(planning.schedules_table(schedules, lambda stage: steps[stage.experts]))[0]
     assert cost(runs[1], lambda stage: steps[stage.experts]).seconds == 15
     assert row[2:4] == ["0.75", f"{(5 * 10 + 10 * 40) / (20 * 40):.2f}"] and row[6] == "0.50"
+
+
+def test_a_plan_is_what_whole_runs_take(capsys, monkeypatch):
+    """In time of the processor, so that it does not matter what else the machine does; bounds are wide."""
+    monkeypatch.setattr(in_process, "now", time.process_time)
+    sizes = calibration.Sizes(layers=2, dim=64, ffn_dim=128, vocabulary=50, tokens=256, sequence=16)
+    words = "--layers 2 --dim 64 --ffn-dim 128 --vocabulary 50 --tokens 256 --sequence 16 --seconds 1".split()
+    words += ["--experts", 64, "--max-update", 40, "--preset", "switch"]
+    _, schedules = tables(plan(capsys, *words, "--spawn-update", "50%"))
+    planned = [3600 * float(row[1]) for row in schedules]
+    taken = []
+    with calibration.temporary_data(sizes, updates=50) as folder:
+        common = [*sizes.flags(Path(folder)), "--user-dir", str(USER_DIR), "--cpu", "--moe-preset", "switch"]
+        for spawn in ("0", "20"):
+            more = ["--moe-experts", "64", "--max-update", "40", "--moe-spawn-update", spawn]
+            taken.append(in_process.Training([*common, *more], load=False).update(40).seconds)
+    for expected, found in zip(planned, taken):
+        assert 0.5 < found / expected < 2
+    assert planned[1] < 0.9 * planned[0]
+    assert taken[1] / taken[0] == pytest.approx(planned[1] / planned[0], rel=0.3)

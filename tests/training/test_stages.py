@@ -9,7 +9,8 @@ from fairseq import checkpoint_utils
 from fairseq_evomoe.checkpoints import optimizer_state
 from fairseq_evomoe.config.errors import ConfigError
 from fairseq_evomoe.moe import ROUTERS, record
-from fairseq_evomoe.training import growth
+from fairseq_evomoe.training import growth, rescaling
+from fairseq_evomoe.training.state import RunState
 from support.cli import LM, MASKED_LM, build, call, evomoe
 from support.optimizers import MIXED, copy_state
 from support.parallel import SENTENCES, SHARED
@@ -139,6 +140,7 @@ def test_what_the_optimizer_knows_follows(precision, lm_data, flat_fp16_on_cpu):
 
 RANKS = {
     "dts": {**SHARED, "moe_balance_weight": 0.1},
+    "switch, rescaled": {**SHARED, "moe_router": "switch", "moe_spawn_rescale": True},
     "stable, P=1": {"moe_router": "stable", "moe_stable_update": 12, "moe_spawn_select": "load"},
     "topk": {
         **SHARED,
@@ -168,6 +170,29 @@ def test_two_ranks_are_one_process(lm_data, tmp_path):
         train_on_all_batches(2, lm_data, **alone, save_dir=tmp_path / "one" / name)
         folders = tmp_path / name, tmp_path / "one" / name
         assert largest_difference(*map(state_of_all_files, folders)) < 1e-5, name
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("sharded", [False, True])
+def test_two_ranks_resume_in_every_stage(sharded, lm_data, tmp_path):
+    """Bit for bit, and as one process; what resumes has saved nothing on the way."""
+    common = {**SENTENCES, **SHARED, **STAGES, "max_update": 12, "moe_sharded_checkpoint": sharded}
+    common.update(moe_balance_weight=0.1, store_ema=True, ema_decay=0.9)
+    saving = {"save_interval_updates": 1, "keep_interval_updates": -1, "save_dir": tmp_path / "whole"}
+    train_on_ranks(2, [[[lm_data], {**common, **saving}]], tmp_path)
+    names = {stop: f"checkpoint_*_{stop}.pt" for stop in (2, 5, 6, 8, 10)}
+    jobs = []
+    for stop, name in names.items():
+        (saved,) = (tmp_path / "whole").glob(name)
+        resumed = {"save_dir": tmp_path / str(stop), "restore_file": saved, "save_interval_updates": 0}
+        jobs.append([[lm_data], {**common, **resumed}])
+    results = train_on_ranks(2, jobs, tmp_path / "resumed")
+    whole = state_of_all_files(tmp_path / "whole")
+    for stop, result in zip(names, results):
+        assert result.log("train_inner")[0]["num_updates"] == stop + 1
+        assert largest_difference(state_of_all_files(tmp_path / str(stop)), whole) == 0, stop
+    train_on_all_batches(2, lm_data, **common, save_dir=tmp_path / "one")
+    assert largest_difference(state_of_all_files(tmp_path / "one"), whole) < 1e-5
 
 
 AUTO = {"moe_spawn_update": "auto:2,auto:4", "moe_spawn_window": 3, "moe_spawn_plateau": 0.9, "lr": 0.02}
@@ -234,3 +259,50 @@ def test_stages_that_cannot_come_are_refused(options, parts, lm_data, tmp_path):
     with pytest.raises(ConfigError) as error:
         call("fairseq-train", lm_data, save_dir=tmp_path, **{**SETTINGS, **options})
     refused(error, *parts)
+
+
+RESCALED = {**SETTINGS, "moe_router": "switch", "moe_spawn_rescale": True, "moe_spawn_method": "copy"}
+RESCALED.update(moe_anneal_updates=None, moe_hard_update=None, moe_spawn_gate_noise=0)
+
+
+@pytest.mark.parametrize("precision", [None, *MIXED])
+def test_scaled_experts_give_what_they_gave(precision, lm_data, tmp_path, flat_fp16_on_cpu):
+    """Of the model, its master copies and its EMA; and the run goes on so from a checkpoint."""
+    options = {**RESCALED, **MIXED.get(precision, {}), "store_ema": True, "ema_fp32": True}
+    setup = build(lm_data, **options)
+    trainer, batches = setup.train(updates=5), setup.batches()
+    RunState.of(trainer).drift.see_batch(batches[0])  # as fairseq-train does at the start
+    model, moe = trainer.get_model(), layer_of(trainer)
+    inputs = batches[0]["net_input"]
+
+    def outputs():
+        seen = []
+        handle = moe.register_forward_hook(lambda module, given, y: seen.append(y.float()))
+        model.eval()
+        with torch.no_grad():
+            model(**inputs)
+        model.train()
+        handle.remove()
+        return seen[0]
+
+    before, average = outputs(), trainer.ema.fp32_params["decoder.layers.1.moe.experts.w2"].clone()
+    growth.spawn(trainer)
+    assert moe.num_experts == 4
+    tolerance = 1e-5 if precision is None else 0.02
+    assert (outputs() - before).norm() < tolerance * before.norm()
+    after = trainer.ema.fp32_params["decoder.layers.1.moe.experts.w2"]
+    assert torch.allclose(after[:48], 2 * average[:48], rtol=1e-3)
+    states = vars(optimizer_state.read(trainer.optimizer)[moe.experts.w2])
+    if precision and "memory" not in precision:
+        assert torch.equal(states["master"].to(moe.experts.w2.dtype), moe.experts.w2.detach())
+    if precision is None:  # fairseq makes master copies anew of what a checkpoint has
+        check_that_it_goes_on(setup, trainer, tmp_path, [*batches[5:], *batches[:3]])
+        assert moe.num_experts == 8
+
+
+def test_a_soft_gate_needs_no_scaling(lm_data):
+    setup = build(lm_data, **{**SETTINGS, "moe_spawn_rescale": True})
+    trainer = setup.train(updates=3)
+    RunState.of(trainer).drift.see_batch(setup.batches()[0])
+    plans = {"decoder.layers.1": layer_of(trainer).plan_spawn()}
+    assert rescaling.output_scales(trainer, plans) == {"decoder.layers.1": 1.0}
