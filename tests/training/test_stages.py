@@ -266,8 +266,8 @@ RESCALED.update(moe_anneal_updates=None, moe_hard_update=None, moe_spawn_gate_no
 
 
 @pytest.mark.parametrize("precision", [None, *MIXED])
-def test_scaled_experts_give_what_they_gave(precision, lm_data, tmp_path, flat_fp16_on_cpu):
-    """Of the model, its master copies and its EMA; and the run goes on so from a checkpoint."""
+def test_scaled_experts_give_what_they_gave(precision, lm_data, flat_fp16_on_cpu):
+    """Those of the model, its master copies and its EMA."""
     options = {**RESCALED, **MIXED.get(precision, {}), "store_ema": True, "ema_fp32": True}
     setup = build(lm_data, **options)
     trainer, batches = setup.train(updates=5), setup.batches()
@@ -295,9 +295,13 @@ def test_scaled_experts_give_what_they_gave(precision, lm_data, tmp_path, flat_f
     states = vars(optimizer_state.read(trainer.optimizer)[moe.experts.w2])
     if precision and "memory" not in precision:
         assert torch.equal(states["master"].to(moe.experts.w2.dtype), moe.experts.w2.detach())
-    if precision is None:  # fairseq makes master copies anew of what a checkpoint has
-        check_that_it_goes_on(setup, trainer, tmp_path, [*batches[5:], *batches[:3]])
-        assert moe.num_experts == 8
+
+
+def test_a_run_with_scaled_experts_resumes_before_each_spawn(lm_data, tmp_path):
+    whole = check_resume(lm_data, tmp_path, {**RESCALED, "save_interval_updates": 1}, (2, 5, 9))
+    lines = whole.result.lines("the experts' output is scaled by")
+    factors = [float(line.rsplit(" ", 1)[1]) for line in lines]
+    assert len(factors) == 3 and 1.2 < factors[0] < 2 and factors[1:] == [2.0, 2.0]
 
 
 def test_a_soft_gate_needs_no_scaling(lm_data):
