@@ -37,6 +37,16 @@ def _rows(system: str, options: dict[str, Any], last: int) -> tuple[Variant, ...
     return tuple(Variant(label, system, {**options, **way}) for label, way in ways.items())
 
 
+def _rescaled() -> tuple[Variant, ...]:
+    """Two ways to grow in which the layer's output is what it was before a spawn."""
+    ways = {"one spawn at 10%": ONCE["one spawn at 10%"], _STAGES: stages(64)[_STAGES]}
+    return tuple(
+        Variant(f"{label}, rescaled", "switch", {"moe_experts": 64, "moe_spawn_rescale": True, **way})
+        for label, way in ways.items()
+    )
+
+
+_STAGES = "stages (5, 10, 20%): 4, 16, 64"
 NARROW = {
     "moe_experts": 128,
     "moe_total_ffn_dim": 4096,  # each a quarter of the dense layer's width
@@ -45,7 +55,7 @@ NARROW = {
     "moe_scaling_factor": 4,
     "moe_balance_weight": 0.01,
 }
-_CONFIRMED = ("from the start", "one spawn at 10%", "stages (5, 10, 20%): 4, 16, 64")
+_CONFIRMED = ("from the start", "one spawn at 10%", _STAGES)
 _LENGTHS = {0.5: 2000, 1.0: 4000, 2.0: 8000, 4.0: 16000}
 
 
@@ -141,7 +151,7 @@ GROWTH = {
             "growth_switch",
             "64 experts of Switch",
             "Each token has one expert, as wide as the dense layer.",
-            _rows("switch", {"moe_experts": 64}, 64),
+            (*_rows("switch", {"moe_experts": 64}, 64), *_rescaled()),
             tasks=("domains",),
             confirmed=_CONFIRMED,
         ),
