@@ -157,8 +157,9 @@ class _FusedExperts(torch.autograd.Function):
             expert = torch.arange(len(ctx.counts)).repeat_interleave(
                 torch.tensor(ctx.counts, dtype=torch.long)
             )
-        grad_w1, grad_b1, grad_w2, grad_b2, grad_w3 = (
-            None if p is None else memory.empty(*p.shape, like=p, reuse=True) for p in (w1, b1, w2, b2, w3)
+        grad_w1, grad_w2 = (memory.empty(*p.shape, like=p, reuse=True) for p in (w1, w2))
+        grad_b1, grad_b2, grad_w3 = (
+            None if p is None else memory.empty(*p.shape, like=p, reuse=True) for p in (b1, b2, w3)
         )
         scratch = _Scratch(x)
         for group in _groups(token, ctx.counts, ctx.widths, x.shape[0]):
