@@ -5,8 +5,9 @@
 #
 # Layer with its candidates, routers, a whole update, profiles and other implementations (gpu.py), the tests on a
 # GPU, and with the time that is left the training of quality/gpu.py. Results are written as they come; the same
-# command goes on where it was cut. DATA names the folder of the text (none: nothing is trained), LIMIT the
-# seconds in all (470), QUALITY further flags of quality/gpu.py. With --quick everything is small, also on a CPU.
+# command goes on where it was cut, and with what time did not suffice for. DATA names the folder of the text (none:
+# updates are of random words, and quality/gpu.py is left out), LIMIT the seconds in all (470), QUALITY further flags
+# of quality/gpu.py. With --quick everything is small, also on a CPU.
 set -u
 folder=${1:?the folder of the results}
 quick=${2:-}
@@ -17,7 +18,7 @@ export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 mkdir -p "$folder"
 failed=0
 
-python3 "$here/gpu.py" --out "$folder" --seconds $((${LIMIT:-470} * 4 / 10)) ${DATA:+--data "$DATA"} $quick || failed=1
+python3 "$here/gpu.py" --out "$folder" --seconds $((${LIMIT:-470} * 7 / 10)) ${DATA:+--data "$DATA"} $quick || failed=1
 if [ ! -e "$folder/tests.txt" ]; then
     workers=$(nvidia-smi >/dev/null 2>&1 && python3 -c 'import xdist' 2>/dev/null && echo "-n 12")
     (cd "$root" && timeout $((${LIMIT:-470} / 5)) python3 -m pytest -q -p no:cacheprovider $workers tests/test_gpu.py) \

@@ -80,15 +80,17 @@ def products(size: Size, load_E: torch.Tensor, gated: bool = False) -> Step:
     return run
 
 
-def of_mask(name: str, size: Size, repeats: int, mixed: bool = False) -> dict[str, Any]:
+def of_mask(
+    name: str, size: Size, repeats: int, mixed: bool = False, candidates: bool = True
+) -> dict[str, Any]:
     """Dispatch and experts against the floor, without the kernels, and the products alone."""
     mask = MASKS[name][1](size)
     step, floor = layers.sparse(size, mask), layers.dense(size, int(mask.sum()))
-    bare = layers.sparse(size, mask, bias=False)
+    functions = {"layer": step, "no biases": layers.sparse(size, mask, bias=False), "floor": floor}
     if mixed:
-        step, floor, bare = (autocast(each, size.device) for each in (step, floor, bare))
-    functions = {"layer": step, **with_candidates(step), "before": as_before(step), "no biases": bare}
-    functions["floor"] = floor
+        functions = {way: autocast(each, size.device) for way, each in functions.items()}
+    step = functions["layer"]
+    functions.update({"before": as_before(step), **(with_candidates(step) if candidates else {})})
     if size.dtype == "bfloat16" and hasattr(F, "grouped_mm"):
         functions["products"] = products(size, mask.sum(0))
     return {"target": MASKS[name][0], "size": str(size), **figures(functions, "floor", repeats)}
@@ -136,11 +138,12 @@ def measure_sizes(results: Results, size: Size, args: argparse.Namespace) -> Non
     for of in _sizes(size)[:1] if args.quick else _sizes(size):
         for name in MASKS if of.tokens != size.tokens and not args.quick else ():
             if of.tokens < size.tokens or not name.endswith("8 of 8"):  # not half a million rows
-                results.measure(_key(of, name), "layer", partial(of_mask, name, of, args.repeats))
+                measure = partial(of_mask, name, of, args.repeats // 2, candidates=False)
+                results.measure(_key(of, name), "layer", measure)
         for kind in ("float32", "autocast"):
             for name in OTHERS[:1] if args.quick else OTHERS:
                 of = replace(of, dtype="float32")
-                measure = partial(of_mask, name, of, few, kind == "autocast")
+                measure = partial(of_mask, name, of, few, kind == "autocast", candidates=False)
                 results.measure(_key(of, name, kind + ", "), "layer", measure)
 
 
