@@ -43,6 +43,7 @@ P1_JOBS = {
     "soft": {**MASKED_LM, **EXACT, "moe_router": "soft", "moe_slots": 2},
     "recurrent": {**SENTENCES, "moe_router": "recurrent"},
     "laplace": {**SENTENCES, "moe_router": "laplace"},
+    "no biases": {**SENTENCES, "moe_router": "topk", "moe_expert_bias": "none"},
     "dynmoe, one expert is left": {**SENTENCES, **DYNMOE, "keep_one_expert": True},
 }
 # What must only work.
