@@ -11,6 +11,7 @@ cut, and makes FOLDER/gpu.md of what there is.  `step` trains on the text of --d
 from __future__ import annotations
 
 import argparse
+import gc
 import sys
 from pathlib import Path
 
@@ -60,6 +61,7 @@ def main() -> int:
     if unknown:
         parser().error(f"there is no part {unknown[0]!r}, but {', '.join(PARTS)}")
     torch.manual_seed(0)
+    gc.freeze()  # what the libraries have made stays, so that to look for it before each figure is in vain
     results = Results(args.out, args.seconds)
     size = Size(16384, 1024, 4096, args.device, "bfloat16")
     if args.quick:
