@@ -20,7 +20,8 @@ from fairseq_evomoe.moe.options import OptionError  # noqa: E402
 EXPERTS = {"moe_experts": 8, "moe_freq": 2}
 """What all systems have in common, but for those whose preset says how many experts it has."""
 PHASES = {"moe_anneal_updates": "40%", "moe_hard_update": "48%"}
-"""The Dense-To-Sparse gate's stages: the published 5000 updates are more than a run here may have."""
+"""The Dense-To-Sparse gate's stages: the published 5000 updates are more than a run here may have. A preset
+that says itself when routing becomes sparse keeps that."""
 DENSE_WIDTHS = (1, 1.5, 2, 4.5, 6.5)
 """How wide the dense models are, in units of the others' feed-forward layers. With `EXPERTS` they have as
 many active parameters as one expert a token (1), two (1.5) or two gated ones (2), or as many parameters as
@@ -136,7 +137,7 @@ def read(name: str) -> System:
         paper=preset.paper,
         preset=name if name in presets.names() else str(Path(name).resolve()),
         common={key: value for key, value in EXPERTS.items() if key[len("moe_") :] not in options},
-        options=PHASES if options.get("router", "dts") == "dts" else {},
+        options=PHASES if options.get("router", "dts") == "dts" and "hard_update" not in options else {},
         differs=preset.differs,
         dense_updates=preset.dense_updates,
         dense_as=preset.dense_as,

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from fairseq_evomoe.config.resolve import resolve
+
 QUALITY = Path(__file__).resolve().parents[2] / "examples" / "benchmark" / "quality"
 sys.path.insert(0, str(QUALITY))
 
@@ -67,6 +69,23 @@ def test_updates_of_each_stage():
     assert found.seconds == pytest.approx(200 * 0.1 + 200 * 0.2 + 400 * 0.3 + 3200 * 0.4)
     assert found.sent == pytest.approx(0.5e6 * 3800) and found.peak_memory == 64000 * 16
     assert costs.cost(runs[GROWN], {1: STEPS[1]}) is None
+
+
+def means(options, updates):
+    """What options by name, or with a preset, mean for a run."""
+    given = {name.replace("moe_", "", 1): value for name, value in options.items()}
+    found = resolve(given, ffn_dims=[128], max_update=updates).flat()
+    without = {"preset", "anneal_updates"}  # which does nothing where routing is sparse at once
+    return {name: value for name, value in found.items() if name not in without}
+
+
+def test_all_options_of_all_rows_go_together():
+    runs = [(e, v.run(TASKS[e.tasks[0]], 1)) for e in GROWTH.values() for v in e.variants]
+    for _, run in runs:
+        if not run.system.dense:
+            means(run.system.options, run.updates)
+    (run, *_) = (run for e, run in runs if e.id == "growth_table" and "moe_gate_warmup" in run.system.options)
+    assert means(run.system.options, 4000) == means({"moe_preset": "evomoe_stages", "moe_experts": 64}, 4000)
 
 
 def test_every_row_is_there_before_it_has_run():

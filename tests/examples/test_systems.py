@@ -258,6 +258,16 @@ def test_the_runner(lm_data, tmp_path):
     assert "seed 1, 2: `hash`" in again.replace("seeds", "seed") and "seed 2: `switch`, `dense_2x`" in again
 
 
+def test_rises_of_the_loss():
+    """Of neighbours the highest; 2% over the mean of the five before is the least that counts."""
+    losses = [8.0] * 6 + [8.1, 8.2, 9.0, 8.0, 8.0, 8.0, 8.0, 8.0, 8.0, 8.165]
+    records = [{"tag": "train_inner", "num_updates": 10.0 * (i + 1), "loss": x} for i, x in enumerate(losses)]
+    records.insert(3, {"tag": "valid", "num_updates": 30.0, "loss": 20.0})
+    mean = (8.0 * 3 + 8.1 + 8.2) / 5
+    assert logs._rises(records) == [[90, round(9.0 / mean - 1, 4)], [160, round(8.165 / 8 - 1, 4)]]
+    assert logs._rises(records[:5]) == []
+
+
 def test_a_training_that_was_asked_to_end_has_not_come_to_its_end(tmp_path):
     """It saves and ends without an error."""
     ended = jobs.Job("a", ["echo", '{"num_updates": "3"}'], tmp_path / "a.log", updates=5)

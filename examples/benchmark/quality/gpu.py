@@ -29,7 +29,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent.parent / "systems"), str(HERE.parents[2])]
 
 import torch  # noqa: E402
-from growth import START, stages  # noqa: E402
+from growth import START, as_the_preset, stages  # noqa: E402
 from protocol import BOTH, read  # noqa: E402
 from systems import Settings, System  # noqa: E402
 
@@ -52,7 +52,7 @@ SYSTEMS: dict[str, tuple[str, Changes]] = {
     "EvoMoE, published": ("evomoe_published", lambda experts: {}),
     "context from the start": ("evomoe_confident", lambda experts: {**BOTH, **START}),
     "context, one spawn at 10%": ("evomoe_confident", lambda experts: {**BOTH, "moe_spawn_update": "10%"}),
-    "context in stages": ("evomoe_stages", lambda experts: {}),
+    "context in stages": ("evomoe_confident", as_the_preset),
 }
 """``context`` is the preset ``evomoe_context`` at top-1 from the spawn on, in stages ``evomoe_stages``."""
 MODEL = (

@@ -100,6 +100,13 @@ _PIECES = {
 }
 """What EvoMoE's gate is made of, one piece changed in each row."""
 _ALL = {"moe_experts": 64}
+
+
+def as_the_preset(experts: int) -> dict[str, Any]:
+    """What the preset ``evomoe_stages`` has over the confident gate, by name, for so many experts."""
+    return {**BOTH, "moe_spawn_update": f"10%:{experts // 4},25%:{experts}", "moe_gate_warmup": "5%"}
+
+
 _TABLE: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
     "dense, active parameters": ("dense", {}, ()),
     "dense, all parameters": ("dense", {}, ("--decoder-ffn-embed-dim", "4160")),
@@ -108,7 +115,7 @@ _TABLE: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
     "Hash": ("hash_random", {**_ALL, **START}, ()),
     "StableMoE": ("stable", {**_ALL, **START}, ()),
     "EvoMoE, published": ("evomoe_published", _ALL, ()),
-    "EvoMoE in stages": ("evomoe_stages", _ALL, ()),
+    "EvoMoE in stages": ("evomoe_confident", {**_ALL, **as_the_preset(64)}, ()),
 }
 """The systems of the paper's table, and our best one."""
 RATES = ("0.002", "0.004", "0.008")
