@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from fairseq_evomoe.criterions.moe import statistics
-from fairseq_evomoe.moe import ROUTERS, Hidden, MoELayer, Routing, RoutingContext, Vocabulary, record
+from fairseq_evomoe.moe import ROUTERS, Experts, Hidden, MoELayer, Routing, RoutingContext, Vocabulary, record
 from fairseq_evomoe.moe.assignment import balanced_assignment
 from fairseq_evomoe.moe.device_assignment import nearly_best_assignment
 from fairseq_evomoe.moe.dispatch import kernels
@@ -179,6 +179,31 @@ def test_kernels_are_as_exact_as_the_other_way(counts, dim, width, activation, g
     for ours in (measured, one):
         assert all(a < 1.1 * b + 1e-5 for a, b in zip(ours, other)), errors
     assert looked_up == [one, one]  # compiled, and found again
+
+
+@HAS_KERNELS
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("candidates", [set(), {"one_function"}], ids=["measured", "one_function"])
+def test_kernels_without_biases(candidates, gated, monkeypatch):
+    monkeypatch.setattr(ways, "candidates", candidates)
+    torch.manual_seed(1)
+    bare, full = (Experts(64, [136] * 4, Hidden(F.silu), gated, bias).cuda() for bias in (False, True))
+    for name, parameter in bare.named_parameters():
+        if name[0] == "w":
+            parameter.data.normal_(std=0.1)
+    full.load_state_dict(bare.state_dict())
+    routing, x = routing_of(301, [200, 300, 0, 77], torch.float32), torch.randn(301, 64).bfloat16().cuda()
+    results = []
+    for experts in (bare.bfloat16(), full.bfloat16()):
+        placed, own = on_gpu(routing), x.clone().requires_grad_()
+        y = dispatch(own, placed, experts)
+        weights = [p for name, p in experts.named_parameters() if name[0] == "w"]
+        results.append([y.detach(), *torch.autograd.grad(y.square().sum(), [own, placed.weight_N, *weights])])
+    assert all(error(ours, exact) < 1e-2 for ours, exact in zip(*results))
+    with torch.no_grad():  # few pairs, as in generation
+        few = Routing(*(torch.tensor(v).cuda() for v in ([0, 2], [3, 0], [0.5, 0.25])), tokens=3, experts=4)
+        outputs = [dispatch(x[:3], few, experts) for experts in (bare, full)]
+    assert error(*outputs) < 1e-2
 
 
 @HAS_KERNELS

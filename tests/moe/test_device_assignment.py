@@ -43,6 +43,7 @@ def test_it_is_balanced_whatever_the_scores(tokens, experts, different, digits, 
     assert nearly_best_assignment(score).shape == (tokens,)
 
 
+@pytest.mark.skipif(not hasattr(torch, "compiler"), reason="PyTorch before 2.1 knows too few on meta")
 def test_it_needs_no_value():
     """Tensors of the device ``meta`` have none."""
     assert nearly_best_assignment(torch.empty(50, 4, device="meta")).shape == (50,)
