@@ -2,6 +2,8 @@
 # What the training scripts end with: which checkpoint, how good, in which phase, how long, and what to type next.
 # They read this file, after `data`, `save_dir` and `plugin` are set.
 started=$(date +%s)
+# fairseq causes a screenful of Hydra's and torch's
+export PYTHONWARNINGS="${PYTHONWARNINGS:-ignore}"
 prepared=$(dirname "$data")  # of prepare.py, if it has made the data
 
 # without a test set it is the validation set
