@@ -25,6 +25,8 @@ def main() -> None:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise SystemExit("lm-evaluation-harness is not installed: pip install lm_eval.") from error
+    if not Path(args.model).exists():
+        parser.error(f"{args.model} does not exist: give a checkpoint, or a folder of evomoe export --to hf")
     if Path(args.model).is_dir():
         model = ExportedModel(args.model)
     elif args.data is None:
