@@ -119,7 +119,7 @@ def commands(page: str) -> Iterator[Command]:
 CAPS = {
     r"--tokens-per-sample": 64,
     r"--(?:max-tokens|batch-size)": 1024,
-    r"--(?:en|de)coder-layers": 2,
+    r"--(?:en|de)coder-layers": 4,
     r"--(?:en|de)coder-embed-dim": 64,
     r"--(?:en|de)coder-ffn-embed-dim": 128,
     r"--(?:en|de)coder-attention-heads": 4,
@@ -155,7 +155,7 @@ REPLACED = (
 )
 LACKING = {
     "--user-dir": "fairseq_evomoe",
-    "--arch": "evomoe_lm_tiny",
+    "--arch": "evomoe_lm",
     "--criterion": "evomoe_cross_entropy",
     "--task": "language_modeling",
     "--optimizer": "adam",
@@ -163,6 +163,22 @@ LACKING = {
     "--max-update": str(UPDATES),
     "--save-dir": "checkpoints/page",
 }
+# those of train.sh, whose checkpoints they go on from
+LM = {
+    "--tokens-per-sample": "64",
+    "--batch-size": "16",
+    "--decoder-normalize-before": "",
+    "--share-decoder-input-output-embed": "",
+    **{f"--decoder-{part}-dim": "64" for part in ("embed", "input", "output")},
+}
+TRANSLATION = {
+    "--task": "translation",
+    "--max-tokens": "1024",
+    **{f"--{side}-embed-dim": "64" for side in ("encoder", "decoder")},
+}
+SIZES = {"layers": "4", "ffn-embed-dim": "128", "attention-heads": "4"}
+LM.update({f"--decoder-{part}": value for part, value in SIZES.items()})
+TRANSLATION.update({f"--{side}-{p}": v for side in ("encoder", "decoder") for p, v in SIZES.items()})
 
 
 def smaller(text: str) -> str:
@@ -195,12 +211,7 @@ def _whole_training(text: str) -> str:
     of = int(length[1]) if length else 20000
     text = re.sub(LENGTHS, lambda m: m[1] + str(-(-int(m[2]) * UPDATES // of)), text)
     translates = "translation" in text or "evomoe_transformer" in text
-    lacking = {**LACKING, "--task": "translation"} if translates else LACKING
-    lacking = (
-        {**lacking, "--max-tokens": "1024"}
-        if translates
-        else {**lacking, "--tokens-per-sample": "64", "--batch-size": "16"}
-    )
+    lacking = {**LACKING, **(TRANSLATION if translates else LM)}
     text = re.sub(r"\bDATA\b", f"data/{'libreoffice' if translates else 'shakespeare'}/bin", text).replace(
         " ...", " "
     )
@@ -208,7 +219,7 @@ def _whole_training(text: str) -> str:
         text += " --cpu --distributed-backend gloo"
     if " --arch transformer" in text:
         lacking = {flag: value for flag, value in lacking.items() if flag != "--user-dir"}
-    text += "".join(f" {flag} {value}" for flag, value in lacking.items() if flag + " " not in text)
+    text += "".join(f" {flag} {value}" for flag, value in lacking.items() if flag not in text.split())
     folder = re.search(r"--save-dir (\S+)", text)[1]
     return f"rm -rf {folder}; {text}" if "evomoe plan" not in text else text
 
