@@ -47,6 +47,7 @@ CANNOT = {
         "evomoe info imported.pt": "the same",
         'fairseq-eval-lm DATA --user-dir "$(evomoe user-dir)" --path imported.pt': "the same",
     },
+    "examples/troubleshooting.md": {"pip install": "for Python 3.13; tests/versions.sh types it"},
     "fairseq_evomoe/checkpoints/README.md": {
         "evomoe import": "a checkpoint of another fairseq; tests/checkpoints/test_foreign.py makes one",
     },
@@ -154,7 +155,7 @@ REPLACED = (
     (r"--seeds [\d ]+", "--seeds 1 "),
 )
 LACKING = {
-    "--user-dir": "fairseq_evomoe",
+    "--user-dir": '"$(evomoe user-dir)"',
     "--arch": "evomoe_lm",
     "--criterion": "evomoe_cross_entropy",
     "--task": "language_modeling",
