@@ -176,9 +176,15 @@ def test_further_seeds_are_those_of_the_best_rate():
     known = records_of(experiment, rates)
     assert choosing.best(experiment, known) == {"Switch": best}
     assert choosing.seeds(experiment, best, DOMAINS, known) == SEEDS
-    other = variant_of(experiment, "Switch, lr 0.008")
+    other, masked = variant_of(experiment, "Switch, lr 0.008"), TASKS["masked_lm"]
     assert choosing.seeds(experiment, other, DOMAINS, known) == (1,)
-    rows = rows_of(growth_tables.best_table(experiment, known))
+    assert choosing.seeds(experiment, other, masked, known) == ()
+    assert choosing.seeds(experiment, best, masked, known) == SEEDS
+    whole = variant_of(experiment, "dense, all parameters, lr 0.002").run(masked, 1)
+    assert whole.arguments[-2:] == ["--encoder-ffn-embed-dim", "4160"]
+    rows = rows_of(growth_tables.best_table(experiment, masked, known))
+    assert rows["Switch"] == ["0.004", "not run yet", "", ""]
+    rows = rows_of(growth_tables.best_table(experiment, DOMAINS, known))
     tried = " / ".join(f"{2 ** (bits + 0.01):.2f}" for bits in rates.values())
     assert rows["Switch"][0] == "0.004" and rows["Switch"][-1] == tried
     assert rows["BASE"][-1] == "not run yet / not run yet / not run yet"

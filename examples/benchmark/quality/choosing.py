@@ -32,6 +32,12 @@ def _first_loss(variant: Variant, task: Task, known: dict[str, dict]) -> float |
 
 
 def seeds(experiment: Experiment, variant: Variant, task: Task, known: dict[str, dict]) -> tuple[int, ...]:
-    """The seeds of a row: those of the protocol, and all of them once it is the best of its group."""
-    chosen = variant.group and best(experiment, known).get(variant.group) == variant
-    return SEEDS if chosen else experiment.seeds_of(variant, task)
+    """The seeds of a row: those of the protocol, and all of them once it is the best of its group.
+
+    On other tasks than the first one, which chooses, the best of a group is trained alone.
+    """
+    if not variant.group:
+        return experiment.seeds_of(variant, task)
+    if best(experiment, known).get(variant.group) == variant:
+        return tuple(seed for seed in SEEDS if seed in task.seeds)
+    return experiment.seeds_of(variant, task) if task.id == experiment.tasks[0] else ()

@@ -10,7 +10,7 @@ import choosing
 import numpy
 from bootstrap import difference
 from costs import Steps, cost
-from growth import GROWTH
+from growth import GROWTH, RATES
 from protocol import TASKS, Experiment, Task, Variant
 from tables import (
     Records,
@@ -45,7 +45,7 @@ def sections(known: Known, steps: dict[str, Steps]) -> str:
     parts.append(_section(GROWTH["growth_soft"], plain_table(GROWTH["growth_soft"], known)))
     parts.append(_section(GROWTH["growth_steadiness"], steadiness_table(GROWTH["growth_steadiness"], known)))
     parts.append("### 4. The paper's table\n")
-    parts.append(_section(GROWTH["growth_table"], best_table(GROWTH["growth_table"], known)))
+    parts.append(_section(GROWTH["growth_table"], best_tables(GROWTH["growth_table"], known)))
     return "\n".join(parts)
 
 
@@ -189,26 +189,40 @@ def steadiness_table(experiment: Experiment, known: Known) -> str:
     return table(heads, rows)
 
 
-def best_table(experiment: Experiment, known: Known) -> str:
-    """Each system at the learning rate that is the best for it, and what the others gave."""
-    task, chosen = _task(experiment), choosing.best(experiment, known)
+def best_tables(experiment: Experiment, known: Known) -> str:
+    """A table for each task."""
+    tasks = [TASKS[name] for name in experiment.tasks]
+    return "\n".join(f"{task.title}:\n\n{best_table(experiment, task, known)}" for task in tasks)
+
+
+def best_table(experiment: Experiment, task: Task, known: Known) -> str:
+    """Each system at the learning rate that the first task chooses for it, and what the others gave there."""
+    chosen, chooses = choosing.best(experiment, known), task == _task(experiment)
     groups = list(dict.fromkeys(variant.group for variant in experiment.variants))
     ours = of_variant(chosen[groups[-1]], task, known) if groups[-1] in chosen else []
     rows = []
     for group in groups:
-        variants = [variant for variant in experiment.variants if variant.group == group]
-        tried = []
-        for variant in variants:
-            first = of_variant(variant, task, known)[:1]
-            tried.append(f"{perplexity(first[0]['valid_loss']):.2f}" if first else NOT_RUN)
         best = chosen.get(group)
         found = of_variant(best, task, known) if best else []
-        cells = [group, best.flags[-1] if best else "", *_quality(found)]
+        cells = [group, _rate(best) if best else "", *_quality(found)]
         cells.append(compared(ours, found) if ours and found and group != groups[-1] else "")
-        rows.append([*cells, " / ".join(tried)])
-    rates = " / ".join(variant.flags[-1] for variant in experiment.variants[: len(rows[0][-1].split(" / "))])
-    heads = ["system", "its best rate", "test perplexity", "seeds", f"{groups[-1]} against it"]
-    return table([*heads, f"valid perplexity with {rates}, first seed"], rows)
+        rows.append([*cells, _tried(experiment, group, task, known)] if chooses else cells)
+    heads = ["system", "its best rate", f"test {task.metric}", "seeds", f"{groups[-1]} against it"]
+    rates = " / ".join(RATES)
+    return table([*heads, f"valid perplexity with {rates}, first seed"] if chooses else heads, rows)
+
+
+def _rate(variant: Variant) -> str:
+    return variant.flags[variant.flags.index("--lr") + 1]
+
+
+def _tried(experiment: Experiment, group: str, task: Task, known: Known) -> str:
+    """The first seed's valid perplexity with each rate."""
+    texts = []
+    for variant in (variant for variant in experiment.variants if variant.group == group):
+        first = of_variant(variant, task, known)[:1]
+        texts.append(f"{perplexity(first[0]['valid_loss']):.2f}" if first else NOT_RUN)
+    return " / ".join(texts)
 
 
 def when_table(experiment: Experiment, known: Known) -> str:

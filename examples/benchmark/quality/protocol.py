@@ -36,6 +36,7 @@ class Task:
         corpus: arguments of `examples/data/prepare.py`.
         flags: further flags of `fairseq-train`, which come after those.
         wider: flags of a dense model that costs what two experts a token cost.
+        whole: flags of a dense model that has as many parameters as one with 64 experts.
         seeds: what it is run with at most.
     """
 
@@ -45,6 +46,7 @@ class Task:
     corpus: tuple[str, ...]
     flags: tuple[str, ...]
     wider: tuple[str, ...]
+    whole: tuple[str, ...] = ()
     seeds: tuple[int, ...] = SEEDS
 
     @property
@@ -77,6 +79,7 @@ TASKS = {
             _DOMAINS,
             _LANGUAGE,
             ("--decoder-ffn-embed-dim", "192"),
+            ("--decoder-ffn-embed-dim", "4160"),
         ),
         Task(
             "masked_lm",
@@ -85,6 +88,7 @@ TASKS = {
             _ENGLISH,
             _MASKED,
             ("--encoder-ffn-embed-dim", "192"),
+            ("--encoder-ffn-embed-dim", "4160"),
         ),
         Task(
             "help_de",
@@ -93,6 +97,7 @@ TASKS = {
             ("libreoffice", "--target", "de", "--vocab-size", "6000"),
             _TRANSLATION,
             ("--encoder-ffn-embed-dim", "192", "--decoder-ffn-embed-dim", "192"),
+            ("--encoder-ffn-embed-dim", "4160", "--decoder-ffn-embed-dim", "4160"),
         ),
         Task(
             "bible_fr",
@@ -160,6 +165,7 @@ class Variant:
         flags: further flags of `fairseq-train`.
         share: length, as a share of the others' updates.
         wider: whether it is as wide as `Task.wider` says.
+        whole: whether it is as wide as `Task.whole` says.
         group: of the rows of which the best one counts; empty: there are none.
     """
 
@@ -169,6 +175,7 @@ class Variant:
     flags: tuple[str, ...] = ()
     share: float = 1.0
     wider: bool = False
+    whole: bool = False
     group: str = ""
 
     def run(self, task: Task, seed: int, updates: int = UPDATES) -> Run:
@@ -178,7 +185,8 @@ class Variant:
             name: share(value, length) if str(value).endswith("%") else value
             for name, value in {**system.options, **self.options}.items()
         }
-        flags = (*self.flags, *(task.wider if self.wider else ()))
+        width = task.wider if self.wider else task.whole if self.whole else ()
+        flags = (*self.flags, *width)
         return Run(task, dataclasses.replace(system, options=options), seed, length, flags)
 
 
