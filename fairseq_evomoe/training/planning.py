@@ -128,13 +128,35 @@ def _flags(args: argparse.Namespace, own: List[str]) -> List[str]:
     flags = list(args.train) or own
     if args.train and Path(flags[0]).name.startswith("fairseq-"):
         flags = flags[1:]
-    if "--user-dir" not in flags:
-        flags += ["--user-dir", str(Path(__file__).resolve().parents[1])]
+    _load_this_copy(flags)
     if not torch.cuda.is_available() and "--cpu" not in flags:
         flags.append("--cpu")
     if args.preset:
         flags += ["--moe-preset", args.preset]
     return [*flags, "--max-update", str(args.max_update), "--moe-experts", str(args.experts)]
+
+
+def _load_this_copy(flags: List[str]) -> None:
+    """Have ``--user-dir`` name this very package, since fairseq loads no second one of that name.
+
+    Raises:
+        CommandError: it names another copy.
+    """
+    own = Path(__file__).resolve().parents[1]
+    at = next((i for i, flag in enumerate(flags) if flag.split("=")[0] == "--user-dir"), None)
+    if at is None:
+        flags += ["--user-dir", str(own)]
+        return
+    joined = "=" in flags[at]
+    given = Path(flags[at].split("=", 1)[1] if joined else "".join(flags[at + 1 : at + 2]))
+    if given.name != own.name:  # a package of the user's own, which fairseq loads beside this one
+        return
+    if given.resolve() != own:
+        raise CommandError(
+            f"--user-dir {given} is another copy of {own.name} than that of this command: "
+            f"give --user-dir {own}, or call {given}/bin/evomoe."
+        )
+    flags[at : at + 1 if joined else at + 2] = ["--user-dir", str(own)]
 
 
 def _schedules(args: argparse.Namespace, flags: Sequence[str]) -> Iterator[Schedule]:

@@ -78,6 +78,26 @@ def test_what_cannot_be_planned_is_one_sentence(words, text, capsys):
     assert len(printed.err.strip().splitlines()) == 1 and printed.out == ""
 
 
+@pytest.mark.parametrize("joined", [False, True])
+def test_another_copy_of_the_package_is_refused_and_a_link_to_this_one_is_not(joined, tmp_path, capsys):
+    def words(folder):
+        user_dir = [f"--user-dir={folder}"] if joined else ["--user-dir", folder]
+        return ["--experts", 4, "--max-update", 100, "--", "fairseq-train", "data", *user_dir, "--arch", "x"]
+
+    (tmp_path / "copy" / USER_DIR.name).mkdir(parents=True)
+    with pytest.raises(SystemExit):
+        plan(capsys, *words(tmp_path / "copy" / USER_DIR.name))
+    assert (
+        f"is another copy of {USER_DIR.name} than that of this command: give --user-dir"
+        in capsys.readouterr().err
+    )
+
+    (tmp_path / USER_DIR.name).symlink_to(USER_DIR)
+    given = [str(word) for word in words(tmp_path / USER_DIR.name)[6:]]
+    planning._load_this_copy(given)
+    assert given == ["data", "--user-dir", str(USER_DIR.resolve()), "--arch", "x"]
+
+
 def test_shares_are_of_the_first_schedule():
     runs = [[Stage(10, 4)], [Stage(5, 1), Stage(5, 4)]]
     steps = {1: Step(1.0, 10.0), 4: Step(2.0, 40.0, 3.0)}
