@@ -79,7 +79,7 @@ def allow_fairseq_checkpoints() -> None:
     if add_safe_globals is None:  # torch < 2.4 loads everything
         return
     multiarray = getattr(getattr(np, "_core", None), "multiarray", None)  # numpy 1.26 has an empty _core
-    scalar = (multiarray or np.core.multiarray).scalar
+    scalar = (multiarray or getattr(np, "core").multiarray).scalar  # noqa: B009  # of which mypy knows nothing
     dtypes = {type(np.dtype(t)) for t in (np.bool_, np.int32, np.int64, np.float32, np.float64)}
     add_safe_globals([argparse.Namespace, np.dtype, scalar, *dtypes])
 

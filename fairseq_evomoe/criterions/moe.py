@@ -12,8 +12,10 @@ from ..moe.losses import entropy
 from ..moe.recorder import Record
 from .module_distillation import loss_of_modules
 
+_Mixin: Any = object  # for mypy: what a mixin is mixed into has the rest
 
-class MoECriterion:
+
+class MoECriterion(_Mixin):
     """Mixin for a fairseq criterion.
 
     The loss that is minimised becomes ``loss + sample_size * sum over layers of weight * auxiliary

@@ -27,6 +27,8 @@ from ..moe.recorder import open_records
 from . import low_rank, module_distillation
 from .recompute import recomputed
 
+_Mixin: Any = object  # for mypy: what a mixin is mixed into has the rest
+
 
 class CheckpointMismatch(ValueError):
     """A checkpoint does not fit the options of the model that is to load it."""
@@ -90,7 +92,7 @@ _batch: ContextVar[Optional[_Batch]] = ContextVar("batch", default=None)
 """The batch that goes through a layer in this thread, from the layer's ``forward`` to its ``fc1``."""
 
 
-class MoEFeedForward:
+class MoEFeedForward(_Mixin):
     """Mixin for a fairseq layer whose feed-forward network is ``self.moe``, an ``MoELayer``.
 
     Attributes:
@@ -197,7 +199,7 @@ class MoEFeedForward:
         padding_mask: Optional[Tensor],
         layer: Callable[[Tensor], Any],
         generating: bool = False,
-    ):
+    ) -> Any:
         """Run fairseq's layer on x, telling the MoE layer what it does not see in x.
 
         Args:
@@ -211,7 +213,7 @@ class MoEFeedForward:
         # nobody waits for losses in generation and evaluation, unless a criterion or a trainer has asked
         statistics = bool(open_records()) and not generating
 
-        def forward(x: Tensor):
+        def forward(x: Tensor) -> Any:
             # a copy, so that a second pass for the sake of the gradients, perhaps in another thread, finds
             # what the first one found
             found = lookup.tokens, lookup.embeddings, dict(memory)
@@ -229,12 +231,14 @@ class MoEFeedForward:
             return forward(x)
         return recomputed(forward, x, self.offload_activations)
 
-    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
+    def _load_from_state_dict(
+        self, state_dict: Dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
         # here, and not in fairseq's upgrade_state_dict_named, because layers may be pruned in between
         self._take_dense(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
-    def _take_dense(self, state_dict, prefix: str) -> None:
+    def _take_dense(self, state_dict: Dict[str, Any], prefix: str) -> None:
         """Let a dense checkpoint's feed-forward network be the base expert."""
         experts = prefix + "moe.experts."
         for dense in ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias"):
@@ -256,7 +260,9 @@ def identity(x: Tensor) -> Tensor:
 class MoEEncoderLayer(MoEFeedForward, compat.EncoderLayer):
     """fairseq's encoder layer with an MoE layer."""
 
-    def forward(self, x, encoder_padding_mask, attn_mask=None):
+    def forward(
+        self, x: Tensor, encoder_padding_mask: Optional[Tensor], attn_mask: Optional[Tensor] = None
+    ) -> Any:
         """See fairseq's ``TransformerEncoderLayerBase``."""
         layer = partial(super().forward, encoder_padding_mask=encoder_padding_mask, attn_mask=attn_mask)
         return self.run(x, encoder_padding_mask, layer)
@@ -269,18 +275,18 @@ class MoEDecoderLayer(MoEFeedForward, TransformerDecoderLayerBase):
 
     def forward(
         self,
-        x,
-        encoder_out=None,
-        encoder_padding_mask=None,
-        incremental_state=None,
-        *args,
-        self_attn_padding_mask=None,
-        **kwargs,
-    ):
+        x: Tensor,
+        encoder_out: Optional[Tensor] = None,
+        encoder_padding_mask: Optional[Tensor] = None,
+        incremental_state: Optional[Dict[str, Any]] = None,
+        *args: Any,
+        self_attn_padding_mask: Optional[Tensor] = None,
+        **kwargs: Any,
+    ) -> Any:
         """See fairseq's ``TransformerDecoderLayerBase``."""
         parent = super().forward
 
-        def layer(x):
+        def layer(x: Tensor) -> Any:
             return parent(
                 x,
                 encoder_out,
@@ -294,7 +300,7 @@ class MoEDecoderLayer(MoEFeedForward, TransformerDecoderLayerBase):
         return self.run(x, self_attn_padding_mask, layer, generating=incremental_state is not None)
 
 
-class MoEModel:
+class MoEModel(_Mixin):
     """Mixin for a fairseq model whose layers have MoE layers.
 
     Attributes:
@@ -311,7 +317,7 @@ class MoEModel:
     plateau: Optional[Plateau] = None
     distillation: Optional[module_distillation.ModuleDistillation]  # no default, which would hide the module
 
-    def forward(self, *args, **kwargs):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """See fairseq's model; until its modules have learnt, it is not the model itself that answers."""
         if self.distillation is not None:
             return self.distillation(*args, **kwargs)
@@ -332,12 +338,12 @@ class MoEModel:
         for _, layer in moe_layers(cast(nn.Module, self)):
             layer.schedule = layer.make_schedule(self.plateau.spawned)
 
-    def upgrade_state_dict_named(self, state_dict, name: str) -> None:
+    def upgrade_state_dict_named(self, state_dict: Dict[str, Any], name: str) -> None:
         """See fairseq's ``BaseFairseqModel``."""
         compat.drop_fast_path_copies(state_dict)
         super().upgrade_state_dict_named(state_dict, name)
 
-    def load_state_dict(self, *args, **kwargs):
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """See ``torch.nn.Module``.
 
         Raises:
@@ -349,12 +355,12 @@ class MoEModel:
             text = str(error).replace("`widths`", "ffn-embed-dim, `expert_sizes` and `total_ffn_dim`")
             raise CheckpointMismatch(as_flags(text)) from error
 
-    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
+    def _save_to_state_dict(self, destination: Dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.plateau is not None:
             destination.update({prefix + key: x for key, x in self.plateau.state().items()})
 
-    def _load_plateau(self, state_dict, prefix: str) -> None:
+    def _load_plateau(self, state_dict: Dict[str, Any], prefix: str) -> None:
         """Take the plateau's state, which there is if the experts of its run spawned by themselves."""
         keys = [key for key in Plateau.KEYS if prefix + key in state_dict]
         state = {key: state_dict.pop(prefix + key) for key in keys}
@@ -362,7 +368,9 @@ class MoEModel:
             self.plateau.load(state)
             self.count_from_spawn()
 
-    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
+    def _load_from_state_dict(
+        self, state_dict: Dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
         """Refuse MoE layers in other places than the model's."""
         self._load_plateau(state_dict, prefix)
         module_distillation.fit(self, state_dict, prefix)

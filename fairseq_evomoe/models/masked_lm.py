@@ -24,10 +24,11 @@ def _defaults() -> dict:
     return vars(args)
 
 
+_Options: Any = config_from_parser("RobertaOptions", RobertaModel.add_args, _defaults())
+
+
 @dataclass
-class EvoMoERobertaConfig(
-    config_from_parser("RobertaOptions", RobertaModel.add_args, _defaults()), MoEOptions
-):
+class EvoMoERobertaConfig(_Options, MoEOptions):
     """Options of ``roberta`` and of the MoE layers."""
 
     checkpoint_activations: bool = option(

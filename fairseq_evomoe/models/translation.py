@@ -35,10 +35,11 @@ def _defaults() -> dict:
     return vars(args)
 
 
+_Options: Any = config_from_parser("TransformerOptions", TransformerModelBase.add_args, _defaults())
+
+
 @dataclass
-class EvoMoETransformerConfig(
-    config_from_parser("TransformerOptions", TransformerModelBase.add_args, _defaults()), MoEOptions
-):
+class EvoMoETransformerConfig(_Options, MoEOptions):
     """Options of ``transformer``, under their flat names, and of the MoE layers."""
 
     moe_experts: Optional[int] = option(

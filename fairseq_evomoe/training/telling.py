@@ -5,7 +5,7 @@ The lines of a spawn are in ``growth.py``.
 
 import logging
 import math
-from typing import Any, Dict, Optional
+from typing import Any, Dict, Optional, cast
 
 from fairseq.trainer import Trainer
 from torch import nn
@@ -24,12 +24,12 @@ def start(trainer: Trainer) -> None:
     model, update = trainer.get_model(), trainer.get_num_updates()
     if not isinstance(model, MoEModel):
         return
-    config = model.moe_config
+    config, module = model.moe_config, cast(nn.Module, model)
     preset = f", preset {config.preset}" if config.preset else ""
-    count, in_the_end = count_parameters(model), parameters_in_the_end(model)
+    count, in_the_end = count_parameters(module), parameters_in_the_end(module)
     parameters = f"{count:,} parameters" + (f", {in_the_end:,} with all experts" if in_the_end else "")
-    phase = RunState.of(trainer).phase = _phase(model, update)
-    words = "" if phase is None else f"; {config.in_words(phase)}{_until(model, config, phase)}"
+    phase = RunState.of(trainer).phase = _phase(module, update)
+    words = "" if phase is None else f"; {config.in_words(phase)}{_until(module, config, phase)}"
     logger.info(f"router {config.router}{preset}; {model.experts_in_words}; {parameters}{words}")
 
 
@@ -38,7 +38,7 @@ def watch(trainer: Trainer) -> None:
     run, model, update = RunState.of(trainer), trainer.get_model(), trainer.get_num_updates()
     if not isinstance(model, MoEModel):
         return
-    before, run.phase = run.phase, _phase(model, update)
+    before, run.phase = run.phase, _phase(cast(nn.Module, model), update)
     if run.phase == Phase.HARD and before != Phase.HARD and model.moe_config.router_class.stages:
         logger.info(f"{model.moe_config.in_words(Phase.HARD)} from update {update} on")
 
@@ -46,7 +46,7 @@ def watch(trainer: Trainer) -> None:
 def end(trainer: Trainer) -> None:
     """After the last update."""
     model, update = trainer.get_model(), trainer.get_num_updates()
-    phase = _phase(model, update) if isinstance(model, MoEModel) else None
+    phase = _phase(cast(nn.Module, model), update) if isinstance(model, MoEModel) else None
     if phase is None:
         return
     experts = ", ".join(sorted({str(layer.moe.num_experts) for _, layer in moe_layers(model)}))
