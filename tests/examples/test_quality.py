@@ -216,24 +216,38 @@ def test_a_claim_is_linked_to_its_table():
     assert links and set(links) <= anchors
 
 
-@pytest.mark.parametrize("page, systems", [("README.md", 5), ("examples/results.md", 8)])
-def test_the_first_pages_say_the_same(page, systems):
+NARROW, WIDE = "4 narrow ones of 32", "1 of 8"
+OURS = {NARROW: "EvoMoE", WIDE: "EvoMoE, 8 wide experts"}
+LABELS = {
+    (NARROW, "Hash"): "Hash, 4 of 32 narrow experts",
+    (NARROW, "Top-4"): "Top-4 of 32 narrow experts",
+    (WIDE, "EvoMoE, as published"): "EvoMoE, published",
+    ("2 of 8", "GShard"): "GShard, top-2",
+}
+
+
+@pytest.mark.parametrize("page, systems, compared", [("README.md", 7, 0), ("examples/results.md", 11, 6)])
+def test_the_first_pages_say_the_same(page, systems, compared):
     """The tables of the main README and of the results, whose numbers are copied."""
     text = (QUALITY.parents[2] / page).read_text(encoding="utf-8")
-    rows = re.findall(r"^\| \**([^|*]+?)\** \| \**(\d+\.\d+)\** \| *([^|]*?) *\|$", text, re.MULTILINE)
-    rows = [row for row in rows if row[2] or row[0] == "EvoMoE, our options"]
-    assert len(rows) == systems
-    labels = {"EvoMoE, our options": "EvoMoE", "EvoMoE, as published": "EvoMoE, published"}
-    labels["GShard, two experts a token"] = "GShard, top-2"
+    start = text.index("| experts of a token | system | test perplexity |")
+    lines = text[start:].split("\n\n")[0].splitlines()[2:]
     experiment, task = protocol.EXPERIMENTS["systems"], protocol.TASKS["lm"]
     of = {v.label: tables.of_variant(v, task, KNOWN) for v in experiment.variants}
-    for name, perplexity, difference in rows:
-        found = of[labels.get(name, name)]
-        assert f"{tables.mean(tables.score, found):.2f}" == perplexity, name
-        if name != "EvoMoE, our options":
-            d = bootstrap.difference(of["EvoMoE"], found)
-            assert difference == f"{abs(100 * d.mean):.1f}% {'more' if d.mean > 0 else 'less'}", name
-            assert d.excludes_zero and d.seeds == 3
+    group = ""
+    for line in lines:
+        experts, name, perplexity, *difference = (cell.strip() for cell in line.strip("|").split("|"))
+        group = experts or group
+        name = re.sub(r" \(.*\)", "", re.sub(r"\[(.*)\]\(.*\)", r"\1", name))
+        label = OURS[group] if name == "EvoMoE, our options" else LABELS.get((group, name), name)
+        assert f"{tables.mean(tables.score, of[label]):.2f}" == perplexity, name
+        if difference and difference[0]:
+            d = bootstrap.difference(of[OURS[group]], of[label])
+            words = f"{abs(100 * d.mean):.1f}% {'more' if d.mean > 0 else 'less'}"
+            assert difference[0] == words + ("" if d.excludes_zero else " (level)"), name
+            assert d.seeds == 3
+            compared -= 1
+    assert (len(lines), compared) == (systems, 0)
 
 
 def test_seconds_are_compared_within_a_round():

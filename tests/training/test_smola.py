@@ -65,7 +65,7 @@ def test_the_backbone_stays_what_it_was_bit_for_bit(backbone, adaptation):
     assert len(losses) == 6
     (line,) = adaptation.result.lines("not trained, by --moe-freeze: backbone")
     (line,) = adaptation.result.lines("2 experts of rank 3 beside")
-    assert line.endswith("in 2 of 2 layers")
+    assert "in 2 of 2 layers" in line
 
 
 def test_it_starts_as_the_backbone(backbone, lm_data):
