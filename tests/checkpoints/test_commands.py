@@ -37,6 +37,18 @@ def test_a_folder_that_is_not_installed_will_do(tmp_path):
     )
 
 
+@pytest.mark.parametrize("command", ["presets", "user-dir"])
+def test_who_reads_the_output_may_leave_early(command):
+    """As head does."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [sys.executable, SCRIPT, command], stdout=writing, stderr=subprocess.PIPE, text=True, check=False
+    )
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
 def test_the_version_is_told(tmp_path):
     assert run("--version", cwd=tmp_path).stdout == f"evomoe {fairseq_evomoe.__version__}\n"
 
