@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Callable
 
 from equivalence import Difference, compare
+from labels import label_lines
 from systems import System
 
 Record = dict[str, Any]
@@ -272,17 +273,18 @@ def plot(path: Path, rows: list[Row]) -> None:
     if not firsts:
         return
     firsts.sort(key=lambda pair: pair[1][-1][2])
-    figure, axes = pyplot.subplots(1, 2, figsize=(11, 5), sharey=True)
+    height = max(5, 0.16 * len(firsts))  # which has room for all names
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, height), sharey=True)
     colours = pyplot.get_cmap("tab10").colors
     for i, (system, curve) in enumerate(firsts):
         style = {"color": colours[i % 10], "linestyle": ("-", "--", ":", "-.")[i // 10 % 4], "linewidth": 1}
         if system.dense:
             style = {"color": "black", "linewidth": 1 + system.width / 3}
-        for axis, place in zip(axes, (0, 1)):
+        for axis, place in zip(axes, (1, 0)):
             axis.plot(
                 [point[place] for point in curve], [point[2] for point in curve], label=system.id, **style
             )
-    for axis, label in zip(axes, ("updates", "training FLOPs")):
+    for axis, label in zip(axes, ("training FLOPs", "updates")):
         axis.set_xlabel(label)
         axis.grid(linewidth=0.3)
     lowest = firsts[0][1][-1][2]
@@ -290,6 +292,6 @@ def plot(path: Path, rows: list[Row]) -> None:
     if max(seconds) > lowest:  # the first validations are so high that they would hide the rest
         axes[0].set_ylim(lowest - 0.05 * (max(seconds) - lowest), max(seconds))
     axes[0].set_ylabel("validation loss, bits per token")
-    axes[-1].legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=7, ncol=2)
+    label_lines(axes[-1])
     figure.savefig(path, bbox_inches="tight", metadata={"Date": None})
     pyplot.close(figure)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import matplotlib
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent / "systems"))
 matplotlib.use("Agg")
 
 from bootstrap import difference
+from labels import label_lines
 from matplotlib import pyplot
 from protocol import TASKS, Experiment, Task
 from tables import Records, mean_curve, of_variant, score
@@ -51,14 +54,14 @@ def plot_gap(found: dict[str, list[dict]], folder: Path) -> None:
         axis.set_xlabel("updates")
         axis.grid(linewidth=0.3)
     axes[0][0].set_ylabel("validation loss, bits per token")
-    axes[0][-1].legend()
+    label_lines(axes[0][-1])
     figure.savefig(folder / "gap.svg", bbox_inches="tight", metadata={"Date": None})
     pyplot.close(figure)
 
 
 def _curves(experiment: Experiment, task: Task, found: dict[str, Records]) -> pyplot.Figure:
-    """Validation loss against updates, seconds and FLOPs, and the test set's differences."""
-    figure, axes = pyplot.subplots(1, 4, figsize=(15, 4), gridspec_kw={"width_ratios": [1, 1, 1, 1.2]})
+    """The test set's differences, and validation loss against FLOPs, seconds and updates."""
+    figure, (first, *curves) = pyplot.subplots(1, 4, figsize=(16, 4), width_ratios=[1.2, 1, 1, 1])
     colours = pyplot.get_cmap("tab10").colors
     styles = {}
     for i, (label, records) in enumerate(found.items()):
@@ -67,18 +70,18 @@ def _curves(experiment: Experiment, task: Task, found: dict[str, Records]) -> py
             style["linewidth"] = 2
         styles[label] = style
         curve = mean_curve(records)
-        for axis, column in zip(axes, (0, 1, 2)):
+        for axis, column in zip(curves, (2, 1, 0)):
             axis.plot([point[column] for point in curve], [point[3] for point in curve], label=label, **style)
-    for axis, name in zip(axes, ("updates", "seconds of training", "training FLOPs")):
+    for axis, name in zip(curves, ("training FLOPs", "seconds of training", "updates")):
         axis.set_xlabel(name)
         axis.grid(linewidth=0.3)
     lowest = min(mean_curve(records)[-1][3] for records in found.values())
     second = max(mean_curve(records)[1][3] for records in found.values())
-    for axis in axes[:3]:
+    for axis in curves:
         axis.set_ylim(lowest - 0.05 * (second - lowest), second)
-    axes[0].set_ylabel("validation loss, bits per token")
-    reference = experiment.compared(task).label
-    _differences(axes[3], task, found, reference, styles)
+    curves[0].set_ylabel("validation loss, bits per token")
+    label_lines(curves[-1])
+    _differences(first, task, found, experiment.compared(task).label, styles)
     return figure
 
 
@@ -96,8 +99,7 @@ def _differences(axis, task: Task, found: dict[str, Records], reference: str, st
     axis.axvline(0, color="black", linewidth=0.5)
     axis.set_yticks(range(len(order)), order)
     for text, label in zip(axis.get_yticklabels(), order):
-        text.set_color(styles[label]["color"])  # which makes it the legend of the curves, too
-    axis.yaxis.tick_right()
+        text.set_color(styles[label]["color"])
     unit = "BLEU" if task.translates else "perplexity, %"
     axis.set_xlabel(f"test {unit}, against {reference}")
     axis.grid(linewidth=0.3, axis="x")
