@@ -179,8 +179,13 @@ def markdown(rows: list[Row], reference: str, times: dict[str, float]) -> str:
             missing.setdefault(tuple(row.missing), []).append(f"`{row.system.id}`")
     if others:
         parts.append("\n".join(others) + "\n")
-    for seeds, names in sorted(missing.items()):
-        parts.append(f"Not trained yet, {_seeds(seeds)}: {', '.join(names)}.\n")
+    if missing:
+        runnable = sum(not row.error for row in rows)
+        lines = ["| not trained yet | systems |", "|---|---|"]
+        for seeds, names in sorted(missing.items()):
+            listed = "all" if len(names) == runnable > 1 else ", ".join(names)
+            lines.append(f"| {_seeds(seeds)} | {listed} |")
+        parts.append("\n".join(lines) + "\n")
     if any(row.older for row in known):
         parts.append(f"{OLDER.strip()} The code of its router has changed since.\n")
     if known:
