@@ -123,6 +123,17 @@ def test_rows_are_beside_those_of_their_kind_and_dense_models_of_their_sizes():
     assert "`upcycling`" in found["Experts made of a dense model"]
 
 
+def test_what_is_not_trained_yet_is_named():
+    rows = [row("switch", 100), row("hash", 99), row("base", 98)]
+    rows[0].missing, rows[1].missing = [2, 3], [3]
+    table = report.markdown(rows, "switch", {})
+    assert "| seeds 2, 3 | `switch` |\n| seed 3 | `hash` |" in table
+    for each in rows:
+        each.missing = [2, 3]
+    assert "| seeds 2, 3 | all |" in report.markdown(rows, "switch", {})
+    assert "not trained" not in report.markdown([row("switch", 100)], "switch", {})
+
+
 def test_a_row_made_with_other_code_is_marked():
     older = row("switch", 100)
     older.older = True
