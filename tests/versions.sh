@@ -25,7 +25,7 @@ py3.11-numpy1   | 3.11 | 0.2 | the same, and `"numpy<2"`
 py3.11-newest   | 3.11 | 0.2 | `pip install torch ve-fairseq==0.12.3`
 py3.12          | 3.12 | 0.2 | `pip install torch==2.13.0 ve-fairseq==0.12.3`
 py3.13          | 3.13 | 0.2 | no wheels: [a fairseq folder](examples/troubleshooting.md#which-fairseq)
-py3.14          | 3.14 | 0.2 | no wheels: the same
+py3.14          | 3.14 | 0.2 | no wheels: the same, and one line
 '
 
 here=$(cd "$(dirname "$0")/.." && pwd)
@@ -79,6 +79,10 @@ build() {
         run install-torch "$pip" install torch==2.13.0 numpy setuptools wheel 'cython<3.1'
         run install-needs "$pip" install cffi hydra-core omegaconf regex sacrebleu tqdm bitarray scikit-learn packaging
         run install-fairseq "$pip" install --no-deps --no-build-isolation "${FAIRSEQ:-fairseq-fixed}"
+        if [ "$1" = py3.14 ]; then # as examples/troubleshooting.md says it
+            sed -i 's/or typestring.startswith("typing.Optional")/& or typestring.endswith(" | None")/' \
+                "$("$bin/python" -c 'import importlib.util as u; print(u.find_spec("fairseq").submodule_search_locations[0])')/dataclass/utils.py"
+        fi
         ;;
     *)
         local torch=torch==2.13.0 numpy=numpy

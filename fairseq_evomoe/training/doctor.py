@@ -226,6 +226,11 @@ _WAYS_OUT = {
 
 
 def _way_out(step: str, error: str) -> str:
+    page = "see 'Which fairseq' in examples/troubleshooting.md"
+    if step == "fairseq" and "None is not callable" in error:
+        return f": Python 3.14 needs a line of fairseq changed: {page}"
+    if step == "fairseq" and sys.version_info >= (3, 13):
+        return f": no fairseq has wheels for this Python: {page}"
     if step == "fairseq" and "mutable default" in error:
         return ": fairseq 0.12.2 is for Python below 3.11: pip install ve-fairseq==0.12.3"
     if "NumPy" in error and step == "torch":
@@ -270,7 +275,7 @@ def _ranks(step: Dict[str, Any]) -> Iterator[Line]:
 
 
 def _fairseq(step: Dict[str, Any]) -> Iterator[Line]:
-    names = [name for name in ("fairseq", "ve-fairseq") if _version(name) is not None]
+    names = [name for name in ("fairseq", "ve-fairseq", "fairseq-fixed") if _version(name) is not None]
     where = "in site-packages" if "site-packages" in step["folder"] else f"in {step['folder']}"
     text = f"{step['version']} ({' and '.join(names) or 'not installed by pip'}, {where})"
     if len(names) > 1:

@@ -186,6 +186,23 @@ def test_what_steps_have_found(step, status, text, monkeypatch):
     assert line.status == status and text in str(line)
 
 
+@pytest.mark.parametrize(
+    "python, error, text",
+    [
+        ((3, 14, 0), "TypeError: str | None is not callable", "needs a line of fairseq changed"),
+        ((3, 13, 0), "No module named 'fairseq'", "no fairseq has wheels for this Python"),
+        ((3, 12, 0), "No module named 'fairseq'", "pip install ve-fairseq==0.12.3"),
+    ],
+    ids=["3.14", "3.13", "3.12"],
+)
+def test_each_python_has_its_own_way_to_fairseq(python, error, text, monkeypatch):
+    monkeypatch.setattr(doctor.sys, "version_info", python)
+    way = doctor._way_out("fairseq", error)
+    monkeypatch.undo()
+    assert text in way
+    assert python < (3, 13) or "### Which fairseq" in (ROOT / "examples" / "troubleshooting.md").read_text()
+
+
 def test_versions_are_those_of_setup_py():
     text = (ROOT / "setup.py").read_text()
     assert f'"torch>={doctor.TORCH[0]}"' in text
