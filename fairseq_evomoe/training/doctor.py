@@ -22,7 +22,7 @@ from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 PACKAGE = Path(__file__).resolve().parents[1]
 # what has been tried: from, up to below; and the two of fairseq
-TORCH, HYDRA, FAIRSEQ = ("1.12", "2.14"), ("1.0.7", "1.4"), ("0.12.2", "0.12.3")
+TORCH, HYDRA, FAIRSEQ = ("1.12", "2.16"), ("1.0.7", "1.4"), ("0.12.2", "0.12.3")
 """The versions that setup.py allows, from the first to before the second; of fairseq, the two."""
 OPTIONAL = {"sentencepiece": "--bpe sentencepiece", "sacrebleu": "--scoring sacrebleu"}
 LIMIT = 300

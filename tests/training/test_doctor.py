@@ -157,7 +157,7 @@ def test_packages_that_are_missing_or_untried_are_told(no_steps, monkeypatch):
 @pytest.mark.parametrize(
     "step, status, text",
     [
-        ({"step": "torch", "version": "2.14.1+cu130", "threads": 1}, "WARN", "has not been tried"),
+        ({"step": "torch", "version": "2.16.0+cu132", "threads": 1}, "WARN", "has not been tried"),
         ({"step": "torch", "version": "1.12.1+cu113", "threads": 1}, "OK", "1.12.1+cu113"),
         ({"step": "gpu", "devices": [], "built": "12.8"}, "WARN", "built for CUDA 12.8, and finds no GPU"),
         (
