@@ -336,7 +336,7 @@ def test_what_becomes_of_checkpoints(lm_data, tmp_path, monkeypatch):
     main("--systems", "ds_moe", "dense")  # which are trained by now
     whole = {name: finished.of(finished.read(tmp_path), name, 1)[0] for name in ("ds_moe", "dense")}
 
-    (row,) = json.loads((tmp_path / "densified.json").read_text())["rows"]
+    row, taught = json.loads((tmp_path / "densified.json").read_text())["rows"]
     losses = {name: record["curve"][-1][2] for name, record in whole.items()}
     assert row["gain"] == losses["dense"] - losses["ds_moe"]
     assert row["kept"]["at_once"] == pytest.approx((losses["dense"] - row["losses"]["at_once"]) / row["gain"])
@@ -345,6 +345,13 @@ def test_what_becomes_of_checkpoints(lm_data, tmp_path, monkeypatch):
     )
     assert row["losses"]["refined"] < row["losses"]["at_once"]
     assert "| `ds_moe` | average |" in (tmp_path / "densified.md").read_text()
+    # the dense model with the same teacher, and nothing else
+    assert taught["method"] == densified.NOTHING and taught["kept"]["at_once"] == 0
+    assert taught["losses"]["refined"] not in (row["losses"]["refined"], row["dense_refined"])
+    logs_of = {path.parent.name: path.read_text() for path in tmp_path.glob("runs/*/*/train.log")}
+    assert '"train_distillation"' in logs_of["densified-average-10-by-ds_moe"]
+    assert '"train_distillation"' in logs_of["checkpoint_last-10-by-ds_moe"]
+    assert '"train_distillation"' not in logs_of["checkpoint_last-10-more"]
 
     as_trained, one = json.loads((tmp_path / "inference.json").read_text())["rows"]
     assert as_trained["perplexity"] == pytest.approx(whole["ds_moe"]["perplexity"], abs=0.011)
