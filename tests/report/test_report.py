@@ -15,8 +15,9 @@ from fairseq_evomoe.report.command import runs_of
 from fairseq_evomoe.report.figures import Pictures
 from fairseq_evomoe.report.page import render
 from fairseq_evomoe.report.reading import Reader
-from support.cli import CLASSIFICATION, LM, MASKED_LM, TRANSLATION, USER_DIR, build, call, evomoe
+from support.cli import CLASSIFICATION, LM, MASKED_LM, TRANSLATION, build, call, evomoe
 from support.malicious import infect
+from support.plugin import PLUGIN, import_plugin, registered_for_a_while
 from support.tasks import DATA, PLAIN, TASKS, dense
 
 
@@ -399,12 +400,13 @@ def test_without_matplotlib_a_sentence_says_so(lm_run, lm_data, tmp_path, capsys
 
 
 def test_a_router_of_a_plugin(lm_data, tmp_path):
-    plugin = USER_DIR.parent / "tests" / "support" / "plugin_router"
-    settings = {**LM, **PLAIN, "user_dir": plugin, "moe_router": "nearest", "max_update": 1}
-    call("fairseq-train", lm_data, save_dir=tmp_path, **settings)
-    found, _ = report(
-        tmp_path / "checkpoint_last.pt", data=lm_data, out=tmp_path / "out", **{"user-dir": plugin}
-    )
+    settings = {**LM, **PLAIN, "user_dir": PLUGIN, "moe_router": "nearest", "max_update": 1}
+    with registered_for_a_while():
+        import_plugin()
+        call("fairseq-train", lm_data, save_dir=tmp_path, **settings)
+        found, _ = report(
+            tmp_path / "checkpoint_last.pt", data=lm_data, out=tmp_path / "out", **{"user-dir": PLUGIN}
+        )
     assert found["runs"][0]["router"] == "nearest"
 
 

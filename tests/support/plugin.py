@@ -1,6 +1,7 @@
 """Somebody else's plugin, registered for a while: see ``plugin_router``."""
 
 import contextlib
+import sys
 from argparse import Namespace
 from pathlib import Path
 
@@ -38,6 +39,7 @@ def registered_for_a_while():
 
 def import_plugin():
     """What ``--user-dir`` does, again if it was done before."""
+    sys.modules.pop(PLUGIN.name, None)
     memo = getattr(import_user_module, "memo", None)
     if memo is not None:
         memo.discard(str(PLUGIN))
