@@ -17,6 +17,9 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+sys.path.append(str(Path(__file__).resolve().parents[1] / "systems"))
+
+from labels import label_lines
 from report import table
 
 # the file alone: the package around it imports fairseq and PyTorch, which this does not need
@@ -161,16 +164,37 @@ def plot(model: Model, run: Run, machine: Machine, path: Path) -> None:
         sent = [exchanged_bytes(layer, here, stage) / 1e6 for stage in stages]
         left.plot(active, sent, label=f"P = {parallel}")
     left.set(xlabel="active experts of a token", ylabel="MB that a rank sends, a layer", ylim=(0, None))
-    left.legend(frameon=False)
 
     steps = [model_seconds(model, run, stage, machine) for stage in stages]
-    parts = [[1000 * getattr(step, part) for step in steps] for part in ("compute", "exchange", "gradients")]
-    right.stackplot(active, parts, labels=["compute", "exchange of tokens", "sum of gradients"])
+    parts = {"compute": "compute", "exchange": "exchange of tokens", "gradients": "sum of gradients"}
+    bottom = [0.0] * len(steps)
+    for part, label in parts.items():
+        top = [below + 1000 * getattr(step, part) for below, step in zip(bottom, steps)]
+        area = right.fill_between(active, bottom, top)
+        middle = [(below + above) / 2 for below, above in zip(bottom, top)]
+        right.plot(
+            active, middle, alpha=0, color=area.get_facecolor()[0], label=label
+        )  # where its name stands
+        bottom = top
     one = model_seconds(model, run, phases(layer.experts)[0], machine)
-    right.plot([1], [1000 * one.step], "ko", ms=4, label="one expert, before the spawn")
+    right.plot([1], [1000 * one.step], "ko", ms=4)
+    right.annotate(
+        "one expert, before\nthe spawn",
+        (1, 1000 * one.step),
+        (0.7, 0.8 * bottom[-1]),
+        arrowprops={"arrowstyle": "-", "linewidth": 0.6},
+    )
     title = f"{run.ranks} GPUs, P = {run.parallel}"
-    right.set(title=title, xlabel="active experts of a token", ylabel="ms of a step", xlim=(0.5, None))
-    right.legend(frameon=False, loc="upper left")
+    right.set(
+        title=title,
+        xlabel="active experts of a token",
+        ylabel="ms of a step",
+        xlim=(0.5, None),
+        ylim=(0, None),
+    )
+    for axis in (left, right):
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        label_lines(axis, size=9)
     figure.savefig(path, metadata={"Date": None})
     pyplot.close(figure)
 

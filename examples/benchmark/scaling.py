@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import logging
+import sys
 from pathlib import Path
 from typing import Callable
 
 import torch
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "systems"))
+
+from labels import label_lines
 from layer import Size, dense, sparse, top
 from timing import clean_up, interleave
 
@@ -59,7 +64,7 @@ def plot(result: dict, path: Path) -> None:
     from matplotlib import pyplot
 
     pyplot.rcParams.update({"svg.hashsalt": "evomoe", "svg.fonttype": "none", "font.size": 9})
-    figure, axes = pyplot.subplots(1, len(result["series"]), figsize=(9, 2.8), constrained_layout=True)
+    figure, axes = pyplot.subplots(1, len(result["series"]), figsize=(8, 2.8), constrained_layout=True)
     for ax, data in zip(axes, result["series"]):
         ax.plot(data["x"], data["layer"], "o-", ms=3, label="MoE layer")
         ax.plot(data["x"], data["floor"], "s--", ms=3, label="dense FFN, same rows")
@@ -69,6 +74,6 @@ def plot(result: dict, path: Path) -> None:
     bottom, top_ = axes[0].get_ylim()
     axes[0].set_ylim(0.5 * bottom, 2 * top_)
     axes[0].set_ylabel("ms, forward and backward")
-    axes[0].legend(frameon=False)
-    figure.savefig(path, metadata={"Date": None})
+    label_lines(axes[-1], size=9)
+    figure.savefig(path, bbox_inches="tight", metadata={"Date": None})
     pyplot.close(figure)

@@ -97,3 +97,19 @@ def test_ranks_exchange_the_bytes_that_the_layer_reports(tmp_path):
     rows = [line for line in done.stdout.splitlines() if line.startswith("| 2, ")]
     ratios = [float(row.split("|")[2].split("(")[1].rstrip(") ")) for row in rows if "one expert" not in row]
     assert len(ratios) == 3 and all(0.9 < ratio < 1.1 for ratio in ratios)
+
+
+def test_plots_name_their_lines_at_the_lines(parts, tmp_path):
+    scaling, cost_model = importlib.import_module("scaling"), importlib.import_module("cost_model")
+    series = [{"axis": name, "x": [1, 2], "layer": [3.0, 4.0], "floor": [2.0, 3.0]} for name in "abc"]
+    scaling.plot({"series": series}, tmp_path / "scaling.svg")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["cost_model.py", "--plot", str(tmp_path / "cost.svg")])
+        cost_model.main()
+    for file, names in {
+        "scaling.svg": ["MoE layer", "dense FFN, same rows"],
+        "cost.svg": ["P = 2", "P = 16", "compute", "exchange of tokens", "sum of gradients"],
+    }.items():
+        picture = (tmp_path / file).read_text()
+        assert all(f">{name}</text>" in picture for name in names)
+        assert "legend" not in picture
