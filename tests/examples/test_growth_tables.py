@@ -108,8 +108,42 @@ def test_quality_and_cost_against_experts_from_the_start():
     used = 200 * 0.1 * 1 + 200 * 0.2 * 4 + 400 * 0.3 * 16 + 3200 * 0.4 * 64
     assert start[3] == "1600 (1.00)" and grown[3] == f"{seconds:.0f} ({seconds / 1600:.2f})"
     assert grown[4] == f"{used / (1600 * 64):.2f}" and grown[6] == "1900 (0.95)"
-    at = 6.02 + 1 - (4000 * seconds / 1600 - 2000) / 2000
-    assert start[7] == "" and grown[7] == f"{2**at:.2f}"
+    assert start[7] == grown[7] == ""  # there is no shorter run yet
+
+
+@pytest.mark.parametrize(
+    "grown, short, better", [(6.02, 6.1, True), (6.04, 6.1, False), (6.09, 6.1, False)], ids=str
+)
+def test_at_equal_seconds_against_a_run_of_that_length(grown, short, better):
+    rows = {START: 6.0, growth_tables.SHORTER: short, GROWN: grown}
+    known = records_of(SWITCH, rows, SEEDS)
+    seconds = (200 * 0.1 + 200 * 0.2 + 400 * 0.3 + 3200 * 0.4) / (4000 * 0.4)
+    between = short + (6.0 - short) * (math.log(seconds) - math.log(0.75)) / -math.log(0.75)
+    found = growth_tables.at_equal_seconds(SWITCH, variant_of(SWITCH, GROWN), known, STEPS)
+    assert found.mean == pytest.approx(2 ** (grown - between) - 1) and found.seeds == 3
+    cells = rows_of(growth_tables.pays_table(SWITCH, known, STEPS))
+    assert (
+        cells[GROWN][7] == f"**{100 * found.mean:+.2f}% [{100 * found.low:+.2f}, {100 * found.high:+.2f}]**"
+    )
+    assert cells[START][7] == cells[growth_tables.SHORTER][7] == ""
+    assert cells[growth_tables.SHORTER][3] == "1200 (0.75)"
+    (line,) = (
+        line
+        for line in growth_tables.verdict(known, {"growth_switch": STEPS}).splitlines()
+        if line.startswith("- 64 experts of Switch")
+    )
+    assert line.endswith(
+        f"missed by all 1 ways to grow. Better at equal seconds: {GROWN if better else 'none of 1'}."
+    )
+
+
+def test_nothing_is_said_of_seconds_that_no_run_had():
+    late = "one spawn at 40%"
+    known = records_of(SWITCH, {START: 6.0, growth_tables.SHORTER: 6.1, late: 6.0})
+    cheap = {**STEPS, 64: {**STEPS[64], "seconds": 40.0}}  # 0.6 of the seconds of the whole run
+    for steps, there in ((STEPS, False), (cheap, False), ({**STEPS, 1: {**STEPS[1], "seconds": 0.2}}, True)):
+        found = growth_tables.at_equal_seconds(SWITCH, variant_of(SWITCH, late), known, steps)
+        assert (found is not None) == there
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,8 @@ from protocol import BOTH, Experiment, Variant
 START = {"moe_spawn_update": 0}
 ONCE = {f"one spawn at {when}": {"moe_spawn_update": when} for when in ("5%", "10%", "20%", "40%")}
 """One spawn, to all experts; the warm-up of the learning rate is over at 5%."""
+SHORTER, SHORT = "from the start, 75% of the updates", 0.75
+"""A shorter run, with a schedule of its own: what experts from the start reach in fewer seconds."""
 
 
 def stages(last: int) -> dict[str, dict[str, Any]]:
@@ -32,9 +34,12 @@ def stages(last: int) -> dict[str, dict[str, Any]]:
 
 
 def _rows(system: str, options: dict[str, Any], last: int) -> tuple[Variant, ...]:
-    """From the start, with one spawn, and in stages."""
-    ways = {"from the start": START, **ONCE, **stages(last)}
-    return tuple(Variant(label, system, {**options, **way}) for label, way in ways.items())
+    """From the start, in whole and shorter; with one spawn; in stages."""
+    ways = {"from the start": START, SHORTER: START, **ONCE, **stages(last)}
+    return tuple(
+        Variant(label, system, {**options, **way}, share=SHORT if label == SHORTER else 1.0)
+        for label, way in ways.items()
+    )
 
 
 def _rescaled() -> tuple[Variant, ...]:

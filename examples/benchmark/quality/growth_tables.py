@@ -8,16 +8,16 @@ from collections.abc import Sequence
 
 import choosing
 import numpy
-from bootstrap import difference
+from bootstrap import Difference, difference
 from costs import Steps, cost
-from growth import GROWTH, RATES
+from growth import GROWTH, RATES, SHORTER
 from protocol import TASKS, Experiment, Task, Variant
 from tables import (
     Records,
     active_parameters,
     compared,
+    in_percent,
     mean,
-    mean_curve,
     of_variant,
     perplexity,
     score,
@@ -58,20 +58,26 @@ def _task(experiment: Experiment) -> Task:
 
 
 def verdict(known: Known, steps: dict[str, Steps]) -> str:
-    """Whether any way to grow reaches the target, in a sentence for each experiment."""
+    """Whether any way to grow reaches the target, and is better at equal seconds, a line an experiment."""
     lines = []
     for name in PAYS:
-        experiment = GROWTH[name]
-        reached, tried = [], 0
+        experiment, times = GROWTH[name], steps.get(name, {})
+        reached, better, tried, timed = [], [], 0, 0
         for variant in experiment.variants:
-            found = _against_start(experiment, variant, known, steps.get(name, {}))
+            found = _against_start(experiment, variant, known, times)
             tried += found is not None
             if found is not None and _reaches(*found):
                 reached.append(variant.label)
+            equal = at_equal_seconds(experiment, variant, known, times)
+            timed += equal is not None
+            if equal is not None and equal.high < 0:
+                better.append(variant.label)
         if not tried:
             text = NOT_RUN
         else:
             text = f"reached by {'; '.join(reached)}" if reached else f"missed by all {tried} ways to grow"
+        if timed:
+            text += f". Better at equal seconds: {'; '.join(better) if better else f'none of {timed}'}"
         lines.append(f"- {experiment.title}: {text}.")
     target = (
         f"Target: within {WITHIN:.1%} of the final perplexity of experts from the start, for at most "
@@ -80,12 +86,18 @@ def verdict(known: Known, steps: dict[str, Steps]) -> str:
     return "\n".join([target, "", *lines]) + "\n"
 
 
+def _grows(experiment: Experiment, variant: Variant) -> bool:
+    """Whether a row is a way to grow, and not experts that are there from the start."""
+    start = experiment.compared(_task(experiment))
+    return variant.options["moe_spawn_update"] != start.options["moe_spawn_update"]
+
+
 def _against_start(
     experiment: Experiment, variant: Variant, known: Known, steps: Steps
 ) -> tuple[float, float, float] | None:
     """Relative perplexity, share of the seconds and of memory x time; `None` if anything is missing."""
     task, start = _task(experiment), experiment.compared(_task(experiment))
-    if variant == start:
+    if not _grows(experiment, variant):
         return None
     ours, theirs = (of_variant(one, task, known) for one in (variant, start))
     costs = [cost(one.run(task, 1), steps) for one in (variant, start)]
@@ -99,6 +111,43 @@ def _against_start(
     )
 
 
+def at_equal_seconds(
+    experiment: Experiment, variant: Variant, known: Known, steps: Steps
+) -> Difference | None:
+    """A way to grow against experts from the start that have as many seconds as it, with their own schedule.
+
+    What they would reach is between two runs of them, the whole one and a shorter one: each chunk's loss is
+    interpolated linearly in the logarithm of the updates.
+
+    Returns:
+        `None` if anything is missing, or its seconds are not between those of the two.
+    """
+    task, start = _task(experiment), experiment.compared(_task(experiment))
+    shorter = next((one for one in experiment.variants if one.label == SHORTER), None)
+    if shorter is None or not _grows(experiment, variant):
+        return None
+    ours, whole, short = (of_variant(one, task, known) for one in (variant, start, shorter))
+    mine, its = (cost(one.run(task, 1), steps) for one in (variant, start))
+    if mine is None or its is None:
+        return None
+    weight = 1 - math.log(mine.seconds / its.seconds) / math.log(shorter.share)
+    between = blended(short, whole, weight)
+    if not 0 <= weight <= 1 or not {r["seed"] for r in ours} & {r["seed"] for r in between}:
+        return None
+    return difference(ours, between)
+
+
+def blended(short: Records, whole: Records, weight: float) -> Records:
+    """Of each seed that both have, what the test would give between them: `weight` is that of the second."""
+    others, found = {record["seed"]: record["test"]["chunks"] for record in short}, []
+    for record in whole:
+        if record["seed"] in others:
+            pairs = zip(others[record["seed"]], record["test"]["chunks"])
+            chunks = [[(1 - weight) * a[0] + weight * b[0], b[1]] for a, b in pairs]
+            found.append({"seed": record["seed"], "test": {"chunks": chunks}})
+    return found
+
+
 def _reaches(perplexity_more: float, seconds: float, memory: float) -> bool:
     return perplexity_more <= WITHIN and seconds <= SECONDS and memory <= MEMORY
 
@@ -108,7 +157,7 @@ def pays_table(experiment: Experiment, known: Known, steps: Steps) -> str:
     task, start = _task(experiment), experiment.compared(_task(experiment))
     theirs, its = of_variant(start, task, known), cost(start.run(task, 1), steps)
     heads = ["experts come", "test perplexity", "seeds", "against the first row", "seconds", "memory x time"]
-    heads += ["memory at most, MB", "MB sent, of two ranks", "perplexity at its seconds, first row"]
+    heads += ["memory at most, MB", "MB sent, of two ranks", "against the first row at equal seconds"]
     rows = []
     for variant in experiment.variants:
         ours, mine = of_variant(variant, task, known), cost(variant.run(task, 1), steps)
@@ -121,30 +170,14 @@ def pays_table(experiment: Experiment, known: Known, steps: Steps) -> str:
             cells.append(f"{mine.memory_seconds / its.memory_seconds:.2f}")
             cells.append(f"{mine.peak_memory / 1e6:.0f}")
             cells.append(f"{mine.sent / 1e6:.0f}" + (f" ({mine.sent / its.sent:.2f})" if its.sent else ""))
-        at = (
-            None if mine is None or its is None or not theirs else loss_at(theirs, mine.seconds / its.seconds)
-        )
-        cells.append("" if at is None or variant == start else f"{perplexity(at):.2f}")
+        equal = at_equal_seconds(experiment, variant, known, steps)
+        cells.append("" if equal is None else in_percent(equal))
         rows.append(cells)
     return table(heads, rows)
 
 
 def _quality(found: Records) -> list[str]:
     return [spread(score, found), str(len(found))] if found else [NOT_RUN, ""]
-
-
-def loss_at(found: Records, part: float) -> float | None:
-    """The valid loss of a run after a share of its updates, at most all, between validations interpolated.
-
-    Its learning rate is then still on its way, so that a shorter run of its own would do better.
-    """
-    curve = mean_curve(found)
-    update = min(part, 1.0) * curve[-1][0]
-    for before, after in zip(curve, curve[1:]):
-        if before[0] <= update <= after[0]:
-            rest = (update - before[0]) / (after[0] - before[0])
-            return before[3] + rest * (after[3] - before[3])
-    return None
 
 
 def plain_table(experiment: Experiment, known: Known) -> str:

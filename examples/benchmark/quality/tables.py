@@ -6,7 +6,7 @@ import math
 import statistics
 from collections.abc import Callable, Sequence
 
-from bootstrap import difference
+from bootstrap import Difference, difference
 from protocol import SEEDS, TASKS, Experiment, Task, Variant
 
 Records = list[dict]
@@ -52,8 +52,11 @@ def tested(name: str, found: Records) -> str:
 
 def compared(ours: Records, theirs: Records) -> str:
     """The paired difference with its interval, bold where that excludes 0."""
-    found = difference(ours, theirs)
-    points = "bleu" in ours[0]["test"]
+    return in_percent(difference(ours, theirs), points="bleu" in ours[0]["test"])
+
+
+def in_percent(found: Difference, points: bool = False) -> str:
+    """A difference with its interval, in percent or in points, bold where that excludes 0."""
     scale, unit = (1, "") if points else (100, "%")
     text = f"{scale * found.mean:+.2f}{unit} [{scale * found.low:+.2f}, {scale * found.high:+.2f}]"
     return f"**{text}**" if found.excludes_zero else text
