@@ -42,11 +42,11 @@ def _rows(system: str, options: dict[str, Any], last: int) -> tuple[Variant, ...
     )
 
 
-def _rescaled() -> tuple[Variant, ...]:
-    """Two ways to grow in which the layer's output is what it was before a spawn."""
+def _also(what: str, system: str, options: dict[str, Any]) -> tuple[Variant, ...]:
+    """Two of the ways to grow to 64 experts, with something more."""
     ways = {"one spawn at 10%": ONCE["one spawn at 10%"], _STAGES: stages(64)[_STAGES]}
     return tuple(
-        Variant(f"{label}, rescaled", "switch", {"moe_experts": 64, "moe_spawn_rescale": True, **way})
+        Variant(f"{label}, {what}", system, {"moe_experts": 64, **options, **way})
         for label, way in ways.items()
     )
 
@@ -170,15 +170,21 @@ GROWTH = {
             "growth_switch",
             "64 experts of Switch",
             "Each token has one expert, as wide as the dense layer.",
-            (*_rows("switch", {"moe_experts": 64}, 64), *_rescaled()),
+            (
+                *_rows("switch", {"moe_experts": 64}, 64),
+                *_also("rescaled", "switch", {"moe_spawn_rescale": True}),
+            ),
             tasks=("domains",),
             confirmed=_CONFIRMED,
         ),
         Experiment(
             "growth_context",
             "64 experts with a confident gate that sees context",
-            "The preset evomoe_context.",
-            _rows("evomoe_confident", {"moe_experts": 64, **BOTH}, 64),
+            "The preset evomoe_context. *The gate learns before*: in the 200 updates before the first spawn.",
+            (
+                *_rows("evomoe_confident", {"moe_experts": 64, **BOTH}, 64),
+                *_also("the gate learns before", "evomoe_confident", {**BOTH, "moe_gate_warmup": "5%"}),
+            ),
             tasks=("domains",),
             confirmed=_CONFIRMED,
         ),
