@@ -19,7 +19,7 @@ SHORTER, SHORT = "from the start, 75% of the updates", 0.75
 
 
 def stages(last: int) -> dict[str, dict[str, Any]]:
-    """Three ways to grow to so many experts in stages."""
+    """Ways to grow to so many experts in stages."""
     first, second = (last // 16, last // 4) if last > 16 else (last // 4, last // 2)
     return {
         f"{name}: {first}, {second}, {last}": {
@@ -29,6 +29,7 @@ def stages(last: int) -> dict[str, dict[str, Any]]:
             ("early stages (2, 5, 10%)", ("2%", "5%", "10%")),
             ("stages (5, 10, 20%)", ("5%", "10%", "20%")),
             ("late stages (5, 15, 40%)", ("5%", "15%", "40%")),
+            ("latest stages (10, 30, 60%)", ("10%", "30%", "60%")),
         )
     }
 
