@@ -4,7 +4,7 @@
 All numbers of an experiment take turns in one process, a few updates each, so that whatever else the machine
 does slows all of them. What schedules of spawns cost is added up from these steps by `report.py`, so that
 runs that were trained beside others, or on other machines, have seconds that can be compared. Then two ranks
-share the experts for a few updates, to see the bytes that a rank sends. Results have a line for each number
+share the experts for some updates, to see the bytes that a rank sends. Results have a line for each number
 of experts; where there are several, the last one counts.
 """
 
@@ -34,7 +34,8 @@ from task_data import prepared, prepared_small
 
 BLOCK = 5
 """Updates of one number of experts until it is the next one's turn."""
-RANKS, UPDATES_ON_RANKS = 2, 6
+RANKS, UPDATES_ON_RANKS = 2, 200
+"""Of which the second half counts: a gate that has learned nothing may send nearly all to one rank."""
 LENGTH = 1_000_000
 TIMED = ("growth_switch", "growth_context", "growth_many", "growth_narrow")
 
@@ -103,7 +104,7 @@ def timed(runs: dict[int, Run], data: Path, rounds: int) -> dict[int, dict]:
 
 
 def sent(run: Run, data: Path) -> float:
-    """MB that one of two ranks sends to the other in an update, the mean over a few."""
+    """MB that one of two ranks sends to the other in an update, once the gate has learned a little."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         command += ["--nproc_per_node", str(RANKS), *run.command(data, Path(folder))]
@@ -111,7 +112,7 @@ def sent(run: Run, data: Path) -> float:
         command += ["--ddp-backend", "legacy_ddp", "--moe-expert-parallel", str(RANKS), "--no-save"]
         command += ["--log-interval", "1", "--stop-time-hours", "0", "--disable-validation"]
         command += ["--max-update", str(UPDATES_ON_RANKS), "--total-num-update", str(UPDATES_ON_RANKS)]
-        command += ["--warmup-updates", "1"]
+        command += ["--warmup-updates", "10"]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         done = subprocess.run(
             command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -119,7 +120,7 @@ def sent(run: Run, data: Path) -> float:
     found = [float(number) for number in re.findall(r'"moe_a2a_mb": "([\d.]+)"', done.stdout)]
     if not found:
         raise SystemExit(f"stage_times.py: {' '.join(command)} failed:\n{done.stdout[-2000:]}")
-    return statistics.mean(found)
+    return statistics.mean(found[len(found) // 2 :])
 
 
 def main() -> None:
