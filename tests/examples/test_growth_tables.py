@@ -132,9 +132,8 @@ def test_at_equal_seconds_against_a_run_of_that_length(grown, short, better):
         for line in growth_tables.verdict(known, {"growth_switch": STEPS}).splitlines()
         if line.startswith("- 64 experts of Switch")
     )
-    assert line.endswith(
-        f"missed by all 1 ways to grow. Better at equal seconds: {GROWN if better else 'none of 1'}."
-    )
+    of_1 = f"1 of 1, most of all {GROWN} ({cells[GROWN][7]})" if better else "none of 1"
+    assert line.endswith(f"missed by all 1 ways to grow. Better at equal seconds: {of_1}. Up to 3 seeds.")
 
 
 def test_nothing_is_said_of_seconds_that_no_run_had():

@@ -62,23 +62,24 @@ def verdict(known: Known, steps: dict[str, Steps]) -> str:
     lines = []
     for name in PAYS:
         experiment, times = GROWTH[name], steps.get(name, {})
-        reached, better, tried, timed = [], [], 0, 0
-        for variant in experiment.variants:
-            found = _against_start(experiment, variant, known, times)
-            tried += found is not None
-            if found is not None and _reaches(*found):
-                reached.append(variant.label)
-            equal = at_equal_seconds(experiment, variant, known, times)
-            timed += equal is not None
-            if equal is not None and equal.high < 0:
-                better.append(variant.label)
-        if not tried:
-            text = NOT_RUN
-        else:
-            text = f"reached by {'; '.join(reached)}" if reached else f"missed by all {tried} ways to grow"
-        if timed:
-            text += f". Better at equal seconds: {'; '.join(better) if better else f'none of {timed}'}"
-        lines.append(f"- {experiment.title}: {text}.")
+        grown = [variant for variant in experiment.variants if _grows(experiment, variant)]
+        shares = {one.label: _against_start(experiment, one, known, times) for one in grown}
+        shares = {label: found for label, found in shares.items() if found is not None}
+        if not shares:
+            lines.append(f"- {experiment.title}: {NOT_RUN}.")
+            continue
+        reached = [label for label, found in shares.items() if _reaches(*found)]
+        text = f"reached by {'; '.join(reached)}" if reached else f"missed by all {len(shares)} ways to grow"
+        equal = {one.label: at_equal_seconds(experiment, one, known, times) for one in grown}
+        equal = {label: found for label, found in equal.items() if found is not None}
+        better = {label: found for label, found in equal.items() if found.high < 0}
+        if equal:
+            text += f". Better at equal seconds: {len(better) or 'none'} of {len(equal)}"
+        if better:
+            best = min(better, key=lambda label: better[label].mean)
+            text += f", most of all {best} ({in_percent(better[best])})"
+        seeds = max(len(of_variant(one, _task(experiment), known)) for one in grown)
+        lines.append(f"- {experiment.title}: {text}. {'One seed' if seeds == 1 else f'Up to {seeds} seeds'}.")
     target = (
         f"Target: within {WITHIN:.1%} of the final perplexity of experts from the start, for at most "
         f"{SECONDS:g} of its seconds and {MEMORY:g} of its memory x time."
