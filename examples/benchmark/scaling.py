@@ -61,15 +61,17 @@ def plot(result: dict, path: Path) -> None:
         return
     logging.getLogger("matplotlib").setLevel(logging.WARNING)  # fairseq shows every logger's messages
     matplotlib.use("svg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     pyplot.rcParams.update({"svg.hashsalt": "evomoe", "svg.fonttype": "none", "font.size": 9})
-    figure, axes = pyplot.subplots(1, len(result["series"]), figsize=(8, 2.8), constrained_layout=True)
+    figure, axes = pyplot.subplots(1, len(result["series"]), figsize=(11, 2.8), constrained_layout=True)
     for ax, data in zip(axes, result["series"]):
         ax.plot(data["x"], data["layer"], "o-", ms=3, label="MoE layer")
         ax.plot(data["x"], data["floor"], "s--", ms=3, label="dense FFN, same rows")
         ax.set(xscale="log", yscale="log", xlabel=data["axis"], xticks=data["x"], ylim=(None, None))
         ax.set_xticklabels(data["x"])
+        ax.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        ax.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
         ax.minorticks_off()
     bottom, top_ = axes[0].get_ylim()
     axes[0].set_ylim(0.5 * bottom, 2 * top_)
