@@ -172,9 +172,8 @@ def plot(model: Model, run: Run, machine: Machine, path: Path) -> None:
         top = [below + 1000 * getattr(step, part) for below, step in zip(bottom, steps)]
         area = right.fill_between(active, bottom, top)
         middle = [(below + above) / 2 for below, above in zip(bottom, top)]
-        right.plot(
-            active, middle, alpha=0, color=area.get_facecolor()[0], label=label
-        )  # where its name stands
+        # nothing that is seen: the line in the middle of the area is where its name belongs
+        right.plot(active, middle, alpha=0, color=area.get_facecolor()[0], label=label)
         bottom = top
     one = model_seconds(model, run, phases(layer.experts)[0], machine)
     right.plot([1], [1000 * one.step], "ko", ms=4)

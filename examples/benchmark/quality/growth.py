@@ -160,7 +160,7 @@ GROWTH = {
             "growth_dense",
             "Whether experts are what is missing",
             "Dense models with the active parameters of 64 experts, for as many updates and for about as "
-            "many seconds (one of 64 experts takes 1.5 times as long), and with all of their parameters.",
+            "many seconds (one of 64 experts takes 1.4 to 1.5 times as long), and with all parameters.",
             (
                 Variant("dense, active parameters", "dense"),
                 Variant("dense, active parameters, 150% of the updates", "dense", share=1.5),
