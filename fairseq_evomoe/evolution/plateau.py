@@ -10,6 +10,8 @@ from torch import Tensor
 from ..moe.options import Options, option
 
 _COUNTS = ("update", "count", "windows")
+_NOT_YET = -1
+"""In the state: the update of a spawn that has not come."""
 _LOSSES = ("loss_sum", "weight_sum", "mean", "fall", "steepest", "lr")
 
 
@@ -150,8 +152,11 @@ class Plateau:
 
     def state(self) -> Dict[str, Tensor]:
         """What a checkpoint needs, by the names in ``KEYS``."""
-        spawn_update = -1 if self.spawn_update is None else self.spawn_update
-        counts = [spawn_update] + [getattr(self, name) for name in _COUNTS] + self.spawned[:-1]
+        spawn_update = _NOT_YET if self.spawn_update is None else self.spawn_update
+        earlier = self.spawned[:-1]
+        # of one length in all stages: an EMA compares shapes
+        earlier = earlier + [_NOT_YET] * (self.stages - 1 - len(earlier))
+        counts = [spawn_update] + [getattr(self, name) for name in _COUNTS] + earlier
         losses = [getattr(self, name) for name in _LOSSES]
         return dict(zip(self.KEYS, (torch.tensor(counts), torch.tensor(losses, dtype=torch.float64))))
 
@@ -159,7 +164,8 @@ class Plateau:
         """The inverse of ``state``."""
         # scripts/average_checkpoints.py makes a mean of whole numbers, too
         spawn_update, *counts = (round(x) for x in state[self.KEYS[0]].tolist())
-        spawned = [] if spawn_update < 0 else [*counts[len(_COUNTS) :], spawn_update]
+        earlier = [update for update in counts[len(_COUNTS) :] if update >= 0]
+        spawned = [] if spawn_update < 0 else [*earlier, spawn_update]
         self.spawned = spawned[-self.stages :]  # a merged model has one stage left
         vars(self).update(zip(_COUNTS, counts))
         vars(self).update(zip(_LOSSES, state[self.KEYS[1]].tolist()))

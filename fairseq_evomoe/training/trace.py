@@ -160,7 +160,7 @@ def _summed(trainer: Trainer, routings: Routings) -> Dict[str, Dict[str, Any]]:
     layers = [(name, layer.moe) for name, layer in moe_layers(trainer.get_model())]
     parts = []
     for _, moe in layers:
-        experts = moe.router.experts if moe.router is not None else 1
+        experts = moe.num_experts if moe.router is not None else 1  # those that compute nothing left out
         part = torch.zeros(3 + experts, dtype=torch.float64, device=trainer.device)
         if moe in routings:  # LayerDrop may have left it out
             report = routings[moe].report()

@@ -200,7 +200,7 @@ AUTO = {"moe_spawn_update": "auto:2,auto:4", "moe_spawn_window": 3, "moe_spawn_p
 
 def test_plateaus_decide_on_each_stage(lm_data, tmp_path):
     settings = {**SETTINGS, **AUTO, "max_update": 44, "moe_experts": 4, "save_interval_updates": 1}
-    settings["keep_interval_updates"] = -1
+    settings.update(keep_interval_updates=-1, store_ema=True, ema_fp32=True)
     whole = check_resume(lm_data, tmp_path, settings, ())
     lines = whole.result.lines("spawned experts before")
     updates = [int(line.split("before update ")[1].split(":")[0]) for line in lines]

@@ -62,6 +62,19 @@ def test_the_family_tree_has_several_generations(lm_data, tmp_path):
     assert sorted(second["parents"]) == [0, 0, 1, 1] and second["generations"] == [2] * 4
 
 
+@pytest.mark.parametrize(
+    "preset", [{"moe_preset": "moe_plus_plus"}, {"moe_router": "topk", "moe_zero_experts": 2}]
+)
+def test_experts_that_compute_nothing_are_left_out(preset, lm_data, tmp_path):
+    options = {**SETTINGS, **preset, "moe_trace": 1, "moe_anneal_updates": None, "moe_hard_update": None}
+    call("fairseq-train", lm_data, save_dir=tmp_path, **{**options, "moe_spawn_update": 0, "max_update": 2})
+    seen = [layer for record in updates(trace_file.read(tmp_path)) for layer in record["layers"].values()]
+    assert len(seen) == 4
+    for layer in seen:
+        assert len(layer["load"]) == len(layer["widths"]) == 4
+        assert 0 < layer["assignments"] < 2 * layer["tokens"]
+
+
 def test_loads_are_those_of_the_log(traced):
     """The log has means over layers of the same batch."""
     for record_, log in zip(updates(traced[1]), traced[0].log("train_inner")[1::2]):
