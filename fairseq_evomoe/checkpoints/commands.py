@@ -17,7 +17,7 @@ from . import adapter, info, recovery, shards
 from .densify import densify_checkpoint
 from .files import CommandError, check_outputs, is_in_several_files, load, save
 from .index import path_of
-from .merge import LayerMerge, Observed, merge_checkpoint, moe_layers_of, plan_checkpoint
+from .merge import LayerMerge, Observed, check_merge, merge_checkpoint, moe_layers_of, plan_checkpoint
 from .saved_optimizer import UnknownLayout, parameter_keys
 from .saved_options import SavedOptions
 
@@ -56,6 +56,7 @@ def merge(args: argparse.Namespace) -> None:
     import_plugin(args)
     state = load(args.checkpoint)
     layers = moe_layers_of(state)
+    check_merge(layers, SavedOptions(state), args.experts, args.align)  # before much is computed
     observed = _observe(args) if args.data is not None else None
     plans = plan_checkpoint(layers, SavedOptions(state), args.experts, observed, args.align)
     print(table(plans))

@@ -8,6 +8,7 @@ has ``moe_layer.gate.wg.weight`` and, numbered on each rank anew, ``moe_layer.ex
 import re
 from argparse import Namespace
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
 
 import torch
@@ -93,7 +94,7 @@ def read_fairseq_moe(paths: Sequence[str]) -> Dict[str, Any]:
 
 
 def _check_order(paths: Sequence[str]) -> None:
-    ranks = [int(found[1]) for found in map(_RANK.search, paths) if found]
+    ranks = [int(found[1]) for found in (_RANK.search(Path(path).name) for path in paths) if found]
     if ranks != sorted(set(ranks)):
         raise CommandError(
             "The files of the ranks are not in order, or one is there twice: give each once, by rank."

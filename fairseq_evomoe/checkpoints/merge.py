@@ -14,6 +14,7 @@ from ..evolution.merge import Merge, MergeError, plan_merge, weight_similarity
 from ..evolution.sizes import expert_widths, size_ratios
 from ..moe.balancing import Balance
 from ..moe.loading import STAGE
+from ..moe.options import OptionError
 from ..moe.routers import ROUTERS, Router
 from .index import is_low_rank
 from .saved_optimizer import LAYOUT, Layout, find_layout, replace_rows
@@ -155,12 +156,7 @@ def plan_checkpoint(
     Raises:
         MergeError: a model whose experts cannot be merged, or not into so few.
     """
-    _check_number(layers, options, experts)
-    if align and any("experts.hidden.norm.weight" in layer.tensors for layer in layers):
-        raise MergeError(
-            "`align` would reorder hidden units, but scale_fc gives each a factor that all experts have in "
-            "common: leave it out."
-        )
+    check_merge(layers, options, experts, align)
     rules = _router_class(options).merge_rules
     plans = []
     for layer in layers:
@@ -178,6 +174,20 @@ def plan_checkpoint(
                 plan.merge.tensor(key, tensor)  # to find out before anything is changed
         plans.append(plan)
     return plans
+
+
+def check_merge(layers: List[Layer], options: SavedOptions, experts: int, align: bool = False) -> None:
+    """Refuse a merge that cannot be; see ``plan_checkpoint``.
+
+    Raises:
+        MergeError: it cannot.
+    """
+    _check_number(layers, options, experts)
+    if align and any("experts.hidden.norm.weight" in layer.tensors for layer in layers):
+        raise MergeError(
+            "`align` would reorder hidden units, but scale_fc gives each a factor that all experts have in "
+            "common: leave it out."
+        )
 
 
 def _router_class(options: SavedOptions) -> Type[Router]:
@@ -219,10 +229,18 @@ def _check_number(layers: List[Layer], options: SavedOptions, experts: int) -> N
             f"The bias of `balance` {options['balance'].value} counts `zero_experts`, `copy_experts` and "
             "`constant_experts` among the others, and is not merged then: merge checkpoints without them."
         )
+    try:
+        router_options = router.Options.given({name: options[name] for name in router.Options.declared()})
+        refused = next(router_options.contradictions(experts), None)
+    except OptionError as error:
+        refused = error
+    if refused is not None:
+        raise MergeError(f"The merged model would be refused, with `experts` {experts}: {refused}")
     if experts > 1:
         return
     for text, found in (
         (f"`router` {options.router}", not router.unit_weight),
+        ("`scaling_factor`", options["scaling_factor"] != 1),
         ("`shared_expert`", options["shared_expert"]),
         ("`hyper_adapter`", options["hyper_adapter"]),
         ("`output_masking`", options["output_masking"] > 0),

@@ -30,7 +30,7 @@ class _Watch:
         router.register_forward_hook(self._see)
 
     def _see(self, router: Router, inputs: Tuple[Tensor, RoutingContext], routing: Routing) -> None:
-        self.load_E += routing.load_E().double()
+        self.load_E += routing.load_E()[: self.moe.num_experts].double()  # others have no weights to merge
         x_TD = inputs[0] if routing.slots is None else routing.slots.mix(inputs[0])
         for part_TD in x_TD[: self.wanted - self.rows].split(_CHUNK):
             self.rows += part_TD.shape[0]

@@ -405,10 +405,13 @@ def test_folders_that_are_there(trained, tmp_path, capsys):
     assert_refused(capsys, ["no folder that an export has written"], *rest, tmp_path / "mine", "--force")
     assert_refused(capsys, ["does not exist"], *rest, tmp_path / "nowhere" / "hf")
     export(path, folder)
-    (folder / "old").touch()
     assert_refused(capsys, ["is there already", "--force"], *rest, folder)
+    (folder / "optimizer.pt").touch()
+    assert_refused(capsys, ["has optimizer.pt, which no export has written"], *rest, folder, "--force")
+    (folder / "optimizer.pt").unlink()
+    (folder / "config.json").unlink()
     export(path, folder, "--force")
-    assert not (folder / "old").exists() and (folder / "config.json").exists()
+    assert (folder / "config.json").exists()
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["hf", "mine"]
 
 

@@ -144,3 +144,11 @@ def test_files_that_are_missing(pick, text, lm_data, tmp_path, capsys):
     message = capsys.readouterr().err
     assert text in message and message.count("\n") == 1 and message.endswith(".\n"), message
     assert not (tmp_path / "ours.pt").exists()
+
+
+def test_a_folder_may_be_called_as_a_rank_s_file(lm_data, tmp_path):
+    folder = tmp_path / "run-rank-2"
+    folder.mkdir()
+    files = write_theirs(model_of_ours(lm_data, LM), folder, {}, 2)
+    evomoe("import", "--from", "fairseq-moe", *files, "--out", tmp_path / "ours.pt")
+    assert (tmp_path / "ours.pt").exists()

@@ -490,3 +490,36 @@ def test_an_optimizer_s_state_that_cannot_be_matched_is_refused(lm):
     state["last_optimizer_state"]["state"] = {0: {"exp_avg": torch.zeros(1)}}
     with pytest.raises(UnknownLayout, match="could not be matched"):
         need_layout(state)
+
+
+@pytest.mark.parametrize(
+    "options, experts, text",
+    [
+        ({"moe_router": "dtop-p"}, 1, "`mean_experts` must be more than 0 to the 1 experts"),
+        ({"moe_router": "expert-choice"}, 1, "`mean_experts`"),
+        ({"moe_router": "remoe", "moe_mean_experts": 4.0}, 2, "to the 2 experts, but is 4.0"),
+        ({"moe_router": "switch", "moe_copy_experts": 1}, 1, "which there is not with `experts` 1"),
+        ({"moe_scaling_factor": 2.0}, 1, "`scaling_factor` is another one with a single expert"),
+    ],
+)
+def test_models_that_would_be_refused_are_not_made(options, experts, text, lm):
+    with pytest.raises(MergeError, match=text):
+        merged_with(lm, experts, **options)
+
+
+def test_experts_that_compute_nothing_are_no_obstacle_to_data(lm_data, tmp_path, capsys):
+    options = {**LM, **GROWN, "moe_preset": "moe_plus_plus", "moe_eval_routing": None, "moe_threshold": None}
+    options.update(moe_anneal_updates=None, moe_hard_update=None)
+    call("fairseq-train", lm_data, save_dir=tmp_path, **options)
+    command(tmp_path / "checkpoint_last.pt", "--experts", 2, "--data", lm_data, "--tokens", 64, "--dry-run")
+    assert "outputs of all experts compared on 64 tokens" in capsys.readouterr().out
+
+
+def test_it_is_refused_before_the_data_are_read(lm, tmp_path, capsys):
+    state = torch.load(lm)
+    state["cfg"]["model"]["moe_router"] = "stratified"
+    torch.save(state, tmp_path / "changed.pt")
+    with mock.patch("fairseq_evomoe.checkpoints.observe.observe", side_effect=AssertionError):
+        with pytest.raises(SystemExit):
+            command(tmp_path / "changed.pt", "--experts", 2, "--data", tmp_path, "--dry-run")
+    assert "cannot be merged" in capsys.readouterr().err

@@ -7,6 +7,7 @@ names them.
 import contextlib
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from types import ModuleType
@@ -17,6 +18,11 @@ from torch import Tensor
 from ..files import CommandError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+_EXPORTED = re.compile(
+    r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|(generation_|tokenizer_)?config\.json"
+    r"|(target_)?vocabulary\.json|sentencepiece\.model|\w+\.py|__pycache__"
+)
+"""The names of what exports write."""
 MOST_BYTES = 5 * 10**9
 """How large a file of tensors becomes, unless a single tensor is larger."""
 
@@ -81,6 +87,12 @@ def check_folder(out: str, force: bool) -> None:
     if not target.is_dir() or not any((target / name).is_file() for name in (SINGLE, INDEX)):
         raise CommandError(
             f"`out` {out} is no folder that an export has written, and is not replaced: give another name."
+        )
+    others = sorted(entry.name for entry in target.iterdir() if not _EXPORTED.fullmatch(entry.name))
+    if others:
+        raise CommandError(
+            f"`out` {out} has {others[0]}, which no export has written, and is not replaced: move that away, "
+            "or give another name."
         )
 
 

@@ -31,6 +31,8 @@ class EvoMoEModel(PreTrainedModel, GenerationMixin):
         r"classification_heads\.",
         r"plateau\.",
         r"moe\.activity\.",
+        r"moe\.demand\.",
+        r"moe\.warmup\.",
         r"moe\.stage$",
     ]
 
