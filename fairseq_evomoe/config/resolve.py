@@ -261,7 +261,10 @@ def write_back(cfg: Any, config: MoEConfig) -> None:
 
 
 def warn_of_idle_options(config: MoEConfig) -> None:
-    """Warn of options that were given for stages that do not come."""
+    """Warn of options that were given for stages that do not come, and of a gate that learns nothing."""
+    line = rules.gate_that_learns_nothing(config)
+    if line is not None:
+        logger.warning(as_flags(line))
     for where, found in rules.idle(config):
         logger.warning(f"no effect {as_flags(where)}: {', '.join(flag(PREFIX + name) for name in found)}")
 

@@ -1,9 +1,11 @@
 """Options that contradict each other across groups, found before a model is built."""
 
-from typing import Any, Iterator, List, Tuple
+from typing import Any, Iterator, List, Optional, Tuple
 
 from ..evolution.spawn import SpawnMethod
+from ..moe.balancing import Balance
 from ..moe.options import OptionError
+from ..moe.routers.router import GateInput, Renormalize
 from . import spawn_rules
 from .config import Compression, MoEConfig, TransportType
 
@@ -300,12 +302,37 @@ def rank_contradictions(config: MoEConfig) -> Iterator[OptionError]:
         )
 
 
+def gate_that_learns_nothing(config: MoEConfig) -> Optional[str]:
+    """A sentence about a gate that gets no gradient of the task's loss; ``None``: it gets one.
+
+    The weight of a single expert, divided by itself, is 1 whatever its gate says.
+    """
+    router, options = config.router_class, config.router_options
+    number = 1 if router.one_expert else getattr(options, router.experts_per_token or "top_k", None)
+    always = getattr(options, "renormalize", None) == Renormalize.always
+    if not always or number != 1 or config.experts == 1:
+        return None
+    way_out = "`renormalize` straight-through or never"
+    if "renormalize" not in options.declared():
+        way_out = "`top_k` 2 or more"
+    return (
+        "the gate learns nothing from the task while a token has one expert, since the weight of that is "
+        f"divided by itself and always 1: give {way_out}"
+    )
+
+
 def idle(config: MoEConfig) -> Iterator[Tuple[str, List[str]]]:
     """Options of stages that do not come: where, and which of those that were given.
 
     That is no error, so that rivals stay one flag away: ``--moe-router``, ``--moe-spawn-update``.
     """
+    given = config.router_options
+    gate, balance = getattr(given, "gate_input", None), getattr(given, "balance", Balance.loss)
+    seen, kept_even = f"with `gate_input` {getattr(gate, 'value', '')}", f"with `balance` {balance.value}"
     for applies, names, where in (
+        (gate in (None, GateInput.table), ("table_std",), seen),
+        (gate in (None, GateInput.hidden, GateInput.both), ("jitter",), seen),
+        (balance == Balance.loss, ("balance_choices", "free_balance"), kept_even),
         (config.router_class.anneals, SCHEDULE, f"with `router` {config.router}"),
         (config.spawns_by_itself, PLATEAU, "without `spawn_update` auto"),
         (config.latest_spawns[-1] != 0, SPAWNING, "with `spawn_update` 0"),

@@ -52,6 +52,12 @@ def _stages(config: MoEConfig) -> Iterator[OptionError]:
             f"`router` {config.router} decides by itself which expert has how many children: leave "
             f"`spawn_select` {select.value} out.",
         )
+    if select == Select.gradient and "experts" in config.frozen_parts:
+        yield OptionError(
+            "spawn_select",
+            "`spawn_select` gradient measures gradients of experts, which have none with `freeze` experts: "
+            "give `spawn_select` load, or leave one of them out.",
+        )
     if select != Select.even and config.router_class.passes:
         yield OptionError(
             "spawn_select",
@@ -74,6 +80,11 @@ def _gate_warmup(config: MoEConfig) -> Iterator[OptionError]:
     except OptionError as error:
         yield error
     text, how = f"`gate_warmup` {config.schedule.gate_warmup}", method(config)
+    if "router" in config.frozen_parts:
+        yield OptionError(
+            "gate_warmup",
+            f"{text} trains a gate, and `freeze` router leaves it as it is drawn: leave one of them out.",
+        )
     if config.spawns_by_itself:
         yield OptionError(
             "gate_warmup",

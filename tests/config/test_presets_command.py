@@ -2,11 +2,12 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from fairseq_evomoe.config import commands, presets
+from fairseq_evomoe.config import commands, presets, rules
 from fairseq_evomoe.config.resolve import resolve
 from fairseq_evomoe.moe import ROUTERS
 
@@ -48,8 +49,11 @@ def test_what_is_printed_is_what_it_resolves_to(name, printed):
     for option, value in shown.items():
         value = None if value == "(none)" else value
         assert str(flat[option[len("--moe-") :].replace("-", "_")]).lower() == str(value).lower()
+    without_effect = {
+        option for _, idle in rules.idle(replace(config, given=frozenset(flat))) for option in idle
+    }
     for option in ROUTERS[config.router].Options.declared():
-        assert "--moe-" + option.replace("_", "-") in shown
+        assert ("--moe-" + option.replace("_", "-") in shown) == (option not in without_effect)
     default = resolve({"router": config.router}, ffn_dims=[256], max_update=1000).flat()
     differing = {row[0] for row in section(text, "Options that are not defaults")} - {
         "(none)",

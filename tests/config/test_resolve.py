@@ -16,7 +16,7 @@ from fairseq_evomoe.config.resolve import (
     warn_of_idle_options,
     write_back,
 )
-from fairseq_evomoe.config.rules import rank_contradictions
+from fairseq_evomoe.config.rules import gate_that_learns_nothing, rank_contradictions
 from fairseq_evomoe.evolution.schedule import TemperatureSchedule
 from fairseq_evomoe.evolution.spawn import SpawnMethod
 from fairseq_evomoe.moe.routers import ROUTERS
@@ -559,6 +559,17 @@ def warnings_of(given, caplog, **about):
             "with --moe-spawn-update 0",
             ["--moe-spawn-statistics"],
         ),
+        ({"table_std": 0.5}, "with --moe-gate-input hidden", ["--moe-table-std"]),
+        (
+            {"router": "switch", "gate_input": "table", "jitter": 0.1},
+            "with --moe-gate-input table",
+            ["--moe-jitter"],
+        ),
+        (
+            {"router": "topk", "balance": "bias", "balance_choices": "first"},
+            "with --moe-balance bias",
+            ["--moe-balance-choices"],
+        ),
     ],
     ids=str,
 )
@@ -583,3 +594,25 @@ def test_former_defaults_are_named_to_those_who_relied_on_them():
     assert "--moe-renormalize, --moe-gate-noise;" in relied and "--moe-spawn-update" not in relied
     assert line(preset="evomoe") is None and line(router="switch") is None
     assert line(gate_input="hidden", renormalize="never", gate_noise="always", spawn_update=5) is None
+
+
+@pytest.mark.parametrize(
+    "given, way_out",
+    [
+        ({"preset": "mixtral", "top_k": 1}, "give --moe-renormalize straight-through or never"),
+        ({"router": "stratified", "top_k": 1}, "--moe-renormalize"),
+        ({"router": "recurrent", "top_k": 1}, "--moe-renormalize"),
+        ({"router": "switch", "renormalize": "always"}, "--moe-renormalize"),
+        ({"router": "dts", "renormalize": "always"}, "--moe-renormalize"),
+        ({"router": "laplace", "top_k": 1}, "give --moe-top-k 2 or more"),
+    ],
+    ids=str,
+)
+def test_a_gate_that_learns_nothing_is_named(given, way_out, caplog):
+    (line,) = warnings_of(given, caplog)
+    assert "learns nothing from the task" in line and way_out in line
+
+
+@pytest.mark.parametrize("preset", [None, *names()])
+def test_every_preset_s_gate_learns(preset):
+    assert gate_that_learns_nothing(resolve({"preset": preset}, **RUN, masked=True)) is None

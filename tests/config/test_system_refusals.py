@@ -49,6 +49,16 @@ REFUSED = [
     ({"preset": "ds_moe", "hard_experts": 17}, "hard_experts", "from 1 to the 16 experts"),
     ({"preset": "default_moe", "renormalize": "always"}, "renormalize", NO_EFFECT),
     ({"router": "topk", "default_decay": 0.5}, "default_decay", NO_EFFECT),
+    (
+        {"spawn_update": "5:2,9:4", "spawn_select": "gradient", "freeze": "experts"},
+        "spawn_select",
+        "give --moe-spawn-select load",
+    ),
+    (
+        {"spawn_update": 9, "gate_warmup": 5, "freeze": "router"},
+        "gate_warmup",
+        "leaves it as it is drawn",
+    ),
     ({"preset": "comet", "leaf_search": -1}, "leaf_search", "at least 0"),
     ({"router": "topk", "leaf_search": 10}, "leaf_search", NO_EFFECT),
 ]
