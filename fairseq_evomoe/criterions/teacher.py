@@ -47,6 +47,9 @@ def load_teacher(path: str, task: FairseqTask) -> nn.Module:
     built: Any = models.build_model(cfg.model, task)
     model: nn.Module = built
     built.load_state_dict(state["model"], strict=True, model_cfg=cfg.model)
+    history = state.get("optimizer_history") or [{}]
+    if hasattr(built, "set_num_updates"):  # a gate's temperature is that of the update, as in generation
+        built.set_num_updates(history[-1].get("num_updates", 0))
     if has_adaptive_softmax(model):
         raise _error(
             f"{_FLAG} {path} has an adaptive softmax, which gives no logits of all words: give a teacher "

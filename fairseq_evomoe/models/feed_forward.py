@@ -178,6 +178,9 @@ class MoEFeedForward(_Mixin):
         # with the norm after, what the output is added to is the input
         residual = batch.residual if self.normalize_before else None
         residual = None if residual is None else residual.transpose(0, 1)
+        scale = getattr(self, "w_resid", None)
+        if scale is not None and self.moe.in_passes:  # scale_resids
+            residual = torch.mul(scale, x if residual is None else residual)
         y = self.moe(x, self._context(batch), padding_mask, tokens, sequences, embeddings, residual)
         batch.passed = True
         return y.transpose(0, 1)

@@ -3,7 +3,7 @@
 Suffixes: see ``routing.py``; besides, K numbers of all parameters of a router.
 """
 
-from typing import TYPE_CHECKING, List
+from typing import TYPE_CHECKING, Any, List
 
 import torch
 from torch import Tensor
@@ -67,7 +67,8 @@ class GateWarmup(Collector):
         router = self._router[0].to(self.gate_K.device)
         parameters = list(router.parameters())
         vector_to_parameters(self.gate_K, parameters)
-        with torch.enable_grad():
+        keep: Any = lambda tensor: tensor  # noqa: E731 (a checkpoint of activations has other hooks)
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, keep):
             probability_TE = router.logits(x_TD.detach(), context).softmax(-1)
             loss = mutual_information_loss(probability_TE, context.ranks)
             found = torch.autograd.grad(loss, parameters, allow_unused=True)

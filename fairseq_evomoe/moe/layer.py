@@ -80,8 +80,8 @@ class MoELayer(SpawningLayer):
         kept_TD, context = self._without_padding(x, context, keep_T, tokens, sequences, embeddings, residual)
         y_TD = self._all_experts(kept_TD, context)
         if keep_T is not None:
-            y_TD = torch.zeros_like(x.reshape(-1, x.shape[-1])).index_copy(0, keep_T, y_TD)
-        return y_TD.view_as(x)
+            y_TD = torch.zeros_like(x.reshape(-1, x.shape[-1])).index_copy(0, keep_T, y_TD.to(x.dtype))
+        return y_TD.to(x.dtype).view_as(x)
 
     def router_input(
         self,

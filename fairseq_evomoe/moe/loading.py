@@ -4,6 +4,7 @@ Room is made and tensors are copied, nothing else: random numbers are drawn only
 into a layer that has many, which is a spawn.
 """
 
+import logging
 from typing import TYPE_CHECKING, Any, Dict, List, Optional
 
 import torch
@@ -19,6 +20,8 @@ from .statistics import measured_of
 
 if TYPE_CHECKING:
     from .spawning import SpawningLayer
+
+logger = logging.getLogger(__name__)
 
 WIDTHS_OF_SHARD = "experts.widths"
 """Key of the widths of all experts in a state that has only those of one rank."""
@@ -104,7 +107,10 @@ def _fit_spawned(
         moe.allocate_spawned(widths, router)
     if moe.resizes:
         origins = router_state["origin_E"].round().long().tolist()
-        _resize(moe, [moe.first_widths[origin] for origin in origins])
+        first = moe.first_widths
+        if moe.grows_in_stages:  # all experts of all stages have one width
+            first = first[:1] * (max(origins) + 1)
+        _resize(moe, [first[origin] for origin in origins])
         if found != moe.num_experts:
             _refuse_number(moe, found, prefix)
     if widths_of_shard is None:
@@ -147,6 +153,12 @@ def _resize(moe: "SpawningLayer", widths: List[int]) -> None:
 
 
 def _refuse_number(moe: "SpawningLayer", found: int, prefix: str) -> None:
+    if moe.grows_in_stages:
+        raise StateMismatch(
+            "spawn_update",
+            f"The checkpoint has {found} experts in {_name(prefix)}, but the stages have "
+            f"{', '.join(map(str, moe.stages))}: let `spawn_update` have a stage with {found}.",
+        )
     raise StateMismatch(
         "experts",
         f"The checkpoint has {found} experts in {_name(prefix)}, but `experts` is {moe.num_experts}: give "
@@ -251,9 +263,14 @@ def _spawn(moe: "SpawningLayer", state_dict: Dict[str, Any], prefix: str) -> Non
 
 
 def _fit_measured(state_dict: Dict[str, Any], prefix: str, own: Optional[nn.Module]) -> None:
-    """Let a state lack what is measured for a spawn, or have it in vain."""
+    """Let a state lack what is measured for a spawn, have it in vain, or have it for another spawn."""
     expected = {} if own is None else own.state_dict(prefix=prefix)
-    for key in [key for key in state_dict if key.startswith(prefix) and key not in expected]:
-        del state_dict[key]
-    for key, tensor in expected.items():
-        state_dict.setdefault(key, tensor)
+    found = {key: state_dict.pop(key) for key in list(state_dict) if key.startswith(prefix)}
+    known = found.keys() & expected.keys()
+    fits = all(found[key].shape == expected[key].shape for key in known)
+    if not fits:
+        logger.warning(
+            f"what the checkpoint has measured for the spawn in {_name(prefix)} is for other experts: it is "
+            "measured anew"
+        )
+    state_dict.update({key: found[key] if fits and key in known else x for key, x in expected.items()})

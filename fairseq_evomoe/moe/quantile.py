@@ -27,7 +27,8 @@ class Histogram:
         """How many of each column's numbers are in each bin: float32, shape (E, B)."""
         experts = value_TE.shape[1]
         bin_TE = ((value_TE - self.low) * (self.bins / (self.high - self.low))).floor_()
-        index_TE = bin_TE.clamp_(0, self.bins - 1).long()
+        # what is not finite, fairseq finds after the backward pass, and drops the counts with the update
+        index_TE = bin_TE.nan_to_num_(0.0).clamp_(0, self.bins - 1).long()
         counts_EB = torch.zeros(experts, self.bins, device=value_TE.device)
         # not by torch.bincount, for which a GPU waits
         return counts_EB.scatter_add_(1, index_TE.t(), torch.ones_like(index_TE.t(), dtype=torch.float32))

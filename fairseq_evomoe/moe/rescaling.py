@@ -39,8 +39,9 @@ def weights_now_and_then(moe: "MoELayer", plan: Plan, *inputs: Any) -> Tensor:
     x_RD, context = moe.router_input(*inputs)
     rows = float(x_RD.shape[0])
     router = next_router(moe, plan)
-    then = _weight(router, x_RD, context, moe.scaling_factor)
-    now = rows if moe.router is None else _weight(moe.router, x_RD, context, moe.scaling_factor)
+    factor = moe.scaling_factor * (1 - moe.output_masking)
+    then = _weight(router, x_RD, context, factor)
+    now = rows if moe.router is None else _weight(moe.router, x_RD, context, factor)
     return torch.tensor([now, then] if now and then else [rows, rows], dtype=torch.float64)
 
 

@@ -9,6 +9,7 @@ from fairseq.checkpoint_utils import load_checkpoint_to_cpu
 
 from fairseq_evomoe.config.errors import ConfigError
 from fairseq_evomoe.criterions.distillation import DistillationConfig, EvoMoEDistillation, divergence
+from fairseq_evomoe.models.feed_forward import moe_layers
 from support.cli import CLASSIFICATION, LM, MASKED_LM, TRANSLATION, Run, build, call, evomoe, parameters
 from support.refusals import refused
 from support.resume import check_resume
@@ -247,3 +248,10 @@ def test_other_tasks_are_refused(classification_data, trained, lm_data):
     with pytest.raises(ConfigError) as error:
         build(lm_data, **student(MASKED_LM, trained(MASKED_LM).last, label_smoothing=0.1))
     refused(error, "no --label-smoothing for masked language models")
+
+
+def test_a_teacher_gates_at_the_temperature_of_its_update(trained, lm_data):
+    teacher = trained({**LM, "moe_eval_routing": "adaptive", "max_update": 8}).last
+    model = build(lm_data, **student(LM, teacher)).criterion._teacher[0]
+    (layer,) = [layer for _, layer in moe_layers(model)]
+    assert layer.num_updates == 8 and layer.schedule.temperature(layer.num_updates) == 1.0

@@ -121,3 +121,21 @@ def test_what_is_frozen_stays(lm_data):
     still = {name for name, p in setup.model.named_parameters() if torch.equal(p.detach(), before[name])}
     assert still == {name for name in before if ".router." in name}
     assert any(".router.norms." in name for name in still)
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["norm before", "norm after"])
+def test_passes_start_from_a_residual_that_is_scaled(before, lm_data):
+    setup = build(lm_data, **{**LM, **STRATA, "moe_spawn_update": 0})
+    ((_, layer),) = moe_layers(setup.model)
+    layer.normalize_before = before
+    # what --scale-resids makes; fairseq 0.12.3 does not hand it on to its layers
+    layer.w_resid = torch.nn.Parameter(torch.randn(32))
+    seen = []
+    layer.moe.register_forward_hook(lambda moe, args, y: seen.append((args, y)))
+    layer.register_forward_hook(lambda layer, args, y: seen.append(y[0].transpose(0, 1)))
+    with torch.no_grad():
+        setup.model.eval()(**setup.batches()[0]["net_input"])
+    (args, y), whole = seen
+    expected = layer.moe.router.norms[-1](args[6] + y)
+    expected = expected if before else layer.final_layer_norm(expected)
+    assert torch.allclose(whole, expected, atol=1e-6)

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from fairseq_evomoe.moe import ROUTERS, MoELayer, RoutingContext, Vocabulary, record
 from fairseq_evomoe.moe.gate_warmup import GateWarmup, check_gate
@@ -138,3 +139,21 @@ def test_only_linear_gates_learn(router):
         return check_gate(ROUTERS[router])
     with pytest.raises(OptionError, match=f"`gate_warmup` .* `router` {router} has not: leave it out"):
         check_gate(ROUTERS[router])
+
+
+def test_checkpointed_activations_are_recomputed_once():
+    """Not a second time, for the gate's own gradient within the forward pass."""
+    layer, plain, passes = make(), make(), []
+    x = batch(1).requires_grad_()
+
+    def run(x):
+        passes.append(1)
+        return layer(1.0 * x, WARM).relu()
+
+    y = checkpoint(run, x, use_reentrant=False)
+    assert len(passes) == 1
+    y.sum().backward()
+    assert len(passes) == 2
+    grad, x.grad = x.grad, None
+    plain(1.0 * x, WARM).relu().sum().backward()
+    assert torch.equal(grad, x.grad)

@@ -8,7 +8,9 @@ import torch
 
 from fairseq_evomoe.evolution.spawn import Spawn
 from fairseq_evomoe.moe import ROUTERS, MoELayer, RoutingContext, Vocabulary
+from fairseq_evomoe.moe.gate_warmup import GateWarmup
 from fairseq_evomoe.moe.loading import StateMismatch
+from fairseq_evomoe.moe.plan import make_spawner
 
 VOCABULARY = Vocabulary(11, torch.ones(11), 5)
 
@@ -107,3 +109,28 @@ def test_what_does_not_fit_is_named(theirs, ours, option, words, spawned):
 def test_a_base_of_another_width_is_refused(spawned):
     option, text = refusal(make(hidden=16), make(spawned=spawned))
     assert option == "widths" and "16 hidden units in all, but the model's 8" in text
+
+
+@pytest.mark.parametrize("method", ["mask", "cluster"])
+def test_what_was_measured_for_other_experts_is_measured_anew(method, caplog):
+    """The gate that warms up, and the tokens that are kept to be clustered."""
+
+    def make(experts):
+        spawner = make_spawner(experts=experts, method=method)
+        layer = MoELayer(8, 16, experts, "switch", spawner=spawner)
+        layer.warmup = GateWarmup(layer) if method == "mask" else None
+        return layer
+
+    small, same, large = make(16), make(16), make(32)
+    with torch.no_grad():
+        for buffer in small.buffers():
+            buffer.add_(1)
+    own = {key: x.clone() for key, x in large.state_dict().items()}
+    same.load_state_dict(small.state_dict())
+    assert not caplog.records and torch.equal(*(next(iter(x.buffers())) for x in (small, same)))
+    large.load_state_dict(small.state_dict())
+    (line,) = caplog.messages
+    assert "measured anew" in line
+    assert torch.equal(large.experts.w1, small.experts.w1)
+    for key, tensor in large.state_dict().items():
+        assert key.startswith("experts.") or torch.equal(tensor, own[key]), key

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fairseq_evomoe.moe import RoutingContext
+from fairseq_evomoe.moe import MoELayer, RoutingContext, record
 from fairseq_evomoe.moe.losses import balance_loss, entropy, z_loss
 from fairseq_evomoe.moe.routers import ROUTERS, dts
 from fairseq_evomoe.moe.routers.dts import DenseToSparseRouter, gumbel
@@ -257,3 +257,18 @@ def test_the_balance_loss_in_evaluation_is_that_of_switch():
     assert close(router(x, RoutingContext(hard=True)).losses["balance"], expected)
     published = router.train()(x, RoutingContext(hard=True)).losses["balance"]
     assert not close(published, expected)
+
+
+@pytest.mark.parametrize("balance", ["bias", "quantile"])
+def test_a_bias_does_not_change_the_weights_of_evaluation(balance):
+    """Whatever weighs while training, evaluation weighs by the plain probability, at any temperature."""
+    torch.manual_seed(0)
+    layers = [
+        MoELayer(8, 16, 4, "dts", spawned=True, gate_weight="gumbel", balance=each, balance_weight=0.0).eval()
+        for each in ("loss", balance)
+    ]
+    layers[1].load_state_dict({**layers[1].state_dict(), **layers[0].state_dict()})
+    x = torch.randn(9, 8)
+    with record() as routings:
+        outputs = [layer(x, RoutingContext(temperature=0.5, hard=True)) for layer in layers]
+    assert torch.equal(*(routings[layer].weight_N for layer in layers)) and torch.equal(*outputs)

@@ -1,6 +1,7 @@
 """Layers whose experts spawn several times, with every router that there is."""
 
 import copy
+import math
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,7 @@ from fairseq_evomoe.moe import ROUTERS, MoELayer, RoutingContext, Vocabulary, re
 from fairseq_evomoe.moe.multiplying import try_routers
 from fairseq_evomoe.moe.offspring import Offspring
 from fairseq_evomoe.moe.options import OptionError
-from fairseq_evomoe.moe.plan import make_spawner
+from fairseq_evomoe.moe.plan import make_spawner, resize_plan
 from fairseq_evomoe.moe.rescaling import next_router, weights_now_and_then
 from fairseq_evomoe.moe.routers.dynmoe import Resize
 from fairseq_evomoe.moe.routers.router import Router, fill_uniform, linear32, top1_routing
@@ -165,7 +166,7 @@ def test_a_state_of_any_stage_can_be_loaded(system):
 def test_a_number_of_experts_that_no_stage_has_is_refused():
     layer = make("switch", (2, 6))
     layer.spawn(), layer.spawn()
-    with pytest.raises(OptionError, match="6 experts .* `experts` is 2"):
+    with pytest.raises(OptionError, match="6 experts .* stages have 2, 4"):
         make("switch", (2, 4)).load_state_dict(layer.state_dict())
 
 
@@ -404,3 +405,44 @@ def test_every_router_says_what_its_experts_weigh(system):
         routing = layer.router(rows, context)
         own_N = routing.expert_N < layer.num_experts
         assert expected == pytest.approx(routing.weight_N[own_N].sum().item()), system
+
+
+def test_experts_that_came_and_multiplied_can_be_loaded():
+    """More of them than a stage has, which is how many there may be."""
+    layer = make("dynmoe", (2, 4), max_experts=8)
+    layer.spawn()
+    for experts in (2, 3, 4, 5):
+        change = Resize(list(range(experts)), 0, torch.ones(DIM))
+        layer.apply_plan(resize_plan(layer.experts.widths, change.kept, change.copied))
+        layer.router.resize(change)
+    layer.spawn()
+    assert layer.num_experts == 6
+    other = make("dynmoe", (2, 4), max_experts=8)
+    other.load_state_dict(layer.state_dict())
+    assert other.num_experts == 6 and other.stage == 2
+    assert all(torch.equal(x, y) for x, y in zip(layer.parameters(), other.parameters()))
+
+
+def test_output_masking_is_made_up_for():
+    layer = make("switch", output_masking=0.5).eval()
+    x = torch.randn(3, 7, DIM, dtype=torch.float64)
+    now, then = weights_now_and_then(layer, layer.plan_spawn(), x, RoutingContext())
+    before = layer(x)
+    layer.spawn(plan=replace(layer.plan_spawn(), output_scale=float(now / then)))
+    assert now == 21 and then < 0.5 * 21
+    # each token's weight differs from the mean by which the output is scaled
+    assert torch.isclose((layer(x) / before).mean(), torch.ones((), dtype=torch.float64), rtol=0.1)
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_a_token_that_is_not_finite_is_left_to_fairseq(system):
+    """Which finds out after the backward pass, and skips the update or names the layer."""
+    layer = make(**SYSTEMS[system], experts=4)
+    layer.spawn()
+    x = torch.randn(3, 7, DIM, dtype=torch.float64)
+    x[0, 0], x[1, 1], x[2, 2] = math.nan, math.inf, -math.inf
+    told = {"tokens": torch.zeros(3, 7, dtype=torch.long), "embeddings": x[..., :5]}
+    told["sequences"] = torch.arange(3).unsqueeze(1).expand(3, 7)
+    with record() as routings:
+        layer(x, RoutingContext(noise_key=("test", 1)), **told)
+    assert routings[layer].tokens == 21

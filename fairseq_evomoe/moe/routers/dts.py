@@ -132,7 +132,8 @@ class DenseToSparseRouter(BalancedRouter):
             y_TE = probability_TE  # the k best are the same at any temperature, unless something is added
         else:
             y_TE = (logits_TE / context.temperature).softmax(-1)
-        weight_TE = probability_TE if softmax else y_TE
+        # the temperature weighs while training, and where it says which experts there are
+        weight_TE = probability_TE if softmax or (hard and not self.training) else y_TE
 
         k = self.options.hard_experts
         choice_TE = y_TE if self.balancing is None else self.choice(y_TE)
