@@ -227,7 +227,8 @@ def _stage(
     spawned = _spawned_by_itself(config, state["model"])
     schedule, router = config.make_schedule(spawned), config.router_class
     stage = max(sum(each.experts <= experts for each in config.stages), 1)
-    if (state.get("extra_state") or {}).get(SPAWNED_BEFORE):
+    before = (state.get("extra_state") or {}).get(SPAWNED_BEFORE, 0)
+    if before is True:  # options of later versions say it
         schedule = schedule.long_after(stage)
     since = f", spawned at a plateau before update {', '.join(map(str, spawned))}" if spawned else ""
     if len(config.stages) > 1:

@@ -10,7 +10,10 @@ from ..config.errors import PREFIX
 from ..moe.routers import ROUTERS, Router
 
 SPAWNED_BEFORE = "moe_spawned_before"
-"""Key of whether the experts spawned in another run, in what a checkpoint has beside model and optimizer."""
+"""Key of how many times the experts spawned in another run, in what a checkpoint has beside the model.
+
+In checkpoints of earlier versions, whether they did.
+"""
 
 
 class SavedOptions:

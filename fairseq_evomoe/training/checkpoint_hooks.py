@@ -5,10 +5,11 @@ A checkpoint has all experts, in one file or in several, whatever ranks share th
 is to write, ``checkpoint_suffix`` and ``save_checkpoint``.
 """
 
+import contextlib
 import logging
 import math
 import sys
-from typing import Any, Callable, Dict, List, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 from fairseq import checkpoint_utils
 from fairseq.data.iterators import EpochBatchIterating
@@ -125,7 +126,7 @@ def save_whole_checkpoint(
         return None
     checkpoints.note_ranks(trainer, extra_state)
     if RunState.of(trainer).spawned_before:
-        extra_state[SPAWNED_BEFORE] = True
+        extra_state[SPAWNED_BEFORE] = RunState.of(trainer).spawned_before
     if getattr(trainer.get_model(), "moe_config", None) is not None:  # ours, whatever experts it has
         extra_state[versions.KEY] = versions.here()
     drift = RunState.of(trainer).drift.state()
@@ -154,7 +155,7 @@ def load_with_experts(
     before = [_form(layer.moe) for layer in layers]
     RunState.of(trainer).forget_checkpoint()
     try:
-        with checkpoints.loading(trainer, filename) as filename:
+        with checkpoints.loading(trainer, filename) as filename, _ema_begins_with_model(trainer):
             result = original(trainer, filename, reset_optimizer, *args, **kwargs)
     except Exception as error:
         # trainer.py:560 replaces every error by "please ensure that the architectures match"
@@ -174,6 +175,29 @@ def load_with_experts(
         if result and not reset_optimizer:  # else another run begins
             RunState.of(trainer).drift.load(result.get(Drift.KEY, {}))
     return result
+
+
+@contextlib.contextmanager
+def _ema_begins_with_model(trainer: Trainer) -> Iterator[None]:
+    """``trainer.py`` forgets a checkpoint's model before an EMA that the checkpoint lacks begins with it."""
+    load = checkpoint_utils.load_checkpoint_to_cpu
+
+    def load_with_ema(*args: Any, **kwargs: Any) -> Dict[str, Any]:
+        state: Dict[str, Any] = load(*args, **kwargs)
+        extra = state.get("extra_state")
+        if isinstance(extra, dict) and "ema" not in extra and "model" in state:
+            logger.warning("the checkpoint has no EMA: --store-ema begins with the checkpoint's model")
+            extra["ema"] = dict(state["model"])
+        return state
+
+    if not trainer.cfg.ema.store_ema:
+        yield
+        return
+    checkpoint_utils.load_checkpoint_to_cpu = load_with_ema
+    try:
+        yield
+    finally:
+        checkpoint_utils.load_checkpoint_to_cpu = load
 
 
 def _refuse_to_begin_anew(trainer: Trainer, filename: str) -> None:

@@ -1,6 +1,6 @@
 """fairseq's EMA of a model with experts (``models/ema/ema.py``): a copy of it, and float32 parameters."""
 
-from typing import Callable, Dict, Optional
+from typing import Any, Callable, Dict, Optional
 
 from fairseq.models.ema.ema import EMA
 from torch import Tensor
@@ -60,21 +60,47 @@ def copy_integers(ema: EMA) -> None:
     ema.skip_keys.update(Plateau.KEYS)
 
 
+def keep_versions(ema: EMA) -> None:
+    """Let a decoder's copy be keep its version; without, fairseq takes it for an old one without last norm."""
+
+    def restore(
+        original: Callable[..., None], state_dict: Dict[str, Tensor], *args: Any, **kwargs: Any
+    ) -> None:
+        """``ema.py`` leaves versions out of what it puts together."""
+        state = ema.get_model().state_dict()
+        versions = {key: x for key, x in state.items() if key.endswith("version") and key not in state_dict}
+        original({**state_dict, **versions}, *args, **kwargs)
+
+    wrap(ema, "restore", restore)
+
+
 def freeze(ema: EMA) -> None:
     """Let what a spawn makes in the copy be without gradient, as all of it is."""
     for _, layer in moe_layers(ema.get_model()):
         layer.moe.freeze("experts", "router", "shared", "hyper_adapter")
 
 
-def take_local_rows(ema: EMA) -> None:
-    """Let it take this rank's rows of a checkpoint's float32 parameters, which ``trainer.py`` hands to it."""
+def fit_saved(ema: EMA) -> None:
+    """Let it take of a checkpoint's float32 parameters, which ``trainer.py`` hands to it, what fits.
+
+    They have all experts, of which this rank has some.  Those of one expert that was spawned when the
+    checkpoint was loaded are the copy's own.
+    """
 
     def build_fp32_params(
         original: Callable[..., None], state_dict: Optional[Dict[str, Tensor]] = None
     ) -> None:
-        """The checkpoint has all experts, of which this rank has some."""
-        if state_dict is not None:
-            state_dict = checkpoints.local_tensors(ema.get_model(), state_dict)
-        original(state_dict)
+        """See ``fit_saved``."""
+        if state_dict is None:
+            return original(None)
+        own = ema.get_model().state_dict()
+        saved = checkpoints.local_tensors(ema.get_model(), state_dict)
+        other = {key for key, tensor in saved.items() if key in own and own[key].shape != tensor.shape}
+        if other:  # one expert's, and there are more keys besides
+            saved = {
+                key: own[key] if key in other else saved.get(key, own.get(key)) for key in {**own, **saved}
+            }
+            ema.fp32_params = {}
+        original(saved)
 
     wrap(ema, "build_fp32_params", build_fp32_params)

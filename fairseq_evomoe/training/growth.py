@@ -13,6 +13,7 @@ from torch import nn
 
 from ..checkpoints.saved_options import SPAWNED_BEFORE
 from ..config.config import MoEConfig
+from ..config.errors import PREFIX
 from ..evolution.plateau import Plateau
 from ..models.feed_forward import MoEFeedForward, moe_layers
 from ..models.layers import count_parameters
@@ -93,11 +94,16 @@ def resume(trainer: Trainer, saved: Optional[Dict[str, Any]]) -> None:
         _tell_of_first_experts(model, on_load)
     if saved is None or config is None or not spawned or on_load:
         return
-    run = RunState.of(trainer)
-    last_spawn = layers[0].schedule.last_spawn(_stage(model))
-    run.spawned_before = bool(saved.get(SPAWNED_BEFORE)) or update < max(last_spawn, 1)
+    run, stage = RunState.of(trainer), _stage(model)
+    if update < max(layers[0].schedule.last_spawn(stage), 1):  # not in this run
+        run.spawned_before = stage
+    else:
+        before = saved.get(SPAWNED_BEFORE, 0)
+        run.spawned_before = stage if before is True else int(before)
     if run.spawned_before and config.router_class.stages:
-        _count_from_before(config, layers, update)
+        schedule = _count_from_before(config, layers, update, run.spawned_before)
+        if schedule is not None and run.spawned_before == len(config.stages):
+            _tell_evaluation(trainer, config, schedule)
 
 
 def _tell_of_first_experts(model: nn.Module, on_load: bool) -> None:
@@ -115,8 +121,20 @@ def _method(moe: MoELayer) -> str:
     return f"method {moe.spawner.method_name} (strength {moe.spawner.used_strength})"
 
 
-def _count_from_before(config: MoEConfig, layers: List[MoEFeedForward], update: int) -> None:
-    """Let the stages of experts that have spawned before update 0 be those that the flags say."""
+def _count_from_before(
+    config: MoEConfig, layers: List[MoEFeedForward], update: int, before: int
+) -> Optional[Dict[str, Any]]:
+    """Let the stages of experts that have spawned before update 0 be those that the flags say.
+
+    Args:
+        config: the options.
+        layers: the model's, with experts.
+        update: number of updates that the run has made.
+        before: how many times the experts had spawned before it.
+
+    Returns:
+        options that say the same of a run in which nothing was loaded; ``None``: the options do.
+    """
     stage = layers[0].moe.stage
     if "spawn_update" in config.given and not config.spawns_by_itself:
         spawn_update = layers[0].schedule.last_spawn(stage)
@@ -126,20 +144,31 @@ def _count_from_before(config: MoEConfig, layers: List[MoEFeedForward], update: 
                 f"{spawn_update:g}; the gate is dense until then and anneals from there (leave it out to go "
                 "on in the last stage)"
             )
-        return
+        return None
+    if config.spawns_by_itself and stage > before:
+        return None  # they have spawned in this run, too, and stages count from there
     last = not config.given.intersection(STAGES)
     for layer in layers:
-        schedule = layer.make_schedule([0] * stage)
-        layer.schedule = schedule.long_after(stage) if last else schedule
+        schedule = layer.make_schedule([0] * before)
+        layer.schedule = schedule.long_after(before) if last else schedule
     if last:
         logger.info(
             "the checkpoint's experts have spawned already, so that they go on in the last stage (to begin "
             "with the first one, give --moe-spawn-update 0)"
         )
-    else:
-        logger.warning(
-            "the checkpoint's experts have spawned already: their stages count from update 0, as flags say"
-        )
+        return dict.fromkeys(("spawn_update", *STAGES), 0)
+    logger.warning(
+        "the checkpoint's experts have spawned already: their stages count from update 0, as flags say"
+    )
+    return {"spawn_update": 0}
+
+
+def _tell_evaluation(trainer: Trainer, config: MoEConfig, schedule: Dict[str, Any]) -> None:
+    """Let checkpoints have options that say in which stage the gate is, for those who know nothing else."""
+    known = config.flat()
+    for name, value in schedule.items():
+        if name in known:
+            setattr(trainer.cfg.model, PREFIX + name, value)
 
 
 def spawn(trainer: Trainer) -> None:

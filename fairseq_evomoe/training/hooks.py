@@ -231,8 +231,8 @@ def build_ema(original: Original, trainer: Trainer) -> None:
     if trainer._ema is not None:
         ema.copy_integers(trainer._ema)
         ema.freeze(trainer._ema)
-        if ranks.is_sharded(trainer):
-            ema.take_local_rows(trainer._ema)
+        ema.fit_saved(trainer._ema)
+        ema.keep_versions(trainer._ema)
 
 
 @patches.replaces(NanDetector, "add_hooks")

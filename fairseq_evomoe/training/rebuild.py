@@ -39,9 +39,13 @@ def change_experts(trainer: Trainer, changes: Dict[str, Change]) -> None:
     for name, (plan, carry_out) in changes.items():
         moe = layers[name].moe
         old: Dict[str, Tensor] = dict(moe.named_parameters())
+        if moe.sharded and plan.inherit == Inherit.unchanged:  # which compares weights of all experts
+            whole = {f"experts.{key}": tensor for key, tensor in moe.gather_experts().items()}
+        else:
+            whole = old
         _gather_states(states, moe)
         carry_out(moe)
-        _change_states(states, plan, old, moe)
+        _change_states(states, plan, old, whole, moe)
     if trainer._ema is not None:
         ema.change(trainer._ema, changes)
         ema.copy_integers(trainer._ema)
@@ -65,8 +69,18 @@ def _gather_states(states: States, moe: MoELayer) -> None:
                 states[parameter] = states[parameter].apply(gather, gather)
 
 
-def _change_states(states: States, plan: Plan, old: Dict[str, Tensor], moe: MoELayer) -> None:
-    """Replace the states of a layer's old parameters by those of its new ones."""
+def _change_states(
+    states: States, plan: Plan, old: Dict[str, Tensor], whole: Dict[str, Tensor], moe: MoELayer
+) -> None:
+    """Replace the states of a layer's old parameters by those of its new ones.
+
+    Args:
+        states: of the parameters of the model, of all experts.
+        plan: what became of the layer's experts.
+        old: the layer's parameters before, by name.
+        whole: the weights of all its experts before, under the same names.
+        moe: the layer.
+    """
     new = dict(moe.named_parameters())
     own = plan.only(moe.experts.local)
     anew = plan.inherit == Inherit.none
@@ -78,7 +92,7 @@ def _change_states(states: States, plan: Plan, old: Dict[str, Tensor], moe: MoEL
         if state is None or parameter is old.get(key):  # new, frozen, or not changed
             continue
         if module == "experts":
-            statistics = functools.partial(own.statistics, name, weights=old[key].detach())
+            statistics = functools.partial(own.statistics, name, weights=whole[key].detach())
             state = state.apply(functools.partial(own.weights, name), None if anew else statistics)
         elif plan.offspring is not None:
             child = functools.partial(child_tensor, moe, plan, key, shape=parameter.shape)

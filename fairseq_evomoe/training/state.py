@@ -27,8 +27,8 @@ class RunState:
         shards: name of the set of files that is being saved, if the checkpoint is one.
         listener: knows whether a signal has asked the run to end.
         pulse: sign of life of this rank among others; ``None``: it is alone.
-        spawned_before: whether the experts have spawned before update 0, in the run whose checkpoint this one
-            began with.
+        spawned_before: how many times the experts have spawned before update 0, in the run whose checkpoint
+            this one began with.
         phase: of the update before; see ``telling.py``.
         drift: how the routing of some tokens has changed.
         trace: writes down what the experts do.
@@ -40,7 +40,7 @@ class RunState:
     last_counted: Optional[int] = None
     gathered: Optional[WholeExperts] = None
     shards: Optional[str] = None
-    spawned_before: bool = False
+    spawned_before: int = 0
     listener: Listener = field(default_factory=Listener)
     pulse: Optional[Pulse] = None
     phase: Optional[Phase] = None

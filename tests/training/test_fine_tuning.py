@@ -1,9 +1,13 @@
 """Going on from experts that have spawned: in the last stage, unless the flags say otherwise."""
 
+import json
+import shutil
+
 import pytest
 import torch
+from fairseq import checkpoint_utils
 
-from support.cli import LM, call, parameters
+from support.cli import LM, Run, assert_equal, call, evomoe, parameters
 
 SCHEDULE = ("moe_spawn_update", "moe_anneal_updates", "moe_hard_update")
 QUIET = {"disable_validation": True, "no_save": True}
@@ -127,3 +131,94 @@ def test_a_run_that_goes_on_counts_as_before(lm_data, spawned, tmp_path):
     result = call("fairseq-train", lm_data, save_dir=tmp_path, **settings)
     assert [phase for phase, _ in stages(result)] == [1] * 2 + [2] * 2
     assert not result.lines("so that they go on in the last stage")
+
+
+def stage_in_evaluation(folder):
+    """Phase and temperature that fairseq's own commands evaluate the last checkpoint of a run in."""
+    (model,), _ = checkpoint_utils.load_model_ensemble([str(folder / "checkpoint_last.pt")])
+    layer = model.decoder.layers[1]
+    return layer.schedule.phase(layer.num_updates, 1), layer.schedule.temperature(layer.num_updates)
+
+
+@pytest.mark.parametrize(
+    "flags, expected",
+    [
+        ({}, LAST),
+        ({"moe_spawn_update": "auto"}, LAST),
+        ({"moe_anneal_updates": 6}, (1, 1.5)),
+        ({"moe_spawn_update": 0, "moe_anneal_updates": 6}, (1, 1.5)),
+    ],
+    ids=str,
+)
+def test_checkpoints_are_evaluated_in_the_stage_of_the_run(
+    flags, expected, spawned, lm_data, tmp_path, capsys
+):
+    settings = {**TUNED, **flags, "max_update": 2, "disable_validation": True}
+    settings["finetune_from_model"] = spawned / "checkpoint_last.pt"
+    result = call("fairseq-train", lm_data, save_dir=tmp_path, **settings)
+    assert stages(result)[-1][0] == expected[0]
+    assert stage_in_evaluation(tmp_path) == expected
+    capsys.readouterr()
+    evomoe("info", tmp_path / "checkpoint_last.pt", "--json")
+    assert json.loads(capsys.readouterr().out)["temperature"] == expected[1]
+
+
+def test_a_frozen_assignment_is_evaluated_as_such(lm_data, tmp_path):
+    stable = {**TUNED, "moe_router": "stable", "disable_validation": True}
+    call("fairseq-train", lm_data, save_dir=tmp_path / "a", **stable)
+    tuned = {**stable, "max_epoch": 1, "max_update": 400}  # a tenth of which is after the 8 of the epoch
+    tuned["finetune_from_model"] = tmp_path / "a/checkpoint_last.pt"
+    call("fairseq-train", lm_data, save_dir=tmp_path / "b", **tuned)
+    assert stage_in_evaluation(tmp_path / "b")[0] == 2
+
+
+GROWN = {"moe_spawn_update": "auto:2,auto:4", "moe_spawn_window": 3, "moe_spawn_plateau": 0.9, "lr": 0.02}
+
+
+@pytest.mark.parametrize("continued", ["restart", "continue"])
+def test_stages_after_the_first_resume_bit_equal(continued, lm_data, tmp_path):
+    """The experts of a checkpoint spawn again in this run, whose gate anneals from there."""
+    one = {
+        **TUNED,
+        "moe_experts": None,
+        "moe_spawn_update": "1:2,4:4",
+        "max_update": 5,
+        "save_interval_updates": 3,
+    }
+    call("fairseq-train", lm_data, save_dir=tmp_path / "one", disable_validation=True, **one)
+    settings = {**TUNED, **GROWN, "moe_experts": 4, "max_update": 44, "disable_validation": True}
+    settings.update(moe_anneal_updates=40, moe_hard_update=-1, moe_stage_temperature=continued)
+    settings.update(save_interval_updates=1, keep_interval_updates=-1, store_ema=True)
+    settings["finetune_from_model"] = tmp_path / "one/checkpoint_1_3.pt"
+    whole = Run(tmp_path / "whole", call("fairseq-train", lm_data, save_dir=tmp_path / "whole", **settings))
+    (line,) = whole.result.lines("spawned experts before update")
+    update = int(line.split("before update ")[1].split(":")[0])
+    for stop in (update - 1, update + 2):
+        folder = tmp_path / f"from{stop}"
+        folder.mkdir()
+        shutil.copy(whole.at(stop), folder / "checkpoint_last.pt")
+        result = call("fairseq-train", lm_data, save_dir=folder, **{**settings, "save_interval_updates": 0})
+        assert stages(result) == stages(whole.result)[stop:]
+        assert_equal(parameters(folder / "checkpoint_last.pt"), parameters(whole.last))
+
+
+@pytest.mark.parametrize("saved", [{}, {"store_ema": True}, {"store_ema": True, "ema_fp32": True}], ids=str)
+@pytest.mark.parametrize("fp32", [False, True])
+def test_an_ema_begins_with_the_experts_that_are_spawned(saved, fp32, lm_data, tmp_path):
+    """Of one expert, with an EMA or without."""
+    one = {**TUNED, "moe_spawn_update": 7, "max_update": 8, "disable_validation": True, **saved}
+    call("fairseq-train", lm_data, save_dir=tmp_path / "one", save_interval_updates=3, **one)
+    settings = {**TUNED, **QUIET, "moe_spawn_update": 0, "max_update": 2, "no_save": False}
+    settings.update(store_ema=True, ema_fp32=fp32, reset_optimizer=True, reset_dataloader=True, lr=1e-9)
+    settings["restore_file"] = tmp_path / "one/checkpoint_1_3.pt"
+    result = call("fairseq-train", lm_data, save_dir=tmp_path / "many", **settings)
+    assert result.lines("has no EMA: --store-ema begins with") != [] or saved
+    state = torch.load(tmp_path / "many/checkpoint_last.pt")
+    ema = state["extra_state"]["ema"]
+    if not saved:
+        model = state["model"]
+        assert ema.keys() == model.keys()
+        assert [k for k, x in ema.items() if not torch.allclose(x.float(), model[k].float(), atol=1e-5)] == []
+    if fp32:
+        averages = state["extra_state"]["ema_fp32_params"]
+        assert all(torch.equal(averages[key], x) for key, x in ema.items())

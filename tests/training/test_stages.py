@@ -146,6 +146,7 @@ RANKS = {
         **SHARED,
         "moe_router": "topk",
         "moe_spawn_update": "3:2,8:5",
+        "moe_spawn_statistics": "unchanged",
         "moe_spawn_select": "gradient",
         "moe_hyper_adapter": True,
         "moe_shared_expert": True,
