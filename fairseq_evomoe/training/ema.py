@@ -61,7 +61,7 @@ def copy_integers(ema: EMA) -> None:
 
 
 def keep_versions(ema: EMA) -> None:
-    """Let a decoder's copy be keep its version; without, fairseq takes it for an old one without last norm."""
+    """Let a decoder's copy keep its version: without, fairseq takes it for old, and drops its last norm."""
 
     def restore(
         original: Callable[..., None], state_dict: Dict[str, Tensor], *args: Any, **kwargs: Any

@@ -55,6 +55,11 @@ def test_what_is_better_everywhere_excludes_zero():
     ours = [language(s, [6.9 + v for v in noise[s]]) for s in range(3)]  # chunks pair up
     found = bootstrap.difference(ours, theirs)
     assert found.excludes_zero and found.low == pytest.approx(found.high) == pytest.approx(2**-0.1 - 1)
+    assert found.decides
+    one = bootstrap.difference(ours[:1], theirs[:1])  # the interval is of the text alone
+    assert one.excludes_zero and not one.decides
+    assert claims.verdict(one, False, protocol.TASKS["lm"]) == "one seed"
+    assert tables.in_percent(found) == f"**{tables.in_percent(one)}**"
     assert bootstrap.difference(theirs, theirs).mean == 0
 
 

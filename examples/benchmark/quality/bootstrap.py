@@ -41,6 +41,11 @@ class Difference:
         """Whether the interval does."""
         return self.low > 0 or self.high < 0
 
+    @property
+    def decides(self) -> bool:
+        """Whether one system is better; with one seed the interval is of the text alone, and says nothing."""
+        return self.seeds > 1 and self.excludes_zero
+
 
 def difference(ours: Sequence[dict[str, Any]], theirs: Sequence[dict[str, Any]]) -> Difference:
     """The paired difference of two systems on the test set, over the seeds that both have.

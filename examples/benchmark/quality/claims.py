@@ -124,7 +124,9 @@ def _reached(wanted: float, ours: Records, theirs: Records) -> list[str]:
 
 
 def verdict(found: Difference, level: bool, task: Task) -> str:
-    """Whether ours is better, or no worse: yes, no, or neither, where the interval has zero in it."""
+    """Whether ours is better, or no worse: yes, no, or neither, where seeds or the interval leave it open."""
+    if found.seeds == 1:
+        return "one seed"
     sign = 1 if task.translates else -1  # of what is better
     if not found.excludes_zero:
         return "yes" if level else "level"

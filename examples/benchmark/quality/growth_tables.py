@@ -57,6 +57,9 @@ def _task(experiment: Experiment) -> Task:
     return TASKS[experiment.tasks[0]]
 
 
+ONE_SEED = "One seed, so that intervals are of the test text alone"
+
+
 def verdict(known: Known, steps: dict[str, Steps]) -> str:
     """Whether any way to grow reaches the target, and is better at equal seconds, a line an experiment."""
     lines = []
@@ -79,7 +82,7 @@ def verdict(known: Known, steps: dict[str, Steps]) -> str:
             best = min(better, key=lambda label: better[label].mean)
             text += f", most of all {best} ({in_percent(better[best])})"
         seeds = max(len(of_variant(one, _task(experiment), known)) for one in grown)
-        lines.append(f"- {experiment.title}: {text}. {'One seed' if seeds == 1 else f'Up to {seeds} seeds'}.")
+        lines.append(f"- {experiment.title}: {text}. {ONE_SEED if seeds == 1 else f'Up to {seeds} seeds'}.")
     target = (
         f"Target: within {WITHIN:.1%} of the final perplexity of experts from the start, for at most "
         f"{SECONDS:g} of its seconds and {MEMORY:g} of its memory x time."

@@ -51,15 +51,15 @@ def tested(name: str, found: Records) -> str:
 
 
 def compared(ours: Records, theirs: Records) -> str:
-    """The paired difference with its interval, bold where that excludes 0."""
+    """The paired difference with its interval, bold where one is better; see ``Difference.decides``."""
     return in_percent(difference(ours, theirs), points="bleu" in ours[0]["test"])
 
 
 def in_percent(found: Difference, points: bool = False) -> str:
-    """A difference with its interval, in percent or in points, bold where that excludes 0."""
+    """A difference with its interval, in percent or in points; see ``compared``."""
     scale, unit = (1, "") if points else (100, "%")
     text = f"{scale * found.mean:+.2f}{unit} [{scale * found.low:+.2f}, {scale * found.high:+.2f}]"
-    return f"**{text}**" if found.excludes_zero else text
+    return f"**{text}**" if found.decides else text
 
 
 def reaches(found: Records, target: float, axis: int) -> float | None:
