@@ -125,6 +125,23 @@ def test_yaml(task, data, corpus, translation_data, tmp_path):
     assert (tmp_path / "checkpoint_last.pt").exists()
 
 
+def test_a_path_with_a_space_is_one_argument_of_the_demo(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    import demo
+
+    def run(command, **options):
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 0, stdout="Perplexity: 7.5")
+
+    plugin, out = tmp_path / "my code" / "fairseq_evomoe", tmp_path / "my demo"
+    monkeypatch.setattr(demo, "PLUGIN", plugin)
+    monkeypatch.setattr(demo.subprocess, "run", run)
+    commands = [demo.training_command("evomoe", out, 900)]
+    assert demo.evaluate("evomoe", out) == "7.5"
+    assert {str(plugin), str(out / "evomoe")} < set(commands[0])
+    assert {str(plugin), str(out / "evomoe" / "checkpoint_last.pt")} < set(commands[1])
+
+
 @pytest.mark.network
 @pytest.mark.skipif(not os.environ.get("EVOMOE_NETWORK_TESTS"), reason="EVOMOE_NETWORK_TESTS is not set")
 def test_demo(tmp_path):
