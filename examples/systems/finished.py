@@ -152,23 +152,31 @@ def settings_of(settings: Settings) -> dict[str, Any]:
     }
 
 
+def check_settings(folder: Path, settings: dict[str, Any]) -> None:
+    """See that a folder has no table of other settings.
+
+    Raises:
+        OtherSettings: it has.
+    """
+    path = folder / SETTINGS
+    before = json.loads(path.read_text()) if path.exists() else settings
+    other = [name for name in settings if before.get(name) != settings[name]]
+    if other:
+        names = " and ".join(other)
+        raise OtherSettings(
+            f"{folder} has the table of other {names} ({SETTINGS} says which): use another --out."
+        )
+
+
 def keep_settings(folder: Path, settings: dict[str, Any]) -> None:
     """Note what a folder's table is of.
 
     Raises:
         OtherSettings: it is a table of other settings.
     """
-    path = folder / SETTINGS
-    if path.exists():
-        before = json.loads(path.read_text())
-        other = [name for name in settings if before.get(name) != settings[name]]
-        if other:
-            raise OtherSettings(
-                f"{folder} has the table of other {' and '.join(other)} ({SETTINGS} says which): use another "
-                "--out."
-            )
+    check_settings(folder, settings)
     folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(settings, indent=1) + "\n")
+    (folder / SETTINGS).write_text(json.dumps(settings, indent=1) + "\n")
 
 
 def _command(system: System, settings: Settings) -> list[str]:
