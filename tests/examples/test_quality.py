@@ -18,11 +18,13 @@ from support.cli import LM, MASKED_LM, build, call
 QUALITY = Path(__file__).resolve().parents[2] / "examples" / "benchmark" / "quality"
 sys.path.insert(0, str(QUALITY))
 
+import at_spawn  # noqa: E402
 import bootstrap  # noqa: E402
 import claims  # noqa: E402
 import evaluate  # noqa: E402
 import gap  # noqa: E402
 import growth_tables  # noqa: E402
+import json_lines  # noqa: E402
 import protocol  # noqa: E402
 import recorded  # noqa: E402
 import records  # noqa: E402
@@ -289,6 +291,45 @@ def test_other_numbers_are_noticed():
     changed["test"]["chunks"][3][0] += 0.001
     assert records.differences(KNOWN, {key: changed}) == [f"{key}: other numbers"]
     assert records.differences(KNOWN, {"another": record}) == ["no run is in both"]
+
+
+def test_a_line_that_was_cut_off_is_made_again(tmp_path):
+    file = tmp_path / "1" / "lm.jsonl"
+    file.parent.mkdir()
+    file.write_text('{"key": "a"}\n{"key": "b", "te')
+    assert records.read(tmp_path).keys() == {"a"}
+    json_lines.append(file, {"key": "b"})
+    json_lines.append(file, {"key": "c"})
+    assert records.read(tmp_path).keys() == {"a", "b", "c"}
+
+    file.write_text('{"label": "x", "upd')
+    for read in (records.read_speed, records.read_gap, records.read_steps):
+        assert not any(read(file.parent).values())
+
+
+def test_a_spawn_that_was_not_measured_is(tmp_path, monkeypatch):
+    """What was cut off is the second of a system's two lines."""
+    asked = []
+
+    def measured(name, data):
+        asked.append(name)
+        sides = {when: {"bits": 6.0, "norm": 1.0, "weight": 1.0} for when in ("before", "after")}
+        later = {f"after {updates}": sides["after"] for updates in at_spawn.AFTER}
+        return [{"system": name, "experts": e, **sides, **later} for _, e in at_spawn.SPAWNS]
+
+    monkeypatch.setattr(at_spawn, "measured", measured)
+    monkeypatch.setattr(at_spawn, "prepared_small", lambda corpora, work: {("english",): tmp_path})
+    monkeypatch.setattr(at_spawn.logging, "disable", lambda level: None)
+    out = tmp_path / "spawns.jsonl"
+    monkeypatch.setattr(sys, "argv", ["at_spawn.py", "--systems", "hash", "base", "--out", str(out)])
+    at_spawn.main()
+    whole = out.read_text()
+    out.write_text(whole[:-9])
+    at_spawn.main()
+    assert asked == ["hash", "base", "base"]
+    assert {(line["system"], line["experts"]) for line in json_lines.read(out)} == {
+        (name, experts) for name in ("hash", "base") for _, experts in at_spawn.SPAWNS
+    }
 
 
 def test_all_of_it_in_small(tmp_path):
