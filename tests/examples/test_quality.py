@@ -103,6 +103,11 @@ def test_when_a_loss_is_reached():
     assert tables.reaches(found, 6.25, 1) == pytest.approx(25)
     assert tables.reaches(found, 6.25, 2) == pytest.approx(2.5e9)
     assert tables.reaches(found, 5.9, 0) is None
+    # at the first validation already, and one after which nothing has changed
+    assert tables.reaches(found, 8.5, 0) == 0
+    level = [{"curve": [[10, 1, 1e8, 2.0], [20, 2, 2e8, 2.0]]}]
+    assert [tables.reaches(level, 2.0, axis) for axis in (0, 1, 2)] == [10, 1, 1e8]
+    assert tables.reaches(level, 2.5, 0) == 10 and tables.reaches(level, 1.5, 0) is None
 
 
 def test_parameters_that_are_looked_up(lm_data):

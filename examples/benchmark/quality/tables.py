@@ -65,9 +65,12 @@ def in_percent(found: Difference, points: bool = False) -> str:
 def reaches(found: Records, target: float, axis: int) -> float | None:
     """Where on an axis of its curve (0 updates, 1 seconds, 2 FLOPs) a system reaches a validation loss.
 
-    The mean curve of the seeds, between validations interpolated linearly; `None`: never.
+    The mean curve of the seeds, between validations interpolated linearly; the first validation, if it is
+    there by then; `None`: never.
     """
     curve = mean_curve(found)
+    if curve[0][3] <= target:
+        return curve[0][axis]
     for before, after in zip(curve, curve[1:]):
         if after[3] <= target:
             part = (before[3] - target) / (before[3] - after[3])
