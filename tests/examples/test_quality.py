@@ -25,6 +25,7 @@ import evaluate  # noqa: E402
 import gap  # noqa: E402
 import growth_tables  # noqa: E402
 import json_lines  # noqa: E402
+import plots  # noqa: E402
 import protocol  # noqa: E402
 import recorded  # noqa: E402
 import records  # noqa: E402
@@ -271,6 +272,23 @@ def test_seconds_are_compared_within_a_round():
         "| Hash | 0.0800 | 0.50 (0.50-0.80) | 0.38 | 3 |",
         "| Switch | 0.1000 | 1.00 (1.00-1.00) | 1.00 | 3 |",
     ]
+
+
+def test_rows_without_a_seed_in_common_are_not_compared(tmp_path):
+    """The cell is empty, and the others are as they were."""
+    experiment, task = protocol.EXPERIMENTS["systems"], protocol.TASKS["lm"]
+    of = {v.label: tables.of_variant(v, task, KNOWN) for v in experiment.variants}
+    rows = {"EvoMoE": of["EvoMoE"][1:], "Hash": of["Hash"], "Switch": of["Switch"][:1]}
+    known = {record["key"]: record for records in rows.values() for record in records}
+    assert tables.compared(rows["EvoMoE"], rows["Switch"]) == tables.compared(rows["EvoMoE"], []) == ""
+    table = tables.systems_table(experiment, task, known).splitlines()[2:]
+    cells = {row.split(" | ")[0].strip("| "): row.split(" | ")[2] for row in table}
+    assert cells["Switch"] == "" and cells["Hash"] == tables.compared(rows["EvoMoE"], of["Hash"])
+    times = {"EvoMoE": {0: 0.1}, "Switch": {0: 0.1}}
+    (row,) = re.findall(".*EvoMoE.*", tables.speed_table({"lm": times}, experiment, known))
+    assert row == "| EvoMoE | 0.1000 | 1.00 (1.00-1.00) |  | 1 |"
+    plots.plot(experiment, known, tmp_path)
+    assert (tmp_path / "systems-lm.svg").exists()
 
 
 def test_a_checkpoint_is_evaluated_as_in_training_and_as_in_evaluation(lm_data, tmp_path):

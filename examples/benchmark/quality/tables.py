@@ -50,8 +50,15 @@ def tested(name: str, found: Records) -> str:
     return f"{mean(lambda r: r['test'][name], found):.2f}" if name in found[0]["test"] else ""
 
 
+def comparable(ours: Records, theirs: Records) -> bool:
+    """Whether two rows have a seed in common."""
+    return not {record["seed"] for record in ours}.isdisjoint(record["seed"] for record in theirs)
+
+
 def compared(ours: Records, theirs: Records) -> str:
-    """The paired difference with its interval, bold where that excludes 0."""
+    """The paired difference with its interval, bold where that excludes 0; nothing if no seed is common."""
+    if not comparable(ours, theirs):
+        return ""
     return in_percent(difference(ours, theirs), points="bleu" in ours[0]["test"])
 
 
@@ -114,7 +121,7 @@ def systems_table(experiment: Experiment, task: Task, known: dict[str, dict]) ->
             continue
         test = found[0]["test"]
         cells = [variant.label, spread(score, found)]
-        cells.append(compared(ours, found) if ours and found is not ours and ours != found else "")
+        cells.append(compared(ours, found) if ours != found else "")
         cells.append(f"{mean(lambda r: perplexity(r['valid_loss']), found):.2f}")
         cells.append(str(len(found)))
         cells.append(f"{test.get('moe_experts', 1):.2f}")
@@ -193,8 +200,9 @@ def speed_table(
             ratios = [seconds[i] / systems["Switch"][i] for i in seconds if i in systems.get("Switch", {})]
             ratio = statistics.median(ratios) if ratios else math.nan
             text = f"{ratio:.2f} ({min(ratios):.2f}-{max(ratios):.2f})" if ratios else ""
-            _, share = shares(of[label], of["Switch"], 0) or (None, None)
-            reached = "never" if share is None else f"{share * ratio:.2f}"
+            reached = ""
+            if (found_at := shares(of[label], of["Switch"], 0)) is not None:
+                reached = "never" if found_at[1] is None else f"{found_at[1] * ratio:.2f}"
             median = statistics.median(seconds.values())
             cells = [label, f"{median:.4f}", text, reached, str(len(seconds))]
             rows.append((ratio, median, cells))
