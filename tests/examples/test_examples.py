@@ -106,6 +106,42 @@ def test_translation(translation_data, tmp_path):
     assert re.match(r"BLEU\D* = [\d.]+", closing(result)["test"])
 
 
+@pytest.fixture
+def stand_ins(tmp_path):
+    """Commands that print what they are given, and a checkpoint that `evomoe info` has nothing to say of."""
+    folder = tmp_path / "commands"
+    folder.mkdir()
+    for name in ("train", "validate", "generate", "eval-lm"):
+        (folder / f"fairseq-{name}").write_text('#!/bin/sh\necho "$0 $*"\n')
+    (folder / "evomoe").write_text("#!/bin/sh\n")
+    for file in folder.iterdir():
+        file.chmod(0o755)
+    (tmp_path / "saved").mkdir()
+    return {"PATH": str(folder) + os.pathsep + os.environ["PATH"]}
+
+
+SCRIPTS = {
+    "language_modeling/train.sh": ["data"],
+    "masked_lm/train.sh": ["data"],
+    "masked_lm/finetune.sh": ["data", "checkpoint_last.pt"],
+    "translation/train.sh": ["data"],
+}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_three_updates_have_intervals_and_a_warm_up(script, stand_ins, tmp_path):
+    """Fairseq divides by them."""
+    result = shell(script, *SCRIPTS[script], tmp_path / "saved", UPDATES="3", **stand_ins)
+    given = re.findall(r"--(?:log-interval|warmup-updates|validate-interval-updates) (\d+)", result.output)
+    assert len(given) >= 2 and set(given) == {"1"}
+
+
+def test_the_closing_lines_do_without_those_of_the_checkpoint(stand_ins, tmp_path):
+    result = shell("masked_lm/train.sh", "data", tmp_path / "saved", **stand_ins)
+    told = [line.split()[0] for line in result.output.rsplit("\n\n", 1)[1].splitlines()]
+    assert told == ["checkpoint", "valid", "time", "next"]
+
+
 @pytest.mark.parametrize(
     "task, data", [("language_modeling", "lm"), ("masked_lm", "lm"), ("translation", "")]
 )
