@@ -1,6 +1,6 @@
 # shellcheck shell=sh
 # What the training scripts end with: which checkpoint, how good, in which phase, how long, and what to type next.
-# They read this file, after `data`, `save_dir` and `plugin` are set.
+# They read this file, after `data`, `save_dir`, `updates` and `plugin` are set.
 started=$(date +%s)
 # fairseq causes a screenful of Hydra's and torch's
 export PYTHONWARNINGS="${PYTHONWARNINGS:-ignore}"
@@ -12,6 +12,9 @@ for file in "$data"/test* "$data"/*/test*; do
     [ ! -e "$file" ] || has_test=yes
 done
 [ -n "${SUBSET:-}$has_test" ] || subset=valid
+
+# part N: of the updates one in N, at least one: fairseq divides by it
+part() { echo $((updates < $1 ? 1 : updates / $1)); }
 
 # evaluated COMMAND...: what it prints is in SAVE_DIR/test.log, and shown if it fails
 evaluated() {
@@ -30,7 +33,8 @@ closing() {
     [ ! -e "$prepared/spm.model" ] || next="python examples/python/$2"
     echo
     echo "checkpoint    $save_dir/checkpoint_best.pt"
-    "$evomoe" info "$save_dir/checkpoint_best.pt" 2> /dev/null | grep -E '^(preset|update|stage) '
+    # which may say nothing
+    "$evomoe" info "$save_dir/checkpoint_best.pt" 2> /dev/null | grep -E '^(preset|update|stage) ' || true
     printf '%-13s %s\n' "$subset" "$1"
     echo "time          $((took / 60)) min $((took % 60)) s"
     echo "next          $next"

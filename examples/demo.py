@@ -38,7 +38,8 @@ def training_command(name: str, out: Path, updates: int) -> list[str]:
     command += ["--optimizer", "adam", "--adam-betas", "(0.9, 0.98)", "--lr", "0.003"]
     command += f"--lr-scheduler polynomial_decay --warmup-updates {updates // 20}".split()
     command += f"--total-num-update {updates} --max-update {updates}".split()
-    command += f"--save-dir {out / name} --no-epoch-checkpoints --no-progress-bar --log-format json".split()
+    command += ["--save-dir", str(out / name)]
+    command += "--no-epoch-checkpoints --no-progress-bar --log-format json".split()
     command += f"--validate-interval-updates {updates // 9} --log-interval {max(updates // 90, 1)}".split()
     if name == "dense":
         return [*command, "--arch", "transformer_lm", "--criterion", "cross_entropy"]
@@ -129,8 +130,8 @@ def table(out: Path) -> str:
 def evaluate(name: str, out: Path) -> str:
     """Test perplexity by `fairseq-eval-lm`."""
     command = [str(SCRIPTS / "fairseq-eval-lm"), str(out / "data/bin")]
-    command += f"--path {out / name}/checkpoint_last.pt --gen-subset test --batch-size 64".split()
-    command += f"--user-dir {PLUGIN} --tokens-per-sample 64 --context-window 0".split()
+    command += ["--path", str(out / name / "checkpoint_last.pt"), "--user-dir", str(PLUGIN)]
+    command += "--gen-subset test --batch-size 64 --tokens-per-sample 64 --context-window 0".split()
     command += ["--required-batch-size-multiple", "1"]  # or else up to seven blocks are left out
     result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if result.returncode != 0:

@@ -300,6 +300,12 @@ def test_a_task_goes_through_all_phases(settings, precision, tmp_path, request):
     assert ours[7:] == pytest.approx(theirs[7:], rel=0.1)
 
 
+def test_sub_tokens_of_padded_batches_under_amp(translation_data, tmp_path):
+    """Their linear maps give half precision, beside which the padding is float32."""
+    settings = {**TRANSLATION, **PRECISIONS["amp"], "moe_heads": 2, "no_save": True}
+    check_phases(call("fairseq-train", translation_data, save_dir=tmp_path, **settings))
+
+
 @pytest.mark.parametrize("efficient", [False, True], ids=["bf16", "memory-efficient-bf16"])
 def test_bfloat16(efficient, lm_data):
     """As ``common.bf16=true`` in YAML; fairseq's flag asks for a TPU, too."""

@@ -10,7 +10,6 @@ The formulas are in fairseq_evomoe/evolution/cost.py.
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import math
 import sys
@@ -19,6 +18,7 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "systems"))
 
+import json_lines
 from labels import label_lines
 from report import table
 
@@ -47,7 +47,12 @@ def phases(experts: int) -> list[Phase]:
 
 def check(path: Path) -> str:
     """The model beside what ``ranks.py`` measured, the least values, with the figures fitted there."""
-    first, *rows = [json.loads(line) for line in path.read_text().splitlines()]
+    lines = json_lines.read(path)
+    if not lines:
+        sys.exit(
+            f"cost_model.py: {path} has no lines: give --check the ranks.jsonl that ranks.py --out makes."
+        )
+    first, *rows = lines
     fits = {row["ranks"]: row["fit"] for row in rows if "fit" in row}
     lines = []
     for row in rows:

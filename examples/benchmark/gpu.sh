@@ -25,8 +25,12 @@ if [ ! -e "$folder/tests.txt" ]; then
         >"$folder/tests.tmp" 2>&1
     status=$?
     tail -n 3 "$folder/tests.tmp"
-    if [ $status -eq 124 ]; then echo "gpu.sh: the tests were cut" >&2; else mv "$folder/tests.tmp" "$folder/tests.txt"; fi
-    [ $status -eq 0 ] || failed=1
+    if [ $status -eq 0 ]; then
+        mv "$folder/tests.tmp" "$folder/tests.txt"
+    else
+        failed=1
+        echo "gpu.sh: the tests failed or were cut (see $folder/tests.tmp): the same command runs them again" >&2
+    fi
 fi
 if [ -n "${DATA:-}" ]; then
     # shellcheck disable=SC2086  # several flags

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import statistics
+import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Callable, Iterator
 
+sys.path.append(str(Path(__file__).resolve().parents[1] / "systems"))
+
+import json_lines
 import torch
 from timing import clean_up, interleave, peak_memory, ratios
 
@@ -25,11 +28,7 @@ class Results:
     def __init__(self, folder: Path, seconds: float) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / "gpu.jsonl"
-        text = self.path.read_text() if self.path.exists() else ""
-        if not text.endswith("\n") and text:  # a cut has left the last line half written
-            text = text[: text.rfind("\n") + 1]
-            self.path.write_text(text)
-        self.known = {line["key"]: line for line in map(json.loads, text.splitlines())}
+        self.known = {line["key"]: line for line in json_lines.read(self.path)}
         self.end = time.monotonic() + seconds
 
     def measure(self, key: str, part: str, function: Callable[[], dict[str, Any]]) -> None:
@@ -44,8 +43,7 @@ class Results:
         seconds = round(time.monotonic() - start, 2)
         line = {"key": key, "part": part, "seconds": seconds, **found}
         self.known[key] = line
-        with self.path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        json_lines.append(self.path, line)
         brief = found.get("brief") or found.get("error") or ""
         print(f"{key} ({seconds:.1f} s): {brief}", flush=True)
         clean_up()

@@ -15,7 +15,7 @@ from typing import Callable, Iterator
 
 import torch
 from layer import Size, ffn_of, top
-from timing import clean_up, interleave, peak_memory, ratios, step
+from timing import clean_up, in_words, interleave, peak_memory, ratios, step
 from torch import nn
 
 from fairseq_evomoe.moe import Experts, Hidden, Routing
@@ -212,7 +212,7 @@ def compare(p: Problem, group: dict, repeats: int) -> list[dict]:
             functions[name]()  # what cannot run fails here
         except Exception as error:  # whatever it is, it belongs into the table
             functions.pop(name, None)
-            errors[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:100]}"
+            errors[name] = in_words(error)
     times = interleave(functions, repeats)
     first = next(iter(group))
     rows = []

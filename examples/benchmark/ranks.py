@@ -27,6 +27,9 @@ from pathlib import Path
 from typing import Any, Callable, Iterator
 from unittest import mock
 
+sys.path.append(str(Path(__file__).resolve().parents[1] / "systems"))
+
+import json_lines
 import torch
 import torch.distributed as dist
 from layer import Size, dense
@@ -276,8 +279,7 @@ def work(rank: int, world: int, folder: str, path: str, size: Size, repeats: int
         row = measurement()
         clean_up()
         if rank == 0:
-            with open(path, "a") as file:
-                file.write(json.dumps(row) + "\n")
+            json_lines.append(Path(path), row)
             print(row, flush=True)
     dist.destroy_process_group()
 
@@ -298,11 +300,6 @@ def start(world: int, *arguments: Any) -> None:
         for process in context.processes:
             process.kill()
             process.join()
-
-
-def read(path: Path) -> list[dict]:
-    """The lines of ``ranks.jsonl``."""
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def markdown(rows: list[dict]) -> str:
@@ -361,7 +358,7 @@ def main() -> None:
         path.write_text(json.dumps({"command": " ".join(sys.argv), "machine": machine(1)}) + "\n")
         for world in worlds:
             start(world, folder, str(path), size, repeats)
-        text = markdown(read(path))
+        text = markdown(json_lines.read(path))
     if args.out:
         (args.out / "ranks.md").write_text(text)
     print("\n" + text)

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 
 def markdown(results: dict) -> str:
-    """Tables of the parts that were measured."""
-    m = results["machine"]
-    text = "{cpu}, {cores} cores, {threads} threads, torch {torch}, Python {python}, load {load}".format(**m)
-    parts = ["Command: `{}`\n\nMachine: {}; GPU: {}".format(results["command"], text, m["gpu"])]
+    """Tables of the parts that were measured, after how they were, which parts of one command say once."""
+    parts, before = [], None
     for name, function in (
         ("layer", layer),
         ("routers", routers),
@@ -16,8 +14,18 @@ def markdown(results: dict) -> str:
         ("programs", programs),
     ):
         if name in results:
+            made = results[name].get("made", results)  # files of older versions have one of all parts
+            if made != before:
+                parts.append(made_with(made["command"], made["machine"]))
             parts.append(function(results[name]))
+            before = made
     return "\n\n".join(parts) + "\n"
+
+
+def made_with(command: str, machine: dict) -> str:
+    """How parts were measured."""
+    text = "{cpu}, {cores} cores, {threads} threads, torch {torch}, Python {python}, load {load}; GPU: {gpu}"
+    return f"Command: `{command}`\n\nMachine: " + text.format(**machine)
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:

@@ -12,7 +12,7 @@ from typing import Callable
 
 import torch
 from layer import Size, dense
-from timing import clean_up, interleave, ratios, step
+from timing import clean_up, in_words, interleave, ratios, step
 
 from fairseq_evomoe.moe import MoELayer
 from fairseq_evomoe.moe.low_rank import LowRankExperts
@@ -145,7 +145,7 @@ def run(repeats: int, **sizes: int | str) -> dict:
             function()
             functions[name] = function
         except Exception as error:  # it belongs into the table
-            errors[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:100]}"
+            errors[name] = in_words(error)
     functions.update({f"layer of {name}": whole_layer(name, size) for name in ("topk", "default-moe")})
     times = interleave(functions, repeats)
     rows = [

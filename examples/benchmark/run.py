@@ -41,6 +41,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     for part in args.parts:
         if part not in PARTS:
             parser.error("there is no part {!r}, but {}".format(part, ", ".join(PARTS)))
+    if args.limit and args.parts and "layer" not in args.parts and not args.quick:
+        parser.error("--limit is of the part layer: name it, too, or leave --limit out")
     return args
 
 
@@ -63,10 +65,10 @@ def main() -> int:
 
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    results = {"command": " ".join(sys.argv), "machine": machine(args.threads)}
+    made = {"command": " ".join(sys.argv), "machine": machine(args.threads)}
     old = args.out / "results.json" if args.out else None
-    if old is not None and old.exists():  # parts can be measured one at a time
-        results = {**json.loads(old.read_text()), **results}
+    # parts can be measured one at a time
+    results = json.loads(old.read_text()) if old is not None and old.exists() else {}
     named = {name: getattr(args, name) for name in ("tokens", "dim", "hidden", "device", "dtype")}
     sizes = {name: value for name, value in named.items() if value is not None}
     for part in ["layer"] if args.quick else args.parts or PARTS:
@@ -93,6 +95,7 @@ def main() -> int:
             results[part] = programs.run(
                 args.out, args.threads, args.rounds, args.lm_data, args.translation_data
             )
+        results[part]["made"] = made
         if args.out:
             args.out.mkdir(parents=True, exist_ok=True)
             (args.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")

@@ -36,6 +36,11 @@ def machine(threads: int) -> dict:
     }
 
 
+def in_words(error: Exception) -> str:
+    """An error in the cell of a table: its kind, and the first line of what it says, if it says anything."""
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0][:100]}".rstrip(": ")
+
+
 def interleave(functions: dict[str, Callable[[], None]], repeats: int) -> dict[str, dict]:
     """Run the functions in turn, ``repeats`` times after one that is not counted.
 

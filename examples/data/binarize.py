@@ -88,7 +88,7 @@ def train_model(files: Sequence[Path], size: int, destination: Path) -> sentence
             minloglevel=2,
         )
     except RuntimeError as error:
-        reason = str(error).strip().splitlines()[-1].rpartition("] ")[2]
+        reason = str(error).strip().rpartition("\n")[2].rpartition("] ")[2]
         raise PrepareError(
             f"SentencePiece cannot learn --vocab-size {size} from this text; "
             f"try another size or more text ({reason})."

@@ -25,10 +25,10 @@ fairseq-train "$data" --user-dir "$plugin" --finetune-from-model "$pretrained" \
     --criterion evomoe_sentence_prediction \
     --best-checkpoint-metric accuracy --maximize-best-checkpoint-metric \
     --optimizer adam --adam-betas "(0.9, 0.98)" --clip-norm 1.0 --weight-decay 0.01 --lr 0.001 \
-    --lr-scheduler polynomial_decay --warmup-updates $((updates / 15)) \
+    --lr-scheduler polynomial_decay --warmup-updates "$(part 15)" \
     --total-num-update "$updates" --max-update "$updates" --batch-size 32 \
     --no-epoch-checkpoints --no-last-checkpoints \
-    --log-format json --log-interval $((updates / 15)) --save-dir "$save_dir" "$@"
+    --log-format json --log-interval "$(part 15)" --save-dir "$save_dir" "$@"
 
 evaluated fairseq-validate "$data" --user-dir "$plugin" --task sentence_prediction --num-classes 2 \
     --criterion evomoe_sentence_prediction \

@@ -21,10 +21,10 @@ fairseq-train "$data" --user-dir "$plugin" \
     --moe-experts 8 --moe-freq 2 --moe-spawn-update 10% --moe-anneal-updates 40% --moe-hard-update 48% \
     --criterion evomoe_masked_lm \
     --optimizer adam --adam-betas "(0.9, 0.98)" --clip-norm 1.0 --lr 0.003 \
-    --lr-scheduler polynomial_decay --warmup-updates $((updates / 20)) \
+    --lr-scheduler polynomial_decay --warmup-updates "$(part 20)" \
     --total-num-update "$updates" --max-update "$updates" --batch-size 32 \
-    --validate-interval-updates $((updates / 8)) --no-epoch-checkpoints \
-    --log-format json --log-interval $((updates / 20)) --save-dir "$save_dir" "$@"
+    --validate-interval-updates "$(part 8)" --no-epoch-checkpoints \
+    --log-format json --log-interval "$(part 20)" --save-dir "$save_dir" "$@"
 
 evaluated fairseq-validate "$data" --user-dir "$plugin" --task masked_lm --criterion evomoe_masked_lm \
     --path "$save_dir/checkpoint_best.pt" \

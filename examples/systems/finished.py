@@ -10,12 +10,12 @@ import ast
 import hashlib
 import inspect
 import json
-import os
 import platform
 import subprocess
 from pathlib import Path
 from typing import Any
 
+import json_lines
 from logs import Run
 from systems import PLUGIN, Settings, System
 
@@ -67,10 +67,8 @@ def differences(record: dict[str, Any], asked: dict[str, Any]) -> list[str]:
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
-    """The records of a folder, the oldest first; a line that was cut off is none."""
-    path = folder / RECORDS
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
+    """The records of a folder, the oldest first."""
+    return json_lines.read(folder / RECORDS)
 
 
 def of(records: list[dict[str, Any]], system: str, seed: int) -> list[dict[str, Any]]:
@@ -79,16 +77,8 @@ def of(records: list[dict[str, Any]], system: str, seed: int) -> list[dict[str, 
 
 
 def append(folder: Path, record: dict[str, Any]) -> None:
-    """Add a record, in one go."""
-    line = (json.dumps(record, separators=(",", ":")) + "\n").encode()
-    path = folder / RECORDS
-    if path.exists() and path.stat().st_size and not path.read_bytes().endswith(b"\n"):
-        line = b"\n" + line  # after one that was cut off
-    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    try:
-        os.write(file, line)
-    finally:
-        os.close(file)
+    """Add a record."""
+    json_lines.append(folder / RECORDS, record)
 
 
 def record_of(
@@ -152,23 +142,31 @@ def settings_of(settings: Settings) -> dict[str, Any]:
     }
 
 
+def check_settings(folder: Path, settings: dict[str, Any]) -> None:
+    """See that a folder has no table of other settings.
+
+    Raises:
+        OtherSettings: it has.
+    """
+    path = folder / SETTINGS
+    before = json.loads(path.read_text()) if path.exists() else settings
+    other = [name for name in settings if before.get(name) != settings[name]]
+    if other:
+        names = " and ".join(other)
+        raise OtherSettings(
+            f"{folder} has the table of other {names} ({SETTINGS} says which): use another --out."
+        )
+
+
 def keep_settings(folder: Path, settings: dict[str, Any]) -> None:
     """Note what a folder's table is of.
 
     Raises:
         OtherSettings: it is a table of other settings.
     """
-    path = folder / SETTINGS
-    if path.exists():
-        before = json.loads(path.read_text())
-        other = [name for name in settings if before.get(name) != settings[name]]
-        if other:
-            raise OtherSettings(
-                f"{folder} has the table of other {' and '.join(other)} ({SETTINGS} says which): use another "
-                "--out."
-            )
+    check_settings(folder, settings)
     folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(settings, indent=1) + "\n")
+    (folder / SETTINGS).write_text(json.dumps(settings, indent=1) + "\n")
 
 
 def _command(system: System, settings: Settings) -> list[str]:

@@ -78,23 +78,25 @@ def parser() -> argparse.ArgumentParser:
     add("--runs", type=Path, help="folder of logs and checkpoints (runs, in OUT)")
     add("--reference", default="switch", metavar="NAME", help="what the others are compared with (switch)")
     add("--fresh", action="store_true", help="train again what was made with other code of the router")
-    add("--report", action="store_true", help="make the table of OUT's records, and train nothing")
-    add(
+    # each makes something of its own
+    instead = result.add_mutually_exclusive_group().add_argument
+    instead("--report", action="store_true", help="make the table of OUT's records, and train nothing")
+    instead(
         "--times",
         action="store_true",
         help="instead, time the systems side by side (times.json), for which the machine must be quiet",
     )
-    add(
+    instead(
         "--densified",
         action="store_true",
         help="instead, the share of the gain that is kept when checkpoints become dense (densified.md)",
     )
-    add("--refine", type=int, default=500, help="with --densified, updates of a densified model (500)")
-    add(
+    instead(
         "--inference",
         action="store_true",
         help="instead, how good ds_moe and evomoe are with other experts at inference (inference.md)",
     )
+    add("--refine", type=int, default=500, help="with --densified, updates of a densified model (500)")
     add("--rounds", type=int, default=3, help="with --times, how often each is trained (3)")
     return result
 
@@ -212,13 +214,26 @@ def main() -> int:
     else:
         if args.data is None or not args.systems:
             parse.error("DATA and --systems are needed")
+        if not any(args.data.glob("dict*.txt")):
+            parse.error(f"{args.data} has no dict*.txt: DATA must be a folder like prepare.py's bin/")
         updates = args.updates or (40 if args.times else 1000)
         if updates < 4 or args.jobs < 1 or args.rounds < 1:
             parse.error("--updates must be at least 4, --jobs and --rounds at least 1")
+        if args.inference and not inference.WAYS.keys() >= {system.id for system in systems}:
+            parse.error(f"with --inference, --systems must be of {' and '.join(inference.WAYS)}")
         settings = Settings(args.data.resolve(), args.task, updates, tuple(arguments[end + 1 :]))
-    if args.densified or args.inference:
-        return make_further(systems, settings, args)
-    return time_all(systems, settings, args) if args.times else make(systems, settings, args)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that running jobs are ended
+    try:
+        if args.times:
+            return time_all(systems, settings, args)
+        if not args.report:
+            finished.keep_settings(args.out, finished.settings_of(settings))
+        further = args.densified or args.inference
+        return make_further(systems, settings, args) if further else make(systems, settings, args)
+    except (finished.OtherSettings, ConfigError) as error:
+        sys.exit(f"run.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("run.py: interrupted" + ("." if args.times else "; the same command goes on from here."))
 
 
 def make_further(systems: list[System], settings: Settings, args: argparse.Namespace) -> int:
@@ -235,7 +250,6 @@ def make_further(systems: list[System], settings: Settings, args: argparse.Names
     failed = {job.title: job.failure() for job in more if not job.done}
     if failed:
         sys.exit("run.py: " + "; ".join(f"{title}: {why}" for title, why in failed.items()))
-    out.mkdir(parents=True, exist_ok=True)
     found = rows()
     (out / f"{module.__name__}.json").write_text(
         json.dumps({"rows": found, **finished.made_with()}, indent=1) + "\n"
@@ -248,6 +262,9 @@ def make_further(systems: list[System], settings: Settings, args: argparse.Names
 
 def time_all(systems: list[System], settings: Settings, args: argparse.Namespace) -> int:
     """Time the systems; `--report` then makes the table with their times."""
+    common = finished.settings_of(settings)
+    del common["updates"]  # times are of shorter runs
+    finished.check_settings(args.out, common)
     found = step_times.measure(systems, settings, args.rounds)
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / step_times.TIMES
@@ -270,21 +287,13 @@ def kept_settings(args: argparse.Namespace, parse: argparse.ArgumentParser) -> S
 def make(systems: list[System], settings: Settings, args: argparse.Namespace) -> int:
     """Train if that is asked for, and make the table; return the exit status."""
     out = args.out.resolve()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that running jobs are ended
-    try:
-        if not args.report:
-            finished.keep_settings(out, finished.settings_of(settings))
+    rows = rows_of(systems, args.seeds, settings, out, args.fresh)
+    if not args.report:
+        train(rows, settings, args)
+        failed = {row.system.id: row.error for row in rows if row.error}
         rows = rows_of(systems, args.seeds, settings, out, args.fresh)
-        if not args.report:
-            train(rows, settings, args)
-            failed = {row.system.id: row.error for row in rows if row.error}
-            rows = rows_of(systems, args.seeds, settings, out, args.fresh)
-            for row in rows:
-                row.error = failed.get(row.system.id, "")
-    except finished.OtherSettings as error:
-        sys.exit(f"run.py: {error}")
-    except KeyboardInterrupt:
-        sys.exit("run.py: interrupted; the same command goes on from here.")
+        for row in rows:
+            row.error = failed.get(row.system.id, "")
     print("\n" + write_report(rows, args.reference, out))
     print("\n".join(str(path) for path in sorted(out.iterdir()) if path.is_file()))
     return 1 if any(row.error.startswith("failed") for row in rows) else 0

@@ -22,10 +22,10 @@ fairseq-train "$data" --user-dir "$plugin" \
     --moe-experts 4 --moe-freq 2 --moe-spawn-update 10% --moe-anneal-updates 40% --moe-hard-update 48% \
     --criterion evomoe_label_smoothed_cross_entropy --label-smoothing 0.1 \
     --optimizer adam --adam-betas "(0.9, 0.98)" --clip-norm 1.0 --lr 0.002 \
-    --lr-scheduler inverse_sqrt --warmup-updates $((updates / 10)) \
+    --lr-scheduler inverse_sqrt --warmup-updates "$(part 10)" \
     --max-update "$updates" --max-tokens 2048 \
-    --validate-interval-updates $((updates / 8)) --no-epoch-checkpoints \
-    --log-format json --log-interval $((updates / 20)) --save-dir "$save_dir" "$@"
+    --validate-interval-updates "$(part 8)" --no-epoch-checkpoints \
+    --log-format json --log-interval "$(part 20)" --save-dir "$save_dir" "$@"
 
 # no longer than 1.5 times the sentence and ten pieces more: a barely trained model would go on to the limit of 200
 evaluated fairseq-generate "$data" --user-dir "$plugin" --path "$save_dir/checkpoint_best.pt" \

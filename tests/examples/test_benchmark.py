@@ -47,6 +47,40 @@ def test_only_what_is_slow_by_every_measure_is_too_slow(parts):
     assert run.too_slow(rows, 2.0) == []
 
 
+def test_a_limit_needs_the_part_that_has_one(parts, capsys):
+    run = importlib.import_module("run")
+    assert (
+        run.parse(["--limit", "1.5"]).limit == run.parse(["routers", "layer", "--limit", "1.5"]).limit == 1.5
+    )
+    assert run.parse(["routers", "--quick", "--limit", "1.5"]).quick  # which is of the layer
+    with pytest.raises(SystemExit):
+        run.parse(["routers", "--limit", "1.5"])
+    assert "--limit is of the part layer: name it, too" in capsys.readouterr().err
+
+
+def test_each_part_says_how_it_was_measured(parts, tmp_path, monkeypatch, capsys):
+    """Parts that were measured together say so once, and what was measured before keeps what it says."""
+    run, timing = importlib.import_module("run"), importlib.import_module("timing")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
+    found = {"note": "a note", "series": [], "cases": [], "rows": [], "errors": {}}
+
+    def measure(cpu, *names):
+        for name in names:
+            monkeypatch.setattr(importlib.import_module(name), "run", lambda repeats: found)
+        monkeypatch.setattr(importlib.import_module("scaling"), "plot", lambda found, path: None)
+        machine = {"cpu": cpu, "cores": 2, "load": 0.0, "python": "3", "torch": "2", "gpu": None}
+        monkeypatch.setattr(timing, "machine", lambda threads: {**machine, "threads": threads})
+        monkeypatch.setattr(sys, "argv", ["run.py", *names, "--out", str(tmp_path)])
+        assert run.main() == 0
+        page = (tmp_path / "results.md").read_text()
+        return [line[:20] for line in page.splitlines() if line.startswith(("Machine: ", "## "))]
+
+    old, new = "Machine: an old CPU,", "Machine: a new CPU, "
+    assert measure("an old CPU", "peers", "scaling") == [old, "## Other implementat", "## Scaling"]
+    assert measure("a new CPU", "scaling") == [old, "## Other implementat", new, "## Scaling"]
+
+
 def test_masks_for_peers_hold_the_routing(parts):
     layer, peers, _ = parts
     torch.manual_seed(0)
@@ -64,11 +98,15 @@ def test_what_cannot_run_is_listed(parts):
     def broken(problem):
         raise RuntimeError("no such thing\nand more")
 
+    def speechless(problem):
+        raise MemoryError
+
     group = {"ours": lambda p: peers.ours(p, False), "a loop": peers.mask_loop, "broken": broken}
+    group["speechless"] = speechless
     rows = peers.compare(problem, group, 1)
     assert [row["name"] for row in rows] == list(group)
     assert rows[0]["ratio"]["median"] == 1 and rows[1]["ratio"]["median"] > 0
-    assert rows[2]["error"] == "RuntimeError: no such thing"
+    assert [row["error"] for row in rows[2:]] == ["RuntimeError: no such thing", "MemoryError"]
     text = report.peers({"note": "a note", "cases": [{"case": "a case", "rows": rows}]})
     assert "| broken | RuntimeError: no such thing |" in text and "| ours | 1.00 | 1.00 | 1.00 |" in text
 

@@ -106,6 +106,42 @@ def test_translation(translation_data, tmp_path):
     assert re.match(r"BLEU\D* = [\d.]+", closing(result)["test"])
 
 
+@pytest.fixture
+def stand_ins(tmp_path):
+    """Commands that print what they are given, and a checkpoint that `evomoe info` has nothing to say of."""
+    folder = tmp_path / "commands"
+    folder.mkdir()
+    for name in ("train", "validate", "generate", "eval-lm"):
+        (folder / f"fairseq-{name}").write_text('#!/bin/sh\necho "$0 $*"\n')
+    (folder / "evomoe").write_text("#!/bin/sh\n")
+    for file in folder.iterdir():
+        file.chmod(0o755)
+    (tmp_path / "saved").mkdir()
+    return {"PATH": str(folder) + os.pathsep + os.environ["PATH"]}
+
+
+SCRIPTS = {
+    "language_modeling/train.sh": ["data"],
+    "masked_lm/train.sh": ["data"],
+    "masked_lm/finetune.sh": ["data", "checkpoint_last.pt"],
+    "translation/train.sh": ["data"],
+}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_three_updates_have_intervals_and_a_warm_up(script, stand_ins, tmp_path):
+    """Fairseq divides by them."""
+    result = shell(script, *SCRIPTS[script], tmp_path / "saved", UPDATES="3", **stand_ins)
+    given = re.findall(r"--(?:log-interval|warmup-updates|validate-interval-updates) (\d+)", result.output)
+    assert len(given) >= 2 and set(given) == {"1"}
+
+
+def test_the_closing_lines_do_without_those_of_the_checkpoint(stand_ins, tmp_path):
+    result = shell("masked_lm/train.sh", "data", tmp_path / "saved", **stand_ins)
+    told = [line.split()[0] for line in result.output.rsplit("\n\n", 1)[1].splitlines()]
+    assert told == ["checkpoint", "valid", "time", "next"]
+
+
 @pytest.mark.parametrize(
     "task, data", [("language_modeling", "lm"), ("masked_lm", "lm"), ("translation", "")]
 )
@@ -123,6 +159,23 @@ def test_yaml(task, data, corpus, translation_data, tmp_path):
     )
     assert len(result.lines("spawned experts before update 4")) == 1
     assert (tmp_path / "checkpoint_last.pt").exists()
+
+
+def test_a_path_with_a_space_is_one_argument_of_the_demo(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    import demo
+
+    def run(command, **options):
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 0, stdout="Perplexity: 7.5")
+
+    plugin, out = tmp_path / "my code" / "fairseq_evomoe", tmp_path / "my demo"
+    monkeypatch.setattr(demo, "PLUGIN", plugin)
+    monkeypatch.setattr(demo.subprocess, "run", run)
+    commands = [demo.training_command("evomoe", out, 900)]
+    assert demo.evaluate("evomoe", out) == "7.5"
+    assert {str(plugin), str(out / "evomoe")} < set(commands[0])
+    assert {str(plugin), str(out / "evomoe" / "checkpoint_last.pt")} < set(commands[1])
 
 
 @pytest.mark.network

@@ -105,6 +105,28 @@ def test_training_goes_on_from_its_checkpoints(measured, lm_data, tmp_path):
     assert train("--save") == whole
 
 
+def test_tests_that_fail_are_run_again(tmp_path):
+    """Until they pass; all else is left out here."""
+    commands, folder = tmp_path / "commands", tmp_path / "out"
+    commands.mkdir()
+    python = commands / "python3"
+
+    def again(status):
+        python.write_text(
+            f'#!/bin/sh\ncase "$*" in *"-m pytest"*) echo tests: {status}; exit {status};; esac\n'
+        )
+        python.chmod(0o755)
+        done = run(folder, PATH=os.pathsep.join([str(commands), os.environ["PATH"]]))
+        return done.returncode, done.stdout
+
+    for status in (1, 124):  # failed, cut
+        code, said = again(status)
+        assert code == 1 and said.startswith(f"tests: {status}\n") and "runs them again" in said
+    assert again(0) == (0, "tests: 0\n")
+    assert (folder / "tests.txt").read_text() == "tests: 0\n"
+    assert again(1) == (0, "")  # they have passed
+
+
 def test_the_page_tells_which_targets_are_met(monkeypatch):
     """The figures that an H200 gave."""
     monkeypatch.syspath_prepend(str(FOLDER))

@@ -18,11 +18,14 @@ from support.cli import LM, MASKED_LM, build, call
 QUALITY = Path(__file__).resolve().parents[2] / "examples" / "benchmark" / "quality"
 sys.path.insert(0, str(QUALITY))
 
+import at_spawn  # noqa: E402
 import bootstrap  # noqa: E402
 import claims  # noqa: E402
 import evaluate  # noqa: E402
 import gap  # noqa: E402
 import growth_tables  # noqa: E402
+import json_lines  # noqa: E402
+import plots  # noqa: E402
 import protocol  # noqa: E402
 import recorded  # noqa: E402
 import records  # noqa: E402
@@ -106,6 +109,11 @@ def test_when_a_loss_is_reached():
     assert tables.reaches(found, 6.25, 1) == pytest.approx(25)
     assert tables.reaches(found, 6.25, 2) == pytest.approx(2.5e9)
     assert tables.reaches(found, 5.9, 0) is None
+    # at the first validation already, and one after which nothing has changed
+    assert tables.reaches(found, 8.5, 0) == 0
+    level = [{"curve": [[10, 1, 1e8, 2.0], [20, 2, 2e8, 2.0]]}]
+    assert [tables.reaches(level, 2.0, axis) for axis in (0, 1, 2)] == [10, 1, 1e8]
+    assert tables.reaches(level, 2.5, 0) == 10 and tables.reaches(level, 1.5, 0) is None
 
 
 def test_parameters_that_are_looked_up(lm_data):
@@ -271,6 +279,24 @@ def test_seconds_are_compared_within_a_round():
     ]
 
 
+def test_rows_without_a_seed_in_common_are_not_compared(tmp_path):
+    """The cell is empty, and the others are as they were."""
+    experiment, task = protocol.EXPERIMENTS["systems"], protocol.TASKS["lm"]
+    of = {v.label: tables.of_variant(v, task, KNOWN) for v in experiment.variants}
+    rows = {"EvoMoE": of["EvoMoE"][1:], "Hash": of["Hash"], "Switch": of["Switch"][:1]}
+    known = {record["key"]: record for records in rows.values() for record in records}
+    assert tables.compared(rows["EvoMoE"], rows["Switch"]) == tables.compared(rows["EvoMoE"], []) == ""
+    table = tables.systems_table(experiment, task, known).splitlines()[2:]
+    cells = {row.split(" | ")[0].strip("| "): row.split(" | ")[2] for row in table}
+    assert cells["Switch"] == "" and cells["Hash"] == tables.compared(rows["EvoMoE"], of["Hash"])
+    times = {"EvoMoE": {0: 0.1}, "Switch": {0: 0.1}}
+    (row,) = re.findall(".*EvoMoE.*", tables.speed_table({"lm": times}, experiment, known))
+    assert row == "| EvoMoE | 0.1000 | 1.00 (1.00-1.00) |  | 1 |"
+    plots.plot(experiment, known, tmp_path)
+    assert (tmp_path / "systems-lm.svg").exists()
+    assert re.search("our options beats Switch.*causal LM.*not run yet", claims.claims_table(known))
+
+
 def test_a_checkpoint_is_evaluated_as_in_training_and_as_in_evaluation(lm_data, tmp_path):
     """At update 7 of 14 the gate is soft: while training a token has several experts, in evaluation one."""
     settings = {**LM, "moe_spawn_update": 2, "moe_hard_update": 12, "save_interval_updates": 7}
@@ -294,6 +320,45 @@ def test_other_numbers_are_noticed():
     changed["test"]["chunks"][3][0] += 0.001
     assert records.differences(KNOWN, {key: changed}) == [f"{key}: other numbers"]
     assert records.differences(KNOWN, {"another": record}) == ["no run is in both"]
+
+
+def test_a_line_that_was_cut_off_is_made_again(tmp_path):
+    file = tmp_path / "1" / "lm.jsonl"
+    file.parent.mkdir()
+    file.write_text('{"key": "a"}\n{"key": "b", "te')
+    assert records.read(tmp_path).keys() == {"a"}
+    json_lines.append(file, {"key": "b"})
+    json_lines.append(file, {"key": "c"})
+    assert records.read(tmp_path).keys() == {"a", "b", "c"}
+
+    file.write_text('{"label": "x", "upd')
+    for read in (records.read_speed, records.read_gap, records.read_steps):
+        assert not any(read(file.parent).values())
+
+
+def test_a_spawn_that_was_not_measured_is(tmp_path, monkeypatch):
+    """What was cut off is the second of a system's two lines."""
+    asked = []
+
+    def measured(name, data):
+        asked.append(name)
+        sides = {when: {"bits": 6.0, "norm": 1.0, "weight": 1.0} for when in ("before", "after")}
+        later = {f"after {updates}": sides["after"] for updates in at_spawn.AFTER}
+        return [{"system": name, "experts": e, **sides, **later} for _, e in at_spawn.SPAWNS]
+
+    monkeypatch.setattr(at_spawn, "measured", measured)
+    monkeypatch.setattr(at_spawn, "prepared_small", lambda corpora, work: {("english",): tmp_path})
+    monkeypatch.setattr(at_spawn.logging, "disable", lambda level: None)
+    out = tmp_path / "spawns.jsonl"
+    monkeypatch.setattr(sys, "argv", ["at_spawn.py", "--systems", "hash", "base", "--out", str(out)])
+    at_spawn.main()
+    whole = out.read_text()
+    out.write_text(whole[:-9])
+    at_spawn.main()
+    assert asked == ["hash", "base", "base"]
+    assert {(line["system"], line["experts"]) for line in json_lines.read(out)} == {
+        (name, experts) for name in ("hash", "base") for _, experts in at_spawn.SPAWNS
+    }
 
 
 def test_all_of_it_in_small(tmp_path):

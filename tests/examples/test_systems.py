@@ -258,6 +258,34 @@ def test_the_runner(lm_data, tmp_path):
     assert "| seeds 1, 2 | `hash` |" in again and "| seed 2 | `switch`, `dense_2x` |" in again
 
 
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        (["nowhere", "--systems", "switch"], "nowhere has no dict*.txt: DATA must be a folder like"),
+        (["DATA", "--systems", "all", "--inference"], "--systems must be of ds_moe and evomoe"),
+        (["--report", "--densified"], "--densified: not allowed with argument --report"),
+        (["DATA", "--systems", "switch", "--densified"], "has the table of other updates (settings.json"),
+        (["DATA", "--systems", "switch", "--times", "--", "--lr", "1"], "has the table of other flags ("),
+        (
+            ["DATA", "--systems", "broken.yaml", "--densified", "--updates", "40"],
+            "--moe-top-k 3 has no effect",
+        ),
+    ],
+)
+def test_the_runner_refuses(arguments, says, lm_data, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    Path("broken.yaml").write_text("name: Broken\npaper: none\noptions: {router: switch, top_k: 3}\n")
+    settings = systems.Settings(lm_data, "lm", 40, ())
+    finished.keep_settings(Path("results"), finished.settings_of(settings))
+    arguments = [str(lm_data) if word == "DATA" else word for word in arguments]
+    monkeypatch.setattr(sys, "argv", ["run.py", *arguments])
+    with pytest.raises(SystemExit) as refused:
+        run.main()
+    assert says in capsys.readouterr().err + str(refused.value)
+    assert not Path("results/runs").exists()
+
+
 def test_rises_of_the_loss():
     """Of neighbours the highest; 2% over the mean of the five before is the least that counts."""
     losses = [8.0] * 6 + [8.1, 8.2, 9.0, 8.0, 8.0, 8.0, 8.0, 8.0, 8.0, 8.165]

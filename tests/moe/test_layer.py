@@ -227,3 +227,14 @@ def test_unused_experts_get_zero_gradients():
     routing = Routing(torch.tensor([0]), torch.tensor([1]), torch.tensor([1.0]), 1, 2)
     dispatch(torch.randn(1, 3, dtype=torch.float64), routing, experts).sum().backward()
     assert (experts.w1.grad[:4] == 0).all() and (experts.w1.grad[4:] != 0).any()
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("heads", [1, 2])
+def test_autocast_gives_the_dtype_of_the_tokens(heads, padded):
+    layer = MoELayer(8, 16, 4, "switch", spawned=True, heads=heads)
+    x, mask = torch.randn(2, 3, 8), torch.zeros(2, 3, dtype=torch.bool)
+    mask[0, 2] = True
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = layer(x, padding_mask=mask if padded else None)
+    assert y.dtype == torch.float32 and (y[0, 2] == 0).all() == padded

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
-import json
 import logging
 import math
 import sys
@@ -19,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parents[2])]
+sys.path[:0] = [str(HERE), str(HERE.parents[1] / "systems"), str(HERE.parents[2])]
 
+import json_lines  # noqa: E402
 import torch  # noqa: E402
 from tables import table  # noqa: E402
 from task_data import prepared_small  # noqa: E402
@@ -142,19 +142,16 @@ def main() -> None:
     args = parser().parse_args()
     data = prepared_small([("english",)], args.work.resolve())[("english",)] / "bin"
     logging.disable(logging.WARNING)
-    lines = []
-    if args.out is not None and args.out.exists():
-        lines = [json.loads(text) for text in args.out.read_text().splitlines()]
-    known = {line["system"] for line in lines}
+    lines = json_lines.read(args.out) if args.out is not None else []
+    known = {(line["system"], line["experts"]): line for line in lines}
     for name in args.systems:
-        if name not in known:
-            found = measured(name, data)
-            lines += found
-            if args.out is not None:
-                with args.out.open("a") as file:
-                    file.writelines(json.dumps(line) + "\n" for line in found)
+        if not known.keys() >= {(name, experts) for _, experts in SPAWNS}:
+            for line in measured(name, data):
+                known[name, line["experts"]] = line
+                if args.out is not None:
+                    json_lines.append(args.out, line)
             print(f"{name} is measured", file=sys.stderr, flush=True)
-    print(as_table([line for line in lines if line["system"] in args.systems]))
+    print(as_table([line for line in known.values() if line["system"] in args.systems]))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from bootstrap import Difference, difference
 from growth import GROWTH
 from protocol import EXPERIMENTS, TASKS, Task
-from tables import Records, of_variant, shares, table
+from tables import Records, comparable, of_variant, shares, table
 
 ALL = {**EXPERIMENTS, **GROWTH}
 
@@ -107,7 +107,7 @@ def _row(claim: Claim, known: dict[str, dict]) -> list[str]:
     if experiment.protocol > 1:
         link = f"[{claim.text}](results.md#{anchor(experiment.title)})"
     first = [link, claim.source, task.title]
-    if not ours or not theirs:
+    if not comparable(ours, theirs):
         return [*first, "not run yet", "", ""]
     if claim.updates is not None:
         return [*first, *_reached(claim.updates, ours, theirs)]

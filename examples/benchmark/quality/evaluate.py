@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import platform
 import re
 import sys
@@ -28,6 +27,7 @@ import fairseq_evomoe
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent / "systems"))
 
+import json_lines
 import logs
 
 CHUNK = 16
@@ -180,21 +180,10 @@ def evaluate(folder: Path, data: Path, references: Path | None = None) -> dict[s
     return record
 
 
-def append(record: dict[str, Any], path: Path) -> None:
-    """Add a line to a file, at once, so that others may do so too."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    line = (json.dumps(record, separators=(",", ":")) + "\n").encode()
-    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    try:
-        os.write(file, line)
-    finally:
-        os.close(file)
-
-
 def main() -> None:
     """Evaluate, append, and delete the checkpoints."""
     args = parser().parse_args()
-    append(evaluate(args.run, args.data, args.references), args.results)
+    json_lines.append(args.results, evaluate(args.run, args.data, args.references))
     for checkpoint in args.run.glob("*.pt"):
         checkpoint.unlink()
 

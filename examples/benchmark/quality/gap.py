@@ -21,7 +21,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent / "systems"))
 
-from evaluate import append, batches, bits_and_tokens, load, versions
+import json_lines
+from evaluate import batches, bits_and_tokens, load, versions
 from protocol import GAP, HERE, TASKS, UPDATES, Run, Variant
 from records import read_gap
 from task_data import prepared
@@ -110,7 +111,7 @@ def main() -> None:
         folder = args.work.resolve() / "gap" / run.key
         train(run, data, folder)
         for record in points(variant, run, data, folder, known):
-            append(record, args.results / f"{task.id}.jsonl")
+            json_lines.append(args.results / f"{task.id}.jsonl", record)
             print(
                 json.dumps({key: record[key] for key in ("label", "update", "training", "top1")}), flush=True
             )

@@ -17,7 +17,6 @@ import contextlib
 import dataclasses
 import io
 import itertools
-import json
 import logging
 import math
 import sys
@@ -28,6 +27,7 @@ from typing import Any, Callable, Sequence
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent.parent / "systems"), str(HERE.parents[2])]
 
+import json_lines  # noqa: E402
 import torch  # noqa: E402
 from growth import START, as_the_preset, stages  # noqa: E402
 from protocol import BOTH, read  # noqa: E402
@@ -206,13 +206,12 @@ def main() -> int:
     logging.disable(logging.INFO)
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "quality.jsonl"
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    lines = json_lines.read(path)
     known = {(line["label"], line["update"]) for line in lines if "label" in line}
 
     def add(line: dict) -> None:
         lines.append(line)
-        with path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        json_lines.append(path, line)
         print(line, flush=True)
 
     if not lines:

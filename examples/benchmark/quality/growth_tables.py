@@ -15,6 +15,7 @@ from protocol import TASKS, Experiment, Task, Variant
 from tables import (
     Records,
     active_parameters,
+    comparable,
     compared,
     in_percent,
     mean,
@@ -105,7 +106,7 @@ def _against_start(
         return None
     ours, theirs = (of_variant(one, task, known) for one in (variant, start))
     costs = [cost(one.run(task, 1), steps) for one in (variant, start)]
-    if not ours or not theirs or None in costs:
+    if not comparable(ours, theirs) or None in costs:
         return None
     mine, its = costs
     return (

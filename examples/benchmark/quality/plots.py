@@ -14,7 +14,7 @@ from bootstrap import difference
 from labels import label_lines
 from matplotlib import pyplot
 from protocol import TASKS, Experiment, Task
-from tables import Records, mean_curve, of_variant, score
+from tables import Records, comparable, mean_curve, of_variant, score
 
 matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "quality", "font.size": 8})
 
@@ -90,7 +90,7 @@ def _differences(axis, task: Task, found: dict[str, Records], reference: str, st
     reference = reference if reference in found else next(iter(found))
     order = sorted(found, key=lambda label: sum(map(score, found[label])) / len(found[label]))
     for row, label in enumerate(order):
-        if label == reference:
+        if label == reference or not comparable(found[label], found[reference]):
             continue
         d = difference(found[label], found[reference])
         scale = 1 if task.translates else 100

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-import json
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent / "systems"))
+
+import json_lines
 
 
 def read(folder: Path) -> dict[str, dict]:
     """What is in the results, of any version of the protocol, by the key of its run."""
-    lines = [line for path in sorted(folder.glob("*/*.jsonl")) for line in path.read_text().splitlines()]
-    return {record["key"]: record for record in map(json.loads, lines)}
+    paths = sorted(folder.glob("*/*.jsonl"))
+    return {record["key"]: record for path in paths for record in json_lines.read(path)}
 
 
 def read_speed(folder: Path) -> dict[str, dict[str, dict[int, float]]]:
     """What `speed.py` has timed: seconds an update, by task, label and round."""
     found: dict[str, dict[str, dict[int, float]]] = {}
     for path in sorted(folder.glob("*.jsonl")):
-        for line in map(json.loads, path.read_text().splitlines()):
+        for line in json_lines.read(path):
             of_task = found.setdefault(path.stem, {})
             of_task.setdefault(line["label"], {})[line["round"]] = line["seconds_per_update"]
     return found
@@ -26,7 +30,7 @@ def read_gap(folder: Path) -> dict[str, list[dict]]:
     """What `gap.py` has found: the points of each system in the order of their updates."""
     found: dict[str, list[dict]] = {}
     for path in sorted(folder.glob("*.jsonl")):
-        for line in map(json.loads, path.read_text().splitlines()):
+        for line in json_lines.read(path):
             found.setdefault(line["label"], []).append(line)
     return {label: sorted(points, key=lambda point: point["update"]) for label, points in found.items()}
 
@@ -35,7 +39,7 @@ def read_steps(folder: Path) -> dict[str, dict[int, dict]]:
     """What `stage_times.py` has timed: by experiment and number of experts, the last line of each."""
     found: dict[str, dict[int, dict]] = {}
     for path in sorted(folder.glob("*.jsonl")):
-        for line in map(json.loads, path.read_text().splitlines()):
+        for line in json_lines.read(path):
             found.setdefault(line["experiment"], {})[line["experts"]] = line
     return found
 

@@ -17,8 +17,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent / "systems"))
 
+import json_lines
 import logs
-from evaluate import append, versions
+from evaluate import versions
 from protocol import EXPERIMENTS, HERE, TASKS
 from task_data import prepared
 
@@ -71,7 +72,7 @@ def main() -> None:
                 print(f"{task.id}, round {i + 1}, {variant.label}: {seconds:.4f} s an update", flush=True)
                 line = {"label": variant.label, "round": i, "updates": args.updates}
                 line.update(seconds_per_update=round(seconds, 5), versions=versions())
-                append(line, args.results / f"{task.id}.jsonl")
+                json_lines.append(args.results / f"{task.id}.jsonl", line)
 
 
 if __name__ == "__main__":

@@ -26,8 +26,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent / "systems"))
 
 import finished
+import json_lines
 from costs import spawns
-from evaluate import append
 from growth import GROWTH
 from protocol import HERE, TASKS, Experiment, Run, Task, Variant
 from task_data import prepared, prepared_small
@@ -137,7 +137,7 @@ def main() -> None:
             mb = sent(runs[experts], data) if experts > 1 else 0.0
             line = {"experiment": name, "experts": experts, **line, "sent_mb": round(mb, 4)}
             line.update(finished.made_with())
-            append(line, args.results / f"{task.id}.jsonl")
+            json_lines.append(args.results / f"{task.id}.jsonl", line)
             print(line, flush=True)
 
 

@@ -50,13 +50,20 @@ def tested(name: str, found: Records) -> str:
     return f"{mean(lambda r: r['test'][name], found):.2f}" if name in found[0]["test"] else ""
 
 
+def comparable(ours: Records, theirs: Records) -> bool:
+    """Whether two rows have a seed in common."""
+    return not {record["seed"] for record in ours}.isdisjoint(record["seed"] for record in theirs)
+
+
 def compared(ours: Records, theirs: Records) -> str:
-    """The paired difference with its interval, bold where one is better; see ``Difference.decides``."""
+    """The paired difference with its interval, bold where one is better; nothing if no seed is common."""
+    if not comparable(ours, theirs):
+        return ""
     return in_percent(difference(ours, theirs), points="bleu" in ours[0]["test"])
 
 
 def in_percent(found: Difference, points: bool = False) -> str:
-    """A difference with its interval, in percent or in points; see ``compared``."""
+    """A difference with its interval, in percent or in points; see ``Difference.decides``."""
     scale, unit = (1, "") if points else (100, "%")
     text = f"{scale * found.mean:+.2f}{unit} [{scale * found.low:+.2f}, {scale * found.high:+.2f}]"
     return f"**{text}**" if found.decides else text
@@ -65,9 +72,12 @@ def in_percent(found: Difference, points: bool = False) -> str:
 def reaches(found: Records, target: float, axis: int) -> float | None:
     """Where on an axis of its curve (0 updates, 1 seconds, 2 FLOPs) a system reaches a validation loss.
 
-    The mean curve of the seeds, between validations interpolated linearly; `None`: never.
+    The mean curve of the seeds, between validations interpolated linearly; the first validation, if it is
+    there by then; `None`: never.
     """
     curve = mean_curve(found)
+    if curve[0][3] <= target:
+        return curve[0][axis]
     for before, after in zip(curve, curve[1:]):
         if after[3] <= target:
             part = (before[3] - target) / (before[3] - after[3])
@@ -111,7 +121,7 @@ def systems_table(experiment: Experiment, task: Task, known: dict[str, dict]) ->
             continue
         test = found[0]["test"]
         cells = [variant.label, spread(score, found)]
-        cells.append(compared(ours, found) if ours and found is not ours and ours != found else "")
+        cells.append(compared(ours, found) if ours != found else "")
         cells.append(f"{mean(lambda r: perplexity(r['valid_loss']), found):.2f}")
         cells.append(str(len(found)))
         cells.append(f"{test.get('moe_experts', 1):.2f}")
@@ -190,8 +200,9 @@ def speed_table(
             ratios = [seconds[i] / systems["Switch"][i] for i in seconds if i in systems.get("Switch", {})]
             ratio = statistics.median(ratios) if ratios else math.nan
             text = f"{ratio:.2f} ({min(ratios):.2f}-{max(ratios):.2f})" if ratios else ""
-            _, share = shares(of[label], of["Switch"], 0) or (None, None)
-            reached = "never" if share is None else f"{share * ratio:.2f}"
+            reached = ""
+            if (found_at := shares(of[label], of["Switch"], 0)) is not None:
+                reached = "never" if found_at[1] is None else f"{found_at[1] * ratio:.2f}"
             median = statistics.median(seconds.values())
             cells = [label, f"{median:.4f}", text, reached, str(len(seconds))]
             rows.append((ratio, median, cells))

@@ -99,7 +99,7 @@ class MoE(nn.Module):
             **self.told, **of_tokens, memory=batch.memory, statistics=False, causal=batch.causal
         )
         y_TD = self._around(x_TD[keep_T], lambda rows: self._route(rows, context))
-        return torch.zeros_like(x_TD).index_copy(0, keep_T, y_TD).view_as(x_BLD)
+        return torch.zeros_like(x_TD).index_copy(0, keep_T, y_TD.to(x_TD.dtype)).view_as(x_BLD)
 
     def finish(self, x_BLD: Tensor) -> Tensor:
         """What becomes of the sum of the layer's output and what it was added to."""

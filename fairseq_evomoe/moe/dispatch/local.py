@@ -141,7 +141,9 @@ def way(device: torch.device) -> str:
 def _can_fuse(x_TD: Tensor, experts: Experts) -> bool:
     """Whether ``fused.fused_experts`` computes these experts."""
     hidden = experts.hidden
-    return x_TD.device.type == "cpu" and hidden.only_activation and hidden.activation in ACTIVATIONS
+    if x_TD.device.type != "cpu" or x_TD.dtype != experts.w1.dtype:  # which autocast may have changed
+        return False
+    return hidden.only_activation and hidden.activation in ACTIVATIONS
 
 
 def _can_group(x_TD: Tensor, experts: Experts) -> bool:
