@@ -79,7 +79,7 @@ def plan(args: argparse.Namespace) -> None:
 
 
 def _check(args: argparse.Namespace) -> None:
-    """Refuse what cannot be, and fill in what follows from other arguments.
+    """Refuse what cannot be, and fill in ``parallel`` if it is not given.
 
     Raises:
         CommandError: sizes that do not fit each other.
@@ -111,11 +111,6 @@ def _check(args: argparse.Namespace) -> None:
         raise CommandError(
             f"`parallel` {args.parallel} must divide `gpus` ({args.gpus}) and `experts` ({args.experts})."
         )
-    if not args.spawn_update:
-        few, some = max(args.experts // 16, args.parallel, 2), args.experts // 4
-        args.spawn_update = ["10%"]
-        if few < some < args.experts and some % few == 0 == args.experts % some:
-            args.spawn_update.append(f"5%:{few},10%:{some},20%:{args.experts}")
 
 
 @contextlib.contextmanager
@@ -183,14 +178,27 @@ def _load_this_copy(flags: List[str]) -> None:
 
 def _schedules(args: argparse.Namespace, flags: Sequence[str], whole: MoEConfig) -> Iterator[Schedule]:
     """All experts from the start, as a configuration has them, and each schedule of the arguments."""
-    for text in ("0", *args.spawn_update):
-        config = whole if text == "0" else configured([*flags, "--moe-spawn-update", text]).config
+    for text in ("0", *(args.spawn_update or _usual(args))):
+        try:
+            config = whole if text == "0" else configured([*flags, "--moe-spawn-update", text]).config
+        except ConfigError:
+            if args.spawn_update or ":" not in text:
+                raise
+            continue  # options that stages do not go with, of which nobody has asked for these
         spawns = _spawns(config, text)
         _check_ranks(args, spawns, text)
         schedule = config.make_schedule()
         soft = schedule.hard_after if config.router_class.anneals else 0
         stages = budget.stages(spawns, args.max_update, soft, schedule.restarts)
         yield Schedule("from the start" if text == "0" else text, stages)
+
+
+def _usual(args: argparse.Namespace) -> Iterator[str]:
+    """One stage and three, where no schedule is given."""
+    yield "10%"
+    few, some = max(args.experts // 16, args.parallel, 2), args.experts // 4
+    if few < some < args.experts and some % few == 0 == args.experts % some:
+        yield f"5%:{few},10%:{some},20%:{args.experts}"
 
 
 def _spawns(config: MoEConfig, text: str) -> List[Tuple[int, int]]:

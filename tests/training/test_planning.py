@@ -101,6 +101,16 @@ def test_a_rank_with_fewer_experts_than_a_token_has(capsys):
     assert shared - one == 2 * 16  # two rows of the gate, with which it is timed
 
 
+def test_stages_that_nobody_asked_for_are_no_mistake(capsys):
+    """A gate that is made of the base expert has one stage."""
+    words = ["--experts", 16, "--max-update", 100, "--preset", "emoe", *TINY]
+    _, schedules = tables(plan(capsys, *words))
+    assert [row[0] for row in schedules] == ["from the start", "10%"]
+    with pytest.raises(SystemExit):
+        plan(capsys, *words, "--spawn-update", "5%:2,10%:4,20%:16")
+    assert "give one stage" in capsys.readouterr().err
+
+
 def test_experts_of_sizes_of_their_own_on_ranks(lm_data, capsys):
     """Which are timed all together, since no rank's are known."""
     own = {k: v for k, v in LM.items() if k not in ("max_update", "moe_experts", "moe_spawn_update")}
