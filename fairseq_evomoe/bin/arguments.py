@@ -153,7 +153,7 @@ def add_report(commands: argparse._SubParsersAction) -> None:
         help="show on one page what the experts do",
         description="Show on one page what the experts of checkpoints do with text: report.html, which needs "
         "no network, and report.json.  Checkpoints in one folder are of one run; those of several runs are "
-        "set side by side.  Needs matplotlib.",
+        "set side by side.  Needs matplotlib and scipy.",
     )
     parser.add_argument(
         "checkpoints", nargs="+", metavar="CHECKPOINT", help="in one file, or the first of several"

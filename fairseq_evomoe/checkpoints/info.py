@@ -200,7 +200,7 @@ def _resolved(options: SavedOptions) -> Tuple[Optional[MoEConfig], Optional[str]
         return None, " ".join(str(error).split())
 
 
-def _resolve(options: SavedOptions, given: Dict[str, Any]) -> MoEConfig:
+def _resolve(options: SavedOptions, given: Dict[str, Any], check: bool = True) -> MoEConfig:
     """What some of our options mean in the model of a checkpoint."""
     sides = [options.of_model(side + "_ffn_embed_dim", None) for side in ("encoder", "decoder")]
     return resolve(
@@ -208,11 +208,12 @@ def _resolve(options: SavedOptions, given: Dict[str, Any]) -> MoEConfig:
         ffn_dims=[int(dim) for dim in sides if dim is not None],
         seed=int(options.of_model("seed", 1)),
         max_update=int(options.of_model("max_update", 0)),
+        check=check,
     )
 
 
 def _not_defaults(config: MoEConfig, options: SavedOptions) -> List[str]:
-    defaults = _resolve(options, {"router": config.router}).flat()
+    defaults = _resolve(options, {"router": config.router}, check=False).flat()
     return [name for name, value in config.flat().items() if value != defaults[name]]
 
 

@@ -69,8 +69,12 @@ class Sizes:
     ffn_dim: int = 2048
     max_update: int = 100000
 
-    def resolve(self, **given: Any) -> "MoEConfig":
+    def resolve(self, check: bool = True, **given: Any) -> "MoEConfig":
         """What options mean for these sizes.
+
+        Args:
+            check: whether they must go with each other.
+            given: options by their flat names.
 
         Raises:
             ConfigError: contradictions.
@@ -78,7 +82,7 @@ class Sizes:
         from .resolve import resolve
 
         given = {"experts": self.experts, **given}
-        return resolve(given, ffn_dims=[self.ffn_dim], max_update=self.max_update)
+        return resolve(given, ffn_dims=[self.ffn_dim], max_update=self.max_update, check=check)
 
 
 def _sizes(args: argparse.Namespace) -> Sizes:
@@ -114,7 +118,7 @@ def described(name: str, sizes: Sizes) -> str:
 
     preset = load(name)
     config = sizes.resolve(preset=name)
-    default = sizes.resolve(router=config.router).flat()
+    default = sizes.resolve(check=False, router=config.router).flat()
     values = {option: value for option, value in config.flat().items() if option != "preset"}
     for _, idle in rules.idle(replace(config, given=frozenset(values))):
         values = {option: value for option, value in values.items() if option not in idle}

@@ -6,7 +6,7 @@ paper), ``options`` (those that are not defaults, without ``moe_``) and, for the
 made), ``dense_as`` (the option that is given its checkpoint) and ``not_for`` (the tasks that it cannot do).
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Dict, List
 
@@ -15,6 +15,16 @@ import yaml
 from ..moe.options import OptionError
 
 FOLDER = Path(__file__).parent / "presets"
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads a stage such as ``400:4`` as it is written, which YAML 1.1 takes for a number in base 60."""
+
+    def resolve(self, kind: Any, value: Any, implicit: Any) -> Any:
+        """The tag of a node; see the parent."""
+        tag = super().resolve(kind, value, implicit)  # type: ignore[no-untyped-call]
+        number = tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+        return "tag:yaml.org,2002:str" if number and ":" in value else tag
 
 
 @dataclass(frozen=True)
@@ -69,11 +79,30 @@ def read(path: Path) -> Preset:
         OptionError: the file is no preset.
     """
     try:
-        keys = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        keys = yaml.load(text, yaml.BaseLoader)  # words, so that the number of a paper keeps its last zero
         preset = Preset(id=path.stem, **keys)
-        if not isinstance(preset.options, dict) or not all(isinstance(key, str) for key in preset.options):
-            raise TypeError("options must be names with values")
-    except (TypeError, UnicodeDecodeError, yaml.YAMLError) as error:
+        if "options" in keys:
+            preset = replace(preset, options=yaml.load(text, _Loader)["options"])
+        _check(preset)
+    except (OSError, TypeError, UnicodeDecodeError, yaml.YAMLError) as error:
         text = " ".join(str(error).split())
         raise OptionError("preset", f"`preset` {path} cannot be read: {text}.") from error
     return preset
+
+
+def _check(preset: Preset) -> None:
+    """Refuse what a preset cannot have under its keys.
+
+    Raises:
+        TypeError: there is some.
+    """
+    for name in ("name", "paper", "differs", "dense_updates", "dense_as"):
+        if not isinstance(getattr(preset, name), str):
+            raise TypeError(f"{name} must be text")
+    for name, values in (("options", "values"), ("not_for", "reasons")):
+        found = getattr(preset, name)
+        if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
+            raise TypeError(f"{name} must be names with {values}")
+    if not all(isinstance(reason, str) for reason in preset.not_for.values()):
+        raise TypeError("not_for must be names with reasons")

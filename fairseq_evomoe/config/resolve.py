@@ -30,6 +30,7 @@ def resolve(
     seed: int = 1,
     max_update: int = 0,
     model: Any = None,
+    check: bool = True,
 ) -> MoEConfig:
     """Decide everything that the options leave open.
 
@@ -41,6 +42,7 @@ def resolve(
         seed: of the spawn.
         max_update: length of the run; 0: no limit.
         model: fairseq's configuration of the model, to find options of its own that experts do not go with.
+        check: whether options must go with each other, which defaults alone need not.
 
     Raises:
         ConfigError: all contradictions that were found.
@@ -73,7 +75,7 @@ def resolve(
         errors += found
     config = MoEConfig(router=router, preset=preset, seed=seed, max_update=max_update, given=named, **parts)
     config = _decide(config, values, ffn_dims)
-    if not errors:  # ranges first: what follows computes with the values
+    if check and not errors:  # ranges first: what follows computes with the values
         errors += rules.contradictions(config)
         errors += rules.widths(config, list(ffn_dims)) if not errors else []
     if errors:

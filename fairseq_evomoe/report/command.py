@@ -22,6 +22,7 @@ from .figures import Pictures
 from .page import render
 from .reading import Reader, update_of
 from .sample import Sample
+from .sparse import sparse
 
 FORMAT = 1
 """Of ``report.json``; another number, other keys."""
@@ -36,6 +37,7 @@ def report(args: argparse.Namespace) -> None:
     """
     _check(args)
     import_plugin(args)
+    sparse()  # before minutes are spent on what it is needed for
     with _quiet():
         pictures = Pictures()
     known = domains.find(args.data, args.domain, args.subset)

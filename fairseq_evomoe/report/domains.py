@@ -1,6 +1,5 @@
 """Known parts of the text: files that the user names, or sets of the data that are of one domain each."""
 
-import re
 from pathlib import Path
 from typing import Any, Dict, Iterable, Iterator, List
 
@@ -28,33 +27,40 @@ def find(data: str, given: Iterable[str], subset: str) -> Dict[str, str]:
     Raises:
         CommandError: what is given is neither a file nor a set.
     """
-    folder = Path(data)
     found = {}
     for item in given:
         name, equals, what = item.partition("=")
         if not (name and equals and what):
             raise CommandError(f"`domain` must be NAME=FILE or NAME=SET, but is {item}.")
-        if not Path(what).is_file() and not any(folder.glob(f"{what}.*idx")):
+        if not Path(what).is_file() and not _sets(data, f"{what}."):
             raise CommandError(f"`domain` {item}: {what} is neither a file nor a set in {data}.")
         found[name] = what
     for start in () if found else dict.fromkeys((subset, "test", "valid")):
-        names = [re.match(rf"{start}_([^.]+)\.", path.name) for path in sorted(folder.glob(f"{start}_*.idx"))]
-        found = {match[1]: f"{start}_{match[1]}" for match in names if match}
+        names = [name[len(start) + 1 :].partition(".")[0] for name in _sets(data, f"{start}_")]
+        found = {name: f"{start}_{name}" for name in names if name}
         if len(found) > 1:
             break
         found = {}
     return found
 
 
+def _sets(data: str, start: str) -> List[str]:
+    """Names of the indices in the folder of the data that start like this, in order."""
+    names = (path.name for path in Path(data).iterdir())
+    return sorted(name for name in names if name.startswith(start) and name.endswith(".idx"))
+
+
 def inputs(reader: Reader, what: str) -> Iterator[Dict[str, Tensor]]:
     """Batches of a domain for the reader's model.
 
     Raises:
-        CommandError: text whose pieces the dictionary does not know.
+        CommandError: text that cannot be read, or whose pieces the dictionary does not know.
     """
-    if not Path(what).is_file():
-        return (batch["net_input"] for batch in batches(reader.cfg, reader.task, reader.model, what))
-    return _of_file(reader, what)
+    if Path(what).is_file():
+        yield from _of_file(reader, what)
+    else:
+        for batch in batches(reader.cfg, reader.task, reader.model, what):
+            yield batch["net_input"]
 
 
 def _of_file(reader: Reader, path: str) -> Iterator[Dict[str, Tensor]]:
@@ -62,7 +68,13 @@ def _of_file(reader: Reader, path: str) -> Iterator[Dict[str, Tensor]]:
     encode = encoder(reader.data, dictionary)
     longest = min(_numbers(reader.model.max_positions()) or [512]) - 2
     sentences, unknown, total = [], 0, 0
-    for line in Path(path).read_text(encoding="utf-8").splitlines():
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise CommandError(
+            f"`domain` {path} cannot be read ({error}): give text in UTF-8 that you may read."
+        ) from error
+    for line in lines:
         if line.strip():
             sentence = dictionary.encode_line(encode(line), add_if_not_exist=False).long()
             unknown, total = unknown + int((sentence == dictionary.unk()).sum()), total + len(sentence)
@@ -105,8 +117,13 @@ def encoder(data: str, dictionary: Any) -> Any:
             f"`domain` needs the SentencePiece model of the data: put it into {data} as spm.model, or give "
             "NAME=SET of binarised data."
         )
-    from sentencepiece import SentencePieceProcessor
-
+    try:
+        from sentencepiece import SentencePieceProcessor
+    except ImportError as error:
+        raise CommandError(
+            "`domain` needs sentencepiece for text, which is not installed: pip install sentencepiece, or "
+            "give NAME=SET of binarised data."
+        ) from error
     model = SentencePieceProcessor(model_file=str(models[0]))
     return lambda line: " ".join(model.encode(line, out_type=str))
 

@@ -8,9 +8,9 @@ explain anything; groups of one row tell nothing and are left out throughout.
 from typing import Any, Dict, Optional, Sequence
 
 import numpy as np
-from scipy.sparse import csr_matrix
 
 from .sample import Array, Choices
+from .sparse import sparse
 
 
 def variance_within(choices: Choices, group_T: Array, kept_T: Array) -> float:
@@ -28,7 +28,7 @@ def variance_within(choices: Choices, group_T: Array, kept_T: Array) -> float:
     inside_N = group_N >= 0
     group_N, share_N = group_N[inside_N], choices.share_N[inside_N].astype(np.float64)
     size_G = np.bincount(group_K).astype(np.float64)
-    sum_GE = csr_matrix(
+    sum_GE = sparse().csr_matrix(
         (share_N, (group_N, choices.expert_N[inside_N])), shape=(len(size_G), choices.experts)
     )
     square_G = np.asarray(sum_GE.multiply(sum_GE).sum(1)).ravel()

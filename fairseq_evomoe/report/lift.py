@@ -1,22 +1,22 @@
 """Which values (tokens, words, bins) each expert gets more often than the others do."""
 
 from dataclasses import dataclass
-from typing import List
+from typing import Any, List
 
 import numpy as np
-from scipy.sparse import csr_matrix
 
 from .sample import Array, Choices
+from .sparse import sparse
 
 PRIOR = 10.0
 """Occurrences of a value, routed like all others, that are added before values are ranked."""
 
 
-def table(choices: Choices, value_T: Array, values: int) -> "csr_matrix":
+def table(choices: Choices, value_T: Array, values: int) -> Any:
     """How often each expert got each value: sparse, (values, E), float64; negative values are left out."""
     value_N = value_T[choices.row_N]
     kept_N = value_N >= 0
-    return csr_matrix(
+    return sparse().csr_matrix(
         (choices.share_N[kept_N].astype(np.float64), (value_N[kept_N], choices.expert_N[kept_N])),
         shape=(values, choices.experts),
     )

@@ -231,7 +231,8 @@ class Reader:
         """Load of the experts of each spawned layer on other text, by the layer's name."""
         for watch in self.watches:
             watch.reset()
-        self._run(inputs, tokens, progress)
+        with refusals(self.path, self.data):
+            self._run(inputs, tokens, progress)
         return {watch.name: watch.choices().load_E for watch in self.watches if watch.pairs}
 
     @torch.no_grad()

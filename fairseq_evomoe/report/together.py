@@ -3,10 +3,10 @@
 from typing import Any, Dict, Optional
 
 import numpy as np
-from scipy.sparse import csr_matrix
 
 from .loads import information
 from .sample import Array, Choices, LayerSample
+from .sparse import sparse
 
 
 def within(choices: Choices) -> Optional[Array]:
@@ -17,7 +17,7 @@ def within(choices: Choices) -> Optional[Array]:
     """
     if choices.dense or len(choices.row_N) == len(np.unique(choices.row_N)):
         return None
-    chosen_TE = csr_matrix(
+    chosen_TE = sparse().csr_matrix(
         (np.ones(len(choices.row_N)), (choices.row_N, choices.expert_N)),
         shape=(choices.rows, choices.experts),
     )

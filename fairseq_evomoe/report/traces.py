@@ -23,10 +23,11 @@ def read(folder: str) -> Optional[Dict[str, Any]]:
     Raises:
         CommandError: a file that cannot be read.
     """
-    if not os.path.isfile(os.path.join(folder, trace_file.NAME)):
+    path = os.path.join(folder, trace_file.NAME)  # of a folder "", too: where the command is called
+    if not os.path.isfile(path):
         return None
     try:
-        records = trace_file.read(folder)
+        records = trace_file.read(path)
     except (OSError, ValueError) as error:
         raise CommandError(f"{str(error).rstrip('.')}.") from error
     updates = [record for record in records if record["kind"] == "update"]

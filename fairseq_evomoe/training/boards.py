@@ -4,7 +4,8 @@ fairseq itself shows its statistics there (``--tensorboard-logdir``, ``--wandb-p
 layers among them (``moe_...``).  What is added are pictures of single experts.
 """
 
-from typing import Any, Dict, List, Protocol
+from functools import partial
+from typing import Any, Callable, Dict, List, Protocol
 
 from fairseq.dataclass.configs import CommonConfig
 from fairseq.logging import progress_bar
@@ -20,13 +21,17 @@ class Board(Protocol):
         """Show a record of kind ``update`` or ``experts``; others are none of its business."""
 
 
-def boards_of(cfg: CommonConfig) -> List[Board]:
-    """Those that a run has, and whose packages are installed; fairseq itself warns of one that is not."""
-    boards: List[Board] = []
+def boards_of(cfg: CommonConfig) -> List[Callable[[], Board]]:
+    """What begins those that a run has, and whose packages are installed.
+
+    fairseq itself warns of one that is not.  All ranks know of them, and one begins them: TensorBoard follows
+    the last file of a folder alone, which would be any rank's.
+    """
+    boards: List[Callable[[], Board]] = []
     if cfg.tensorboard_logdir and getattr(progress_bar, "SummaryWriter", None) is not None:
-        boards.append(TensorBoard(cfg.tensorboard_logdir))
+        boards.append(partial(TensorBoard, cfg.tensorboard_logdir))
     if cfg.wandb_project and getattr(progress_bar, "wandb", None) is not None:
-        boards.append(WeightsAndBiases(progress_bar.wandb))
+        boards.append(partial(WeightsAndBiases, progress_bar.wandb))
     return boards
 
 

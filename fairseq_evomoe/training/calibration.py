@@ -4,7 +4,7 @@ import statistics
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, List, Sequence
+from typing import Any, List, NamedTuple, Sequence
 
 import torch
 from fairseq import options, tasks
@@ -41,6 +41,11 @@ class Sizes:
     tokens: int = 4096
     sequence: int = 128
 
+    @property
+    def heads(self) -> int:
+        """Of attention, each as wide as the others and of 64 or a little more."""
+        return max(heads for heads in range(1, max(self.dim // 64, 1) + 1) if self.dim % heads == 0)
+
     def flags(self, data: Path) -> List[str]:
         """The flags of ``fairseq-train`` for it, on data that ``write_data`` has made."""
         sizes = {
@@ -49,7 +54,7 @@ class Sizes:
             "input-dim": self.dim,
             "output-dim": self.dim,
             "ffn-embed-dim": self.ffn_dim,
-            "attention-heads": max(self.dim // 64, 1),
+            "attention-heads": self.heads,
         }
         flags = [str(data), "--task", "language_modeling", "--arch", "evomoe_lm"]
         flags += ["--criterion", "evomoe_cross_entropy", "--share-decoder-input-output-embed"]
@@ -99,11 +104,29 @@ class Measured:
         return statistics.median(self.seconds)
 
 
-def configuration(flags: Sequence[str]) -> MoEConfig:
-    """What the flags of ``fairseq-train`` mean for the MoE layers."""
+class Configured(NamedTuple):
+    """What flags of ``fairseq-train`` mean for the MoE layers.
+
+    Attributes:
+        config: their options.
+        ffn_dim: hidden units of the feed-forward networks in their place, the widest of them.
+    """
+
+    config: MoEConfig
+    ffn_dim: int
+
+
+def configured(flags: Sequence[str]) -> Configured:
+    """What the flags of ``fairseq-train`` mean for the MoE layers.
+
+    Raises:
+        ConfigError: contradictions.
+        OSError: there is no such data.
+    """
     args = options.parse_args_and_arch(options.get_training_parser(), input_args=list(flags))
     cfg = convert_namespace_to_omegaconf(args)
-    return tasks.setup_task(cfg.task).build_model(cfg.model).moe_config
+    model = tasks.setup_task(cfg.task).build_model(cfg.model)
+    return Configured(model.moe_config, max((layer.ffn_dim for _, layer in moe_layers(model)), default=0))
 
 
 def measure(flags: Sequence[str], seconds: float, least: int = 3) -> Measured:

@@ -72,7 +72,7 @@ def lines(user_dir: Optional[str] = None, save_dir: str = "checkpoints") -> Iter
     yield _copies(user_dir)
     yield _writable(save_dir)
     found: Dict[str, Dict[str, Any]] = {}
-    for step in _steps(Path(user_dir) if user_dir else PACKAGE):
+    for step in _steps(Path(user_dir).absolute() if user_dir else PACKAGE):
         found[step["step"]] = step
         yield from _told(step)
     if "training" not in found:
@@ -137,12 +137,21 @@ def _importable() -> Optional[Path]:
         done = subprocess.run(
             [sys.executable, "-c", code],
             cwd=folder,
+            env=_environment(),
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
         )
     path = done.stdout.strip()
     return Path(path).resolve().parent if path else None
+
+
+def _environment() -> Dict[str, str]:
+    """That of a process in another folder, which finds the same modules as one that is started here."""
+    paths = os.environ.get("PYTHONPATH")
+    if not paths:
+        return dict(os.environ)
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(map(os.path.abspath, paths.split(os.pathsep)))}
 
 
 def _writable(save_dir: str) -> Line:
@@ -166,7 +175,7 @@ def _writable(save_dir: str) -> Line:
 
 def _steps(user_dir: Path) -> Iterator[Dict[str, Any]]:
     """What ``doctor_steps.py`` tells, step by step; a step that it dies in has an ``error``."""
-    environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    environment = {"OMP_NUM_THREADS": "1", **_environment()}
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile("w+") as errors:
         command = [sys.executable, str(Path(__file__).with_name("doctor_steps.py")), str(user_dir), folder]
         process = subprocess.Popen(

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Callable, Dict, Iterator, List, NamedTuple, Sequence, Tuple
 
 import torch
+from fairseq.data import Dictionary
 
 from ..checkpoints.files import CommandError
 from ..config.config import MoEConfig
@@ -28,7 +29,7 @@ from ..evolution.cost import (
     exchanged_bytes,
     reduce_experts,
 )
-from .calibration import Measured, Sizes, configuration, measure, temporary_data
+from .calibration import Configured, Measured, Sizes, configured, measure, temporary_data
 
 ROUNDS = 2
 """Times that each number of experts is timed, in turn, so that a busy moment is not one number's alone."""
@@ -66,10 +67,11 @@ def plan(args: argparse.Namespace) -> None:
     sizes = Sizes(args.layers, args.dim, args.ffn_dim, args.vocabulary, args.tokens, args.sequence)
     with temporary_data(sizes, updates=256) as folder:
         flags = _flags(args, sizes.flags(Path(folder)))
-        with _silent(logging.INFO):
-            schedules = list(_schedules(args, flags))
-        with _silent(logging.WARNING):  # each would come again with each number of experts
-            measured = _measure(args, flags, schedules)
+        with _silent(logging.INFO), _refusals():
+            whole = configured([*flags, "--moe-spawn-update", "0"])
+            schedules = list(_schedules(args, flags, whole.config))
+        with _silent(logging.WARNING), _refusals():  # each would come again with each number of experts
+            measured = _measure(args, flags, schedules, whole)
     steps = {case: _step(args, case, found) for case, found in measured.items()}
     print(_heading(args))
     print(steps_table(measured, steps))
@@ -77,7 +79,7 @@ def plan(args: argparse.Namespace) -> None:
 
 
 def _check(args: argparse.Namespace) -> None:
-    """Refuse what cannot be, and fill in what follows from other arguments.
+    """Refuse what cannot be, and fill in ``parallel`` if it is not given.
 
     Raises:
         CommandError: sizes that do not fit each other.
@@ -91,23 +93,24 @@ def _check(args: argparse.Namespace) -> None:
         "tokens",
         "sequence",
         "gpus",
+        "ranks_per_node",
+        "bandwidth",
+        "inside",
+        "bytes",
         "seconds",
     ):
         if getattr(args, name) <= 0:
             raise CommandError(f"`{name}` must be greater than 0, but is {getattr(args, name)}.")
-    if args.experts < 2:
-        raise CommandError(f"`experts` must be at least 2, but is {args.experts}.")
+    # beside the words, a dictionary has symbols of its own
+    for name, least in (("experts", 2), ("vocabulary", len(Dictionary()) + 1), ("latency", 0)):
+        if getattr(args, name) < least:
+            raise CommandError(f"`{name}` must be at least {least}, but is {getattr(args, name)}.")
     if args.parallel is None:
         args.parallel = args.gpus if args.experts % args.gpus == 0 else 1
     if args.parallel < 1 or args.gpus % args.parallel or args.experts % args.parallel:
         raise CommandError(
             f"`parallel` {args.parallel} must divide `gpus` ({args.gpus}) and `experts` ({args.experts})."
         )
-    if not args.spawn_update:
-        few, some = max(args.experts // 16, args.parallel, 2), args.experts // 4
-        args.spawn_update = ["10%"]
-        if few < some < args.experts and some % few == 0 == args.experts % some:
-            args.spawn_update.append(f"5%:{few},10%:{some},20%:{args.experts}")
 
 
 @contextlib.contextmanager
@@ -123,10 +126,24 @@ def _silent(level: int) -> Iterator[None]:
         logging.disable(before)
 
 
+@contextlib.contextmanager
+def _refusals() -> Iterator[None]:
+    """Let what a training would refuse, or not find, be a sentence."""
+    try:
+        yield
+    except ConfigError as error:
+        raise CommandError(str(error)) from error
+    except OSError as error:
+        text = " ".join(str(error).split()).rstrip(".")
+        raise CommandError(
+            f"The model cannot be timed ({text}): give files and folders as fairseq-train takes them."
+        ) from error
+
+
 def _flags(args: argparse.Namespace, own: List[str]) -> List[str]:
     """The flags of ``fairseq-train`` that are measured: those after ``--``, or those of the sizes given."""
     flags = list(args.train) or own
-    if args.train and Path(flags[0]).name.startswith("fairseq-"):
+    if args.train and Path(flags[0]).name in ("fairseq-train", "fairseq-hydra-train"):
         flags = flags[1:]
     _load_this_copy(flags)
     if not torch.cuda.is_available() and "--cpu" not in flags:
@@ -159,19 +176,29 @@ def _load_this_copy(flags: List[str]) -> None:
     flags[at : at + 1 if joined else at + 2] = ["--user-dir", str(own)]
 
 
-def _schedules(args: argparse.Namespace, flags: Sequence[str]) -> Iterator[Schedule]:
-    """All experts from the start, and each schedule of the arguments."""
-    for text in ("0", *args.spawn_update):
+def _schedules(args: argparse.Namespace, flags: Sequence[str], whole: MoEConfig) -> Iterator[Schedule]:
+    """All experts from the start, as a configuration has them, and each schedule of the arguments."""
+    for text in ("0", *(args.spawn_update or _usual(args))):
         try:
-            config = configuration([*flags, "--moe-spawn-update", text])
-        except ConfigError as error:
-            raise CommandError(str(error)) from error
+            config = whole if text == "0" else configured([*flags, "--moe-spawn-update", text]).config
+        except ConfigError:
+            if args.spawn_update or ":" not in text:
+                raise
+            continue  # options that stages do not go with, of which nobody has asked for these
         spawns = _spawns(config, text)
         _check_ranks(args, spawns, text)
         schedule = config.make_schedule()
         soft = schedule.hard_after if config.router_class.anneals else 0
         stages = budget.stages(spawns, args.max_update, soft, schedule.restarts)
         yield Schedule("from the start" if text == "0" else text, stages)
+
+
+def _usual(args: argparse.Namespace) -> Iterator[str]:
+    """One stage and three, where no schedule is given."""
+    yield "10%"
+    few, some = max(args.experts // 16, args.parallel, 2), args.experts // 4
+    if few < some < args.experts and some % few == 0 == args.experts % some:
+        yield f"5%:{few},10%:{some},20%:{args.experts}"
 
 
 def _spawns(config: MoEConfig, text: str) -> List[Tuple[int, int]]:
@@ -200,9 +227,9 @@ def _case(args: argparse.Namespace, stage: Stage) -> Case:
 
 
 def _measure(
-    args: argparse.Namespace, flags: Sequence[str], schedules: Sequence[Schedule]
+    args: argparse.Namespace, flags: Sequence[str], schedules: Sequence[Schedule], whole: Configured
 ) -> Dict[Case, Measured]:
-    """Time each number of experts that any schedule has, in turns."""
+    """Time each number of experts that any schedule has, in turns, each as wide as all of them are."""
     cases = sorted({_case(args, stage) for schedule in schedules for stage in schedule.stages})
     seconds = args.seconds / len(cases) / ROUNDS
     found: Dict[Case, Measured] = {}
@@ -211,18 +238,48 @@ def _measure(
             print(
                 f"evomoe plan: timing {_name(case)} ({number + 1} of {ROUNDS})", file=sys.stderr, flush=True
             )
-            here = measure([*flags, *_case_flags(case, args.max_update)], seconds)
+            here = _measure_case(case, [*flags, *_case_flags(case, args.max_update)], whole, seconds)
             before = found[case].seconds if case in found else []
             found[case] = replace(here, seconds=before + here.seconds)
     return found
+
+
+def _measure_case(case: Case, flags: Sequence[str], whole: Configured, seconds: float) -> Measured:
+    """Time the experts of a rank, or the fewest more that the options go with.
+
+    Such as 2 where each rank has one, and a token has the best two of all: an update computes as many pairs
+    of a token and an expert, whatever number of experts shares them.
+
+    Raises:
+        ConfigError: the options do not even go with those of all ranks.
+    """
+    if case.experts == 1:
+        return measure(flags, seconds)
+
+    def timed(experts: int) -> Measured:
+        found = measure([*flags, *_experts_flags(experts, whole)], seconds)
+        return replace(found, experts=found.experts * case.here // experts)
+
+    for experts in range(case.here, case.experts, case.here):
+        with contextlib.suppress(ConfigError):
+            return timed(experts)
+    return timed(case.experts)
+
+
+def _experts_flags(experts: int, whole: Configured) -> List[str]:
+    """Flags for so many experts of those that the whole model has, each as wide as there."""
+    config, flags = whole.config, ["--moe-experts", str(experts)]
+    total = sum(config.widths(whole.ffn_dim))
+    if experts == config.experts or total == config.experts * whole.ffn_dim:  # that is the default
+        return flags
+    return [*flags, "--moe-total-ffn-dim", str(total * experts // config.experts)]
 
 
 def _case_flags(case: Case, max_update: int) -> List[str]:
     """Flags with which a run is in that stage from its first update on."""
     if case.experts == 1:
         return ["--moe-spawn-update", str(max_update - 1)]
-    stage = ["--moe-hard-update", "-1"] if case.soft else ["--moe-hard-update", "0"]
-    return ["--moe-spawn-update", "0", "--moe-experts", str(case.here), *stage]
+    return ["--moe-spawn-update", "0", "--moe-hard-update", "-1" if case.soft else "0"]
 
 
 def _step(args: argparse.Namespace, case: Case, found: Measured) -> Step:

@@ -84,7 +84,7 @@ class Trace:
         every, is_first = getattr(cfg.model, "moe_trace", None) or 0, trainer.data_parallel_rank == 0
         boards = boards_of(cfg.common)
         self.every = every or (cfg.common.log_interval if boards else 0)
-        self.boards = boards if is_first else []
+        self.boards = [begin() for begin in boards] if is_first else []
         if not every:
             return
         pad = trainer.task.source_dictionary.pad() if trainer.task.source_dictionary is not None else -1

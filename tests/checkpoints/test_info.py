@@ -181,6 +181,16 @@ def test_experts_of_a_token(options, experts, lm_data, tmp_path):
         assert info.table_parameters == model.decoder.layers[1].moe.router.embedding_VL.numel()
 
 
+def test_a_run_whose_defaults_could_not_be_had(lm_data, tmp_path):
+    """Without --max-update the router asks for --moe-stable-update, which was given."""
+    settings = {**LM, **PLAIN, "moe_router": "stable", "moe_stable_update": 2, "moe_anneal_updates": None}
+    settings.update(max_update=None, max_epoch=1, disable_validation=True)
+    call("fairseq-train", lm_data, save_dir=tmp_path, **settings)
+    info = info_of(str(tmp_path / "checkpoint_last.pt"))
+    assert info.options["stable_update"] == 2 and "stable_update" in info.not_defaults
+    assert info.unresolved is None and info.obstacles == []
+
+
 def test_frozen_parameters_count(lm_data, tmp_path):
     """An optimizer knows nothing of them."""
     settings = {**LM, "moe_freeze": "backbone", "max_update": 7, "disable_validation": True}

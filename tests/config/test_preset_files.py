@@ -1,5 +1,6 @@
 """Presets: published systems as files of options, which flags override."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -170,6 +171,19 @@ def test_a_file_works_like_a_name(tmp_path):
     assert (flat["top_k"], flat["spawn_update"]) == (4, 250)
 
 
+def test_a_single_stage_of_a_file_is_no_number_in_base_60(tmp_path):
+    """As YAML 1.1 reads it: 400:4 would be update 24004, and 1:2.5 a number, too."""
+    text = "name: Mine\noptions:\n  spawn_update: 400:4\n"
+    config = resolve({"preset": write(tmp_path / "mine.yaml", text)}, **RUN)
+    assert [tuple(stage) for stage in config.stages] == [(400, 4)] and config.experts == 4
+    text = (
+        "name: x\noptions: {a: 1:2.5, b: 1_000, c: 0x10, d: 2.5, e: true, f: null, g: 1e-3, h: .inf, i: -3}\n"
+    )
+    options = load(write(tmp_path / "mine.yaml", text)).options
+    assert options.pop("a") == "1:2.5"
+    assert options == {name: value for name, value in yaml.safe_load(text)["options"].items() if name != "a"}
+
+
 def test_a_name_of_the_package_comes_first(tmp_path, monkeypatch):
     write(tmp_path / "switch", "name: Mine\noptions:\n  router: topk\n")
     monkeypatch.chdir(tmp_path)
@@ -185,6 +199,9 @@ def test_a_name_of_the_package_comes_first(tmp_path, monkeypatch):
         ("name: [\n", "cannot be read"),
         ("options: {}\n", "name"),
         ("name: x\ncolour: red\n", "colour"),
+        ("name: [x]\n", "name must be text"),
+        ("name: x\nnot_for: [lm]\n", "not_for must be names with reasons"),
+        ("name: x\nnot_for: {lm: [a]}\n", "not_for must be names with reasons"),
         ("name: x\nid: y\n", "id"),
         ("name: x\noptions: [1]\n", "options must be names with values"),
         ("name: x\noptions:\n  1: 2\n", "options must be names with values"),
@@ -205,6 +222,24 @@ def test_a_file_that_is_no_text(tmp_path):
     path.write_bytes(b"PK\x03\x04\xff\xfe\x80")
     with pytest.raises(OptionError, match="`preset` .*checkpoint.pt cannot be read"):
         load(str(path))
+
+
+def test_a_file_that_may_not_be_read(tmp_path, monkeypatch):
+    def refuse(*args, **options):
+        raise PermissionError(13, "Permission denied")
+
+    path = write(tmp_path / "mine.yaml", "name: Mine\n")
+    monkeypatch.setattr(Path, "read_text", refuse)
+    with pytest.raises(OptionError, match="`preset` .*mine.yaml cannot be read: .*Permission denied"):
+        load(path)
+
+
+def test_words_of_a_file_are_as_they_are_written(tmp_path):
+    """Not numbers and dates, of which the paper's last zero would be lost."""
+    text = "name: 12\npaper: 2112.14390\ndiffers: 2024-01-02\nnot_for: {lm: no}\n"
+    preset = load(write(tmp_path / "mine.yaml", text))
+    assert (preset.name, preset.paper, preset.differs) == ("12", "2112.14390", "2024-01-02")
+    assert preset.not_for == {"lm": "no"}
 
 
 @pytest.mark.parametrize(

@@ -97,6 +97,24 @@ def test_a_file_by_its_path_works_like_a_name(printed, tmp_path):
 
 
 @pytest.mark.parametrize(
+    "options, sizes, row",
+    [
+        (
+            "router: stable, stable_update: 500",
+            ["--max-update", 0],
+            ["--moe-stable-update", "500", "default", "(none)"],
+        ),
+        ("router: topk, top_k: 1", ["--experts", 1], ["--moe-top-k", "1", "default", "2"]),
+    ],
+)
+def test_defaults_that_cannot_be_had_are_compared_all_the_same(options, sizes, row, printed, tmp_path):
+    """What is not given in their place is no mistake of a preset that gives it."""
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(f"name: Mine\noptions: {{{options}}}\n")
+    assert row in section(printed(mine, *sizes), "Options that are not defaults")
+
+
+@pytest.mark.parametrize(
     "arguments, sentence",
     [
         (["nosuch"], "--moe-preset nosuch is no file and none of the presets base, "),

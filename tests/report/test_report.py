@@ -3,14 +3,17 @@
 import json
 import re
 import shutil
+import sys
+import types
 from html.parser import HTMLParser
 
 import pytest
 import torch
 from tqdm import tqdm
 
+from fairseq_evomoe.checkpoints.files import CommandError
 from fairseq_evomoe.moe import ROUTERS
-from fairseq_evomoe.report import measure, traces
+from fairseq_evomoe.report import domains, measure, traces
 from fairseq_evomoe.report.command import runs_of
 from fairseq_evomoe.report.figures import Pictures
 from fairseq_evomoe.report.page import render
@@ -317,6 +320,7 @@ def test_bad_input_is_refused_in_a_sentence(
     good = ["--data", lm_data, "--out", out]
     (tmp_path / "text").write_text("no checkpoint")
     (tmp_path / "foreign.txt").write_text("Ἐν ἀρχῇ ἦν ὁ λόγος\n")
+    (tmp_path / "latin.txt").write_bytes("über\n".encode("latin-1"))
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").write_text("years of work")
     last = lm_run.last
@@ -335,6 +339,10 @@ def test_bad_input_is_refused_in_a_sentence(
         ([last, *good, "--log", tmp_path / "text", "--log", tmp_path / "text"], "1 runs and 2 --log"),
         ([last, *good, "--domain", "x"], "--domain must be NAME=FILE"),
         ([last, *good, "--domain", "x=none"], "none is neither a file nor a set"),
+        ([last, *good, "--domain", "x=/nowhere/text.txt"], "/nowhere/text.txt is neither a file nor a set"),
+        ([last, *good, "--domain", "x=**"], r"\*\* is neither a file nor a set"),
+        ([last, *good, "--subset", "/nowhere"], "cannot be run on --data"),
+        ([last, *good, "--domain", f"x={tmp_path / 'latin.txt'}"], "latin.txt cannot be read.*text in UTF-8"),
         ([last, *good, "--domain", f"x={tmp_path / 'foreign.txt'}"], "no text that the dictionary"),
         ([last, "--data", lm_data, "--out", tmp_path / "a" / "b"], "does not exist: create it"),
         ([last, "--data", lm_data, "--out", tmp_path / "full"], "is there already.*--force"),
@@ -344,6 +352,7 @@ def test_bad_input_is_refused_in_a_sentence(
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "foreign.txt",
         "full",
+        "latin.txt",
         "text",
     ]  # nothing half-written
     assert (tmp_path / "full" / "thesis.tex").read_text() == "years of work"
@@ -393,10 +402,26 @@ def fail(*args, **options):
     raise OSError("disk full")
 
 
-def test_without_matplotlib_a_sentence_says_so(lm_run, lm_data, tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
+@pytest.mark.parametrize("package", ["matplotlib", "scipy"])
+def test_without_a_package_a_sentence_says_so(package, lm_run, lm_data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
     arguments = [lm_run.last, "--data", lm_data, "--out", tmp_path / "out"]
-    assert "pip install matplotlib" in refusal(*arguments, capsys=capsys)
+    assert f"pip install {package}" in refusal(*arguments, capsys=capsys)
+
+
+def test_text_for_sentencepiece_needs_it(tmp_path, monkeypatch):
+    (tmp_path / "spm.model").write_bytes(b"")
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    with pytest.raises(CommandError, match="pip install sentencepiece, or give NAME=SET"):
+        domains.encoder(str(tmp_path), types.SimpleNamespace(symbols=["\u2581the"]))
+
+
+def test_a_set_that_cannot_be_read_is_a_sentence(lm_run, lm_data, tmp_path, capsys):
+    data = tmp_path / "bin"
+    shutil.copytree(lm_data, data)
+    (data / "odd.idx").write_bytes(b"no index")
+    arguments = [lm_run.last, "--data", data, "--out", tmp_path / "out", "--domain", "x=odd"]
+    assert "cannot be run on --data" in refusal(*arguments, capsys=capsys)
 
 
 def test_a_router_of_a_plugin(lm_data, tmp_path):
@@ -410,7 +435,7 @@ def test_a_router_of_a_plugin(lm_data, tmp_path):
     assert found["runs"][0]["router"] == "nearest"
 
 
-def test_what_the_run_wrote_down_while_it_trained(lm_data, tmp_path):
+def test_what_the_run_wrote_down_while_it_trained(lm_data, tmp_path, monkeypatch):
     run = tmp_path / "run"
     call("fairseq-train", lm_data, save_dir=run, **{**LM, "moe_trace": 2, "max_update": 12})
     found, page = report(run / "checkpoint_last.pt", data=lm_data, out=tmp_path / "out")
@@ -423,6 +448,8 @@ def test_what_the_run_wrote_down_while_it_trained(lm_data, tmp_path):
     assert [(one["update"], one["experts"]) for one in layer["family"]] == [(2, 1), (6, 4), (12, 4)]
     assert layer["family"][1]["parents"] == [0] * 4
     assert "run0-trace" in check_page(page)
+    monkeypatch.chdir(run)
+    assert traces.read("")["update"] == trace["update"]  # as beside checkpoint_last.pt
     (run / "moe_trace.jsonl").write_text("no trace")
     with pytest.raises(SystemExit):
         report(run / "checkpoint_last.pt", "--force", data=lm_data, out=tmp_path / "out")

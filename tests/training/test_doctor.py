@@ -61,6 +61,29 @@ def test_all_is_well_here(tmp_path):
     assert not [path for path in tmp_path.iterdir() if path.name != "modules"]
 
 
+def test_relative_paths_are_those_of_the_folder_that_it_is_called_in(tmp_path):
+    """As in a training, though each step is tried in a folder of its own."""
+    plugin = tmp_path / "plugins" / "mine"
+    plugin.mkdir(parents=True)
+    (plugin / "__init__.py").write_text("import beside, fairseq_evomoe\n")
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib" / "beside.py").write_text("")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(["lib", str(ROOT)])}
+    command = [sys.executable, USER_DIR / "bin" / "evomoe", "doctor", "--user-dir", "plugins/mine"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    assert line_of("training", done.stdout).startswith("OK")
+
+
+def test_another_copy_on_a_relative_path_is_told(no_steps, monkeypatch, tmp_path):
+    copy = tmp_path / "lib" / "fairseq_evomoe"
+    copy.mkdir(parents=True)
+    (copy / "__init__.py").write_text('__version__ = "0.1.0"\n')
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", "lib")
+    assert told("copies").status == "WARN"
+
+
 @pytest.mark.parametrize(
     "modules, what, text",
     [

@@ -1,5 +1,6 @@
 """``evomoe plan``: what schedules of spawns cost, with updates that are timed here."""
 
+import argparse
 import time
 from pathlib import Path
 
@@ -59,6 +60,80 @@ def test_a_command_of_ones_own_on_several_gpus(lm_data, capsys):
     assert "estimated" in printed
 
 
+def parameters(rows):
+    return [int(row[3].replace(",", "")) for row in rows]
+
+
+def test_narrow_experts_are_as_narrow_in_each_stage(capsys):
+    """8x the ffn-embed-dim is divided among 32, whatever number of them there is."""
+    words = [
+        "--experts",
+        32,
+        "--max-update",
+        100,
+        "--preset",
+        "narrow_hash",
+        "--spawn-update",
+        "10%:4,20%:32",
+    ]
+    steps, _ = tables(plan(capsys, *words, *TINY))
+    _, few, all_ = parameters(steps)
+    width = 8 * 16 // 32
+    assert all_ - few == 28 * (2 * 16 * width + width + 16)
+
+
+def test_experts_of_a_rank_are_as_narrow_as_all_of_them(capsys):
+    """The base's hidden units are divided among 16."""
+    words = ["--experts", 16, "--max-update", 100, "--preset", "emoe", "--spawn-update", "10%"]
+    steps, _ = tables(plan(capsys, *words, *TINY, "--gpus", 4))
+    assert [row[0] for row in steps] == ["1 expert", "16 experts, 4 on a rank"]
+    one, shared = parameters(steps)
+    base, expert = (2 * 16 * width + width + 16 for width in (16, 16 // 16))
+    assert shared - one == 4 * expert - base + 4 * 16  # and a row of the gate for each
+
+
+def test_a_rank_with_fewer_experts_than_a_token_has(capsys):
+    """The best two of all are on any rank."""
+    words = ["--experts", 8, "--max-update", 100, "--preset", "mixtral", "--spawn-update", "10%"]
+    steps, _ = tables(plan(capsys, *words, *TINY, "--gpus", 8))
+    assert [row[0] for row in steps] == ["1 expert", "8 experts, 1 on a rank"]
+    one, shared = parameters(steps)
+    assert shared - one == 2 * 16  # two rows of the gate, with which it is timed
+
+
+def test_stages_that_nobody_asked_for_are_no_mistake(capsys):
+    """A gate that is made of the base expert has one stage."""
+    words = ["--experts", 16, "--max-update", 100, "--preset", "emoe", *TINY]
+    _, schedules = tables(plan(capsys, *words))
+    assert [row[0] for row in schedules] == ["from the start", "10%"]
+    with pytest.raises(SystemExit):
+        plan(capsys, *words, "--spawn-update", "5%:2,10%:4,20%:16")
+    assert "give one stage" in capsys.readouterr().err
+
+
+def test_experts_of_sizes_of_their_own_on_ranks(lm_data, capsys):
+    """Which are timed all together, since no rank's are known."""
+    own = {k: v for k, v in LM.items() if k not in ("max_update", "moe_experts", "moe_spawn_update")}
+    words = ["--experts", 4, "--max-update", 40, "--gpus", 2, "--seconds", 0.1, "--spawn-update", "50%"]
+    command = ["fairseq-train", *flags(lm_data, **own, no_save=True, moe_expert_sizes="1,2,2,1")]
+    steps, _ = tables(plan(capsys, *words, "--", *command))
+    assert [row[0] for row in steps][1] == "4 experts, 2 on a rank"
+
+
+@pytest.mark.parametrize("dim, heads", [(16, 1), (64, 1), (400, 5), (500, 5), (512, 8), (1000, 10), (401, 1)])
+def test_heads_divide_the_width(dim, heads):
+    assert calibration.Sizes(dim=dim).heads == heads
+
+
+def test_only_the_program_is_taken_off_a_command(capsys):
+    def first(*words):
+        args = argparse.Namespace(train=list(words), preset=None, max_update=10, experts=4)
+        return planning._flags(args, [])[0]
+
+    assert first("/usr/bin/fairseq-train", "data") == first("data") == "data"
+    assert first("fairseq-data", "--arch", "x") == first("fairseq-train", "fairseq-data") == "fairseq-data"
+
+
 @pytest.mark.parametrize(
     "words, text",
     [
@@ -68,6 +143,17 @@ def test_a_command_of_ones_own_on_several_gpus(lm_data, capsys):
         (["--experts", "8", "--gpus", "8", "--spawn-update", "5%:4,10%:8"], "fewer than the --parallel 8"),
         (["--experts", "8", "--spawn-update", "5%:3,10%:8"], "makes 8 experts of 3, which cannot all have"),
         (["--experts", "8", "--layers", "0"], "--layers must be greater than 0"),
+        (["--experts", "8", "--vocabulary", "4"], "--vocabulary must be at least 5, but is 4"),
+        (["--experts", "8", "--gpus", "2", "--bandwidth", "0"], "--bandwidth must be greater than 0"),
+        (["--experts", "8", "--gpus", "2", "--inside", "0"], "--inside must be greater than 0"),
+        (["--experts", "8", "--gpus", "2", "--ranks-per-node", "0"], "--ranks-per-node must be greater than"),
+        (["--experts", "8", "--gpus", "2", "--bytes", "0"], "--bytes must be greater than 0"),
+        (["--experts", "8", "--gpus", "2", "--latency", "-1"], "--latency must be at least 0"),
+        (
+            ["--experts", "8", "--", "fairseq-train", "nodata", "--task", "language_modeling"]
+            + ["--arch", "evomoe_lm_tiny"],
+            "nodata/dict.txt'): give files and folders",
+        ),
     ],
 )
 def test_what_cannot_be_planned_is_one_sentence(words, text, capsys):

@@ -12,6 +12,7 @@ from fairseq_evomoe.checkpoints import trace_file
 from fairseq_evomoe.models.feed_forward import moe_layers
 from fairseq_evomoe.moe import record
 from fairseq_evomoe.training.probe import Probe, drift
+from fairseq_evomoe.training.trace import Trace
 from support.cli import LM, MASKED_LM, TRANSLATION, Run, assert_equal, build, call, parameters
 
 SETTINGS = {**LM, "moe_trace": 2, "moe_freq": 1, "disable_validation": True, "save_interval_updates": 3}
@@ -246,6 +247,22 @@ def test_tensorboard_shows_single_experts(traced, lm_data, tmp_path):
     assert len(texts) == 1 and "of parents 0 0 0 0" in texts[0][1] and texts[0][2] == 6
     scalars = [args for args, _ in of_kind(writer, "add_scalar")]
     assert ("experts/decoder.layers.1", 4, 6) in scalars and ("generations/decoder.layers.0", 1, 6) in scalars
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_only_the_first_rank_begins_a_file_of_tensorboard(rank, tmp_path):
+    """All count the loads as often, which takes every rank."""
+    common = types.SimpleNamespace(tensorboard_logdir=str(tmp_path), wandb_project=None, log_interval=7)
+    cfg = types.SimpleNamespace(model=types.SimpleNamespace(), common=common)
+    trainer = types.SimpleNamespace(cfg=cfg, data_parallel_rank=rank, get_model=lambda: None)
+    trace = Trace()
+    Writer.made.clear()
+    with (
+        mock.patch.object(progress_bar, "SummaryWriter", Writer),
+        mock.patch.dict(progress_bar._tensorboard_writers, clear=True),
+    ):
+        trace._start(trainer, [], 0)
+    assert trace.every == 7 and len(Writer.made) == len(trace.boards) == (rank == 0)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("tensorboardX") is None, reason="tensorboardX is not installed")
