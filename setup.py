@@ -59,7 +59,7 @@ setup(
         # evomoe export and import
         "export": ["safetensors", "transformers"],
         # evomoe report; matplotlib 3.7 is the oldest that it was tried with
-        "report": ["matplotlib>=3.7", "scipy", "tqdm"],
+        "report": ["matplotlib>=3.7", "tqdm"],
         "test": (
             "coverage hypothesis ipykernel matplotlib mypy nbclient pytest pytest-xdist ruff safetensors "
             "tensorboardX tqdm"

@@ -11,6 +11,7 @@ from fairseq_evomoe.moe import ROUTERS, MoELayer, RoutingContext, Vocabulary
 from fairseq_evomoe.moe.gate_warmup import GateWarmup
 from fairseq_evomoe.moe.loading import StateMismatch
 from fairseq_evomoe.moe.plan import make_spawner
+from fairseq_evomoe.moe.ranks import Ranks
 
 VOCABULARY = Vocabulary(11, torch.ones(11), 5)
 
@@ -134,3 +135,16 @@ def test_what_was_measured_for_other_experts_is_measured_anew(method, caplog):
     assert torch.equal(large.experts.w1, small.experts.w1)
     for key, tensor in large.state_dict().items():
         assert key.startswith("experts.") or torch.equal(tensor, own[key]), key
+
+
+@pytest.mark.parametrize("router", ["hash", "switch"])
+def test_all_experts_of_a_smaller_model_are_no_rank_s_own(router):
+    """Of 4 experts a rank has 2, as many as the other model has in all."""
+    vocabulary = Vocabulary(12, torch.ones(12))
+    layer, small = (MoELayer(8, 16, n, router, spawned=True, vocabulary=vocabulary) for n in (4, 2))
+    layer.attach_ranks(Ranks(2, 0, parallel=2))
+    assert layer.experts.b2.shape[0] == 2
+    own = {key: tensor.clone() for key, tensor in layer.state_dict().items()}
+    layer.load_state_dict(own)
+    with pytest.raises((StateMismatch, RuntimeError), match="2 experts|size mismatch"):
+        layer.load_state_dict(small.state_dict())

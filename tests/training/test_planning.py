@@ -6,8 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from fairseq_evomoe.config.resolve import resolve
 from fairseq_evomoe.evolution.budget import Stage, Step, cost
 from fairseq_evomoe.training import calibration, in_process, planning
+from fairseq_evomoe.training.calibration import Measured
+from fairseq_evomoe.training.planning import Case
 from support.cli import LM, USER_DIR, evomoe, flags
 
 TINY = "--layers 2 --dim 16 --ffn-dim 16 --vocabulary 50 --tokens 32 --sequence 8 --seconds 0.1".split()
@@ -211,3 +214,16 @@ def test_a_plan_is_what_whole_runs_take(capsys, monkeypatch):
         assert 0.5 < found / expected < 2
     assert planned[1] < 0.9 * planned[0]
     assert taken[1] / taken[0] == pytest.approx(planned[1] / planned[0], rel=0.3)
+
+
+@pytest.mark.parametrize(
+    "case, experts", [(Case(8, 1), 2), (Case(8, 2), 2), (Case(8, 4, soft=True), 8), (Case(8, 8), 8)], ids=str
+)
+def test_what_is_timed_for_a_rank(case, experts, monkeypatch):
+    """At least two experts, which have a gate; all of them where each token may go to all."""
+    timed = []
+    monkeypatch.setattr(planning, "measure", lambda flags, seconds: timed.append(flags) or measured)
+    measured = Measured([1.0], experts=80, others=10, layers=[], tokens=100, active=1)
+    whole = planning.Configured(resolve({"experts": 8}, max_update=100, ffn_dims=[64]), 64)
+    found = planning._measure_case(case, [], whole, 0.1)
+    assert timed == [["--moe-experts", str(experts)]] and found.experts == 80 * case.here // experts
