@@ -68,9 +68,9 @@ def is_shard(moe: "SpawningLayer", state_dict: Dict[str, Any], prefix: str) -> b
     b2 = state_dict.get(prefix + "experts.b2")
     if not moe.sharded or b2 is None or not _tensors_of(state_dict, prefix + "router."):
         return False
-    named = moe.router_class.experts_of_state(_tensors_of(state_dict, prefix + "router."))
-    if named is not None and named <= b2.shape[0] < moe.num_experts:
-        return False  # all experts of another model
+    found = _tensors_of(state_dict, prefix + "router.")
+    if set(found) == {"table_V"} and found["table_V"].max() < b2.shape[0] < moe.num_experts:
+        return False  # all experts of another model, which no other tensor tells
     origin_E = state_dict.get(prefix + "router.origin_E")
     all_experts = moe.num_experts if origin_E is None else len(origin_E)
     return b2.shape[0] == len(moe.experts.local) != all_experts

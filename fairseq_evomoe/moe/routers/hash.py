@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, Dict, Iterator, Optional
+from typing import Any, Iterator, Optional
 
 import torch
 from torch import Tensor
@@ -89,11 +89,6 @@ class HashRouter(Router):
         self.hashes = self.options.hashes
         shape = (size,) + ((self.hashes,) if self.hashes > 1 else ())
         self.register_buffer("table_V", torch.zeros(shape, dtype=torch.long))
-
-    @classmethod
-    def experts_of_state(cls, tensors: Dict[str, Tensor]) -> Optional[int]:
-        """See the parent: the table names them."""
-        return int(tensors["table_V"].max()) + 1 if "table_V" in tensors else None
 
     @torch.no_grad()
     def initialize(self, generator: torch.Generator) -> None:

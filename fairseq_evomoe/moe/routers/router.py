@@ -124,11 +124,6 @@ class Router(nn.Module):
         """
         return {}
 
-    @classmethod
-    def experts_of_state(cls, tensors: Dict[str, Tensor]) -> Optional[int]:
-        """How many experts a saved router knows of, where no shape tells; ``None``: its shapes do."""
-        return None
-
     def initialize(self, generator: torch.Generator) -> None:
         """Fill the parameters and buffers from ``generator``."""
         raise NotImplementedError
