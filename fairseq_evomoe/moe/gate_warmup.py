@@ -3,7 +3,7 @@
 Suffixes: see ``routing.py``; besides, K numbers of all parameters of a router.
 """
 
-from typing import TYPE_CHECKING, Any, List
+from typing import TYPE_CHECKING, List
 
 import torch
 from torch import Tensor
@@ -67,8 +67,9 @@ class GateWarmup(Collector):
         router = self._router[0].to(self.gate_K.device)
         parameters = list(router.parameters())
         vector_to_parameters(self.gate_K, parameters)
-        keep: Any = lambda tensor: tensor  # noqa: E731 (a checkpoint of activations has other hooks)
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, keep):
+        # those of a checkpoint of activations would run the layer once more
+        hooks = torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is)
+        with torch.enable_grad(), hooks:
             probability_TE = router.logits(x_TD.detach(), context).softmax(-1)
             loss = mutual_information_loss(probability_TE, context.ranks)
             found = torch.autograd.grad(loss, parameters, allow_unused=True)
@@ -94,6 +95,10 @@ class GateWarmup(Collector):
     def fill(self, router: Router) -> None:
         """Let a router of the layer begin with what was learned."""
         fill_gate(router, self.gate_K)
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 @torch.no_grad()

@@ -97,9 +97,7 @@ def fit_saved(ema: EMA) -> None:
         saved = checkpoints.local_tensors(ema.get_model(), state_dict)
         other = {key for key, tensor in saved.items() if key in own and own[key].shape != tensor.shape}
         if other:  # one expert's, and there are more keys besides
-            saved = {
-                key: own[key] if key in other else saved.get(key, own.get(key)) for key in {**own, **saved}
-            }
+            saved = {**own, **saved, **{key: own[key] for key in other}}
             ema.fp32_params = {}
         original(saved)
 

@@ -23,7 +23,7 @@ from support import elsewhere
 from support.cli import LM, MASKED_LM, TRANSLATION, assert_equal, build, evomoe
 from support.tasks import DATA, TASKS
 
-pytest.importorskip("safetensors")
+safetensors = pytest.importorskip("safetensors.torch")
 
 AUTO = {"language_modeling": "AutoModelForCausalLM", "masked_lm": "AutoModelForMaskedLM"}
 AUTO["translation"] = "AutoModelForSeq2SeqLM"
@@ -409,6 +409,11 @@ def test_folders_that_are_there(trained, tmp_path, capsys):
     (folder / "optimizer.pt").touch()
     assert_refused(capsys, ["has optimizer.pt, which no export has written"], *rest, folder, "--force")
     (folder / "optimizer.pt").unlink()
+    theirs = tmp_path / "mine" / "model.safetensors"
+    safetensors.save_file({"weight": torch.ones(1)}, theirs, metadata={"format": "pt"})
+    (tmp_path / "mine" / "text").unlink()
+    assert_refused(capsys, ["no folder that an export has written"], *rest, tmp_path / "mine", "--force")
+    assert theirs.exists()
     (folder / "config.json").unlink()
     export(path, folder, "--force")
     assert (folder / "config.json").exists()

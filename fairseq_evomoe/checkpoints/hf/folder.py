@@ -18,6 +18,8 @@ from torch import Tensor
 from ..files import CommandError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+MARK = {"written_by": "fairseq_evomoe"}
+"""In the metadata of files of tensors, so that nobody else's are replaced."""
 _EXPORTED = re.compile(
     r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|(generation_|tokenizer_)?config\.json"
     r"|(target_)?vocabulary\.json|sentencepiece\.model|\w+\.py|__pycache__"
@@ -84,7 +86,7 @@ def check_folder(out: str, force: bool) -> None:
         return
     if not force:
         raise CommandError(f"`out` {out} is there already: give another name, or `force` to replace it.")
-    if not target.is_dir() or not any((target / name).is_file() for name in (SINGLE, INDEX)):
+    if not target.is_dir() or not any(map(_is_ours, target.glob("model*.safetensors"))):
         raise CommandError(
             f"`out` {out} is no folder that an export has written, and is not replaced: give another name."
         )
@@ -94,6 +96,15 @@ def check_folder(out: str, force: bool) -> None:
             f"`out` {out} has {others[0]}, which no export has written, and is not replaced: move that away, "
             "or give another name."
         )
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether an export has written a file of tensors."""
+    try:
+        with safetensors().safe_open(path, "pt") as file:
+            return MARK.items() <= (file.metadata() or {}).items()
+    except Exception:  # safetensors has errors of its own, and then it is not known
+        return False
 
 
 def write_tensors(tensors: Mapping[str, Tensor], folder: Path) -> List[str]:
@@ -108,7 +119,7 @@ def write_tensors(tensors: Mapping[str, Tensor], folder: Path) -> List[str]:
         names = [f"model-{i + 1:05d}-of-{len(parts):05d}.safetensors" for i in range(len(parts))]
     for name, keys in zip(names, parts):
         copies = {key: tensors[key].detach().clone().contiguous() for key in keys}
-        save_file(copies, folder / name, metadata={"format": "pt"})
+        save_file(copies, folder / name, metadata={"format": "pt", **MARK})
     if len(parts) == 1:
         return names
     total = sum(_bytes(tensor) for tensor in tensors.values())
